@@ -1,0 +1,440 @@
+"""Install Detectron2 for the Python that runs this file.
+
+  .venv/bin/python tools/install_detectron2.py
+
+A Detectron2 that works is left alone. Else it is built from its GitHub repository (pinned commit,
+minutes, needs a C++ compiler). Where GitHub cannot be reached, or the build fails, v0.6 is taken
+from the package index: its Python files only, mended here for current packages. RetinaNet, FCOS and
+COCO evaluation work with it; what needs compiled code (deformable convolution, rotated boxes)
+raises an ImportError that says so.
+
+torch and torchvision have to be there first: Detectron2 is built against them.
+An interrupted run leaves nothing that counts as working; run it again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+GITHUB = "https://github.com/facebookresearch/detectron2"
+COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # main, June 2026; builds with torch 2.14
+# A source archive with the Python files of the tag v0.6. pip refuses it (one of its extras is a
+# URL), so its archive is fetched by name and checked.
+SDIST = "pb1-detectron2==0.6"
+SDIST_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+# Upstream's own bounds. Its `black`, `future` and `pydot` only serve what nobody here calls.
+REQUIREMENTS = [
+    "Pillow>=7.1",
+    "matplotlib",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate",
+    "cloudpickle",
+    "tqdm>4.29.0",
+    "tensorboard",
+    "fvcore>=0.1.5,<0.1.6",
+    "iopath>=0.1.7,<0.1.10",
+    "omegaconf>=2.1,<2.4",
+    "hydra-core>=1.1",
+    "packaging",
+]
+THIS = "tools/install_detectron2.py"
+
+
+class InstallError(Exception):
+    """Says the fact and the mend."""
+
+
+def say(message):
+    print(f"[detectron2] {message}", flush=True)
+
+
+# ---- Is there a Detectron2, and does it work? ---------------------------------------------------
+
+PROBE = """
+import importlib.metadata, os, sysconfig
+import detectron2, detectron2.model_zoo, detectron2.engine, detectron2.evaluation
+detectron2.model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+folder = os.path.dirname(os.path.abspath(detectron2.__file__))
+if os.path.dirname(folder) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+    # pip writes the list of files last: without it the copying was interrupted
+    try:
+        complete = importlib.metadata.files("detectron2") is not None
+    except importlib.metadata.PackageNotFoundError:
+        complete = False
+    if not complete:
+        raise ImportError("half installed: pip's record of its files is missing")
+print(detectron2.__version__, folder)
+"""
+
+
+def run(command, **kwargs):
+    return subprocess.run([str(c) for c in command], **kwargs)
+
+
+def probe():
+    """-> ("working", "version folder") or ("absent", "") or ("broken", last line of the error)."""
+    with tempfile.TemporaryDirectory() as empty:  # so that no `detectron2` folder in . is imported
+        done = run([sys.executable, "-c", PROBE], cwd=empty, capture_output=True, text=True)
+    if done.returncode == 0:
+        return "working", done.stdout.strip().splitlines()[-1]
+    error = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if error == "ModuleNotFoundError: No module named 'detectron2'":
+        return "absent", ""
+    return "broken", error
+
+
+def is_editable():
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        text = distribution("detectron2").read_text("direct_url.json") or "{}"
+    except PackageNotFoundError:
+        return False
+    return json.loads(text).get("dir_info", {}).get("editable", False)
+
+
+def remove_leftovers():
+    """Of an interrupted pip: it can neither uninstall nor overwrite what has no RECORD."""
+    import sysconfig
+
+    for site in {Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")}:
+        infos = [*site.glob("detectron2-*.dist-info"), *site.glob("detectron2-*.egg-info")]
+        half = [i for i in infos if i.suffix == ".dist-info" and not (i / "RECORD").exists()]
+        if half or not infos:
+            # `~etectron2*`: pip's name for what it was about to remove
+            for path in [*half, site / "detectron2", *site.glob("~etectron2*")]:
+                if path.is_dir() and not path.is_symlink():
+                    say(f"removing {path}, left by an interrupted installation")
+                    shutil.rmtree(path)
+
+
+# ---- The patches: text in, text out, loud where the text is not the expected one ----------------
+
+
+def substitute(text, pattern, replacement, count, where):
+    """Replace the regular expression `pattern`, which has to be found exactly `count` times."""
+    text, found = re.subn(pattern, lambda match: match.expand(replacement), text)
+    if found != count:
+        raise InstallError(
+            f"{where}: expected {pattern!r} {count} time(s), found it {found} time(s). This is not "
+            f"the source that the patches in {THIS} were written for; adapt them to it."
+        )
+    return text
+
+
+NUMPY_ALIAS = (r"\bnp\.(int|bool|float|str)\b", r"\1")  # gone since numpy 1.24
+
+# setuptools 82 no longer brings pkg_resources; main still imports it, too.
+ZOO = "detectron2/model_zoo/model_zoo.py"
+ZOO_PATCHES = [
+    (ZOO, r"(?m)^import pkg_resources$", "import importlib.resources", 1),
+    (
+        ZOO,
+        r'pkg_resources\.resource_filename\(\s*("detectron2\.model_zoo"), (os\.path\.join.*)\s+\)',
+        r"str(importlib.resources.files(\1) / \2)",
+        1,
+    ),
+]
+V06_PATCHES = ZOO_PATCHES + [
+    ("detectron2/data/build.py", *NUMPY_ALIAS, 2),
+    ("detectron2/data/datasets/pascal_voc.py", *NUMPY_ALIAS, 1),
+    ("detectron2/evaluation/pascal_voc_evaluation.py", *NUMPY_ALIAS, 2),
+    ("detectron2/evaluation/sem_seg_evaluation.py", *NUMPY_ALIAS, 7),
+    ("detectron2/structures/masks.py", *NUMPY_ALIAS, 3),
+    ("detectron2/utils/video_visualizer.py", *NUMPY_ALIAS, 1),
+    ("detectron2/utils/visualizer.py", *NUMPY_ALIAS, 3),
+    # gone since Pillow 10
+    ("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR", 1),
+    # GroupNorm, FCOS's norm, now refuses the one channel that v0.6 asks for to learn its class
+    (
+        "detectron2/modeling/meta_arch/retinanet.py",
+        r"str\(type\(get_norm\(norm, 1\)\)\)",
+        "str(type(get_norm(norm, 32)))",
+        1,
+    ),
+    # The fast evaluation is compiled code: fall back to pycocotools, as main does.
+    (
+        "detectron2/evaluation/coco_evaluation.py",
+        r"(?m)^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt\n",
+        "",
+        1,
+    ),
+    (
+        "detectron2/evaluation/coco_evaluation.py",
+        r"self\._use_fast_impl = use_fast_impl\b",
+        "self._use_fast_impl = False",
+        1,
+    ),
+    (
+        "detectron2/evaluation/coco_evaluation.py",
+        r"\(COCOeval_opt if use_fast_impl else COCOeval\)\(",
+        "COCOeval(",
+        1,
+    ),
+]
+
+NO_C = '''\
+"""Stands in for Detectron2's compiled code, which this installation was made without."""
+
+_NAMES = """
+    box_iou_rotated nms_rotated roi_align_rotated_forward roi_align_rotated_backward
+    deform_conv_forward deform_conv_backward_input deform_conv_backward_filter
+    modulated_deform_conv_forward modulated_deform_conv_backward
+    COCOevalAccumulate COCOevalEvaluateImages InstanceAnnotation ImageEvaluation
+""".split()
+
+
+def get_compiler_version():
+    return "none: installed without compiled code"
+
+
+def get_cuda_version():
+    return "none: installed without compiled code"
+
+
+def has_cuda():
+    return False
+
+
+def __getattr__(name):
+    if name in _NAMES:
+        raise ImportError(
+            f"detectron2._C.{name} is not there: this Detectron2 0.6 was installed without its "
+            "C++/CUDA code (deformable convolution, rotated boxes, fast COCO evaluation). "
+            "Where GitHub can be reached, build it: "
+            "python tools/install_detectron2.py --source github --force"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+'''
+
+# Replaces upstream's: no extension (its sources are not in the archive), the zoo's configs declared
+# where they lie, the project's own name, no extra that pip refuses.
+SETUP_PY = f'''\
+from setuptools import find_packages, setup
+
+projects = {{
+    "detectron2.projects.point_rend": "projects/PointRend/point_rend",
+    "detectron2.projects.deeplab": "projects/DeepLab/deeplab",
+    "detectron2.projects.panoptic_deeplab": "projects/Panoptic-DeepLab/panoptic_deeplab",
+}}
+setup(
+    name="detectron2",
+    version="0.6",
+    description="Detectron2 v0.6 without compiled code, mended for current packages",
+    url="{GITHUB}",
+    license="Apache-2.0",
+    packages=find_packages(include=["detectron2", "detectron2.*"]) + list(projects),
+    package_dir=projects,
+    package_data={{"detectron2.model_zoo": ["configs/**/*.yaml", "configs/**/*.py"]}},
+    install_requires={REQUIREMENTS!r},
+)
+'''
+
+
+def apply_patches(root, patches):
+    for name, pattern, replacement, count in patches:
+        path = root / name
+        if not path.is_file():
+            raise InstallError(f"{name} is missing in the source under {root}; was it cut short?")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(substitute(text, pattern, replacement, count, name), encoding="utf-8")
+
+
+def mend_v06(root):
+    apply_patches(root, V06_PATCHES)
+    (root / "detectron2/_C.py").write_text(NO_C, encoding="utf-8")
+    (root / "setup.py").write_text(SETUP_PY, encoding="utf-8")
+
+
+def verify_sha256(path, expected):
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise InstallError(
+            f"{path.name} has sha256 {found}, expected {expected}: not the pinned archive (a cut "
+            "download, or another file under that name). Remove it and run this again."
+        )
+
+
+# ---- The sources --------------------------------------------------------------------------------
+
+
+def pip_install(*arguments, what):
+    env = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    env.setdefault("MAX_JOBS", str(build_jobs()))
+    if run([sys.executable, "-m", "pip", "install", "-q", *arguments], env=env).returncode:
+        raise InstallError(f"pip could not install {what}; its error is above.")
+
+
+def build_jobs():
+    """Compiler processes: one a core, but 2 GB of memory each, else the machine swaps or kills."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**31
+    except (ValueError, OSError, AttributeError):
+        memory = cores
+    return max(1, min(cores, memory))
+
+
+def github_answers():
+    command = ["git", "ls-remote", "--exit-code", GITHUB, "HEAD"]
+    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        done = run(command, env=env, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return False, "git is not installed"
+    except subprocess.TimeoutExpired:
+        return False, "no answer within 20 seconds"
+    return done.returncode == 0, (done.stderr.strip().splitlines() or ["no answer"])[-1]
+
+
+def install_from_github(work):
+    src = work / "detectron2"
+    say(f"fetching commit {COMMIT[:8]} of {GITHUB}")
+    for command in (
+        ["git", "init", "-q", src],
+        ["git", "-C", src, "fetch", "-q", "--depth", "1", GITHUB, COMMIT],
+        ["git", "-C", src, "checkout", "-q", "FETCH_HEAD"],
+    ):
+        if run(command).returncode:
+            raise InstallError(f"`git {command[-1]}` failed; git's error is above.")
+    apply_patches(src, ZOO_PATCHES)
+    say(f"building it with {os.environ.get('MAX_JOBS', build_jobs())} process(es): some minutes")
+    pip_install("--no-build-isolation", src, what="Detectron2 from source (is there a compiler?)")
+
+
+def install_from_index(work):
+    say(f"fetching the source archive {SDIST} from the package index")
+    # unearth goes into a temporary folder: the environment stays clean
+    tool = work / "unearth"
+    pip_install("--target", tool, "unearth>=0.15", what="unearth, which fetches the archive")
+    env = {**os.environ, "PYTHONPATH": str(tool)}
+    command = [sys.executable, "-m", "unearth", "--no-binary", "--download", work, SDIST]
+    done = run(command, env=env, capture_output=True, text=True)
+    archives = list(work.glob("*.tar.gz"))
+    if done.returncode or len(archives) != 1:
+        raise InstallError(
+            f"the package index did not hand out {SDIST}: {done.stderr.strip()[-500:]}\n"
+            "Check that pip reaches its index (`pip download --no-deps six`), then run this again."
+        )
+    verify_sha256(archives[0], SDIST_SHA256)
+    say("its sha256 is the pinned one; mending it for current numpy, Pillow and setuptools")
+    with tarfile.open(archives[0]) as archive:
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(work, **safe)
+    src = work / archives[0].name.removesuffix(".tar.gz")
+    mend_v06(src)
+    say("installing what it needs")
+    pip_install(*REQUIREMENTS, what="what Detectron2 needs")
+    say("installing it")
+    pip_install(
+        "--no-build-isolation", "--no-deps", "--force-reinstall", src, what="Detectron2 v0.6"
+    )
+
+
+def check_environment():
+    missing = [name for name in ("torch", "torchvision") if not find_spec(name)]
+    if missing:
+        raise InstallError(
+            f"{sys.executable} has no {' and no '.join(missing)}, which Detectron2 is built "
+            f"against: {sys.executable} -m pip install torch torchvision"
+        )
+    missing = [name for name in ("setuptools", "wheel", "ninja") if not find_spec(name)]
+    if missing:
+        say(f"installing the build tools {', '.join(missing)}")
+        pip_install(*missing, what="the build tools")
+
+
+def install(source):
+    check_environment()
+    if source == "auto":
+        reachable, why = github_answers()
+        if not reachable:
+            say(f"GitHub cannot be reached ({why}): taking v0.6 from the package index")
+            source = "index"
+    remove_leftovers()
+    with tempfile.TemporaryDirectory(prefix="detectron2-") as work:
+        if source == "index":
+            return install_from_index(Path(work))
+        try:
+            install_from_github(Path(work))
+        except InstallError as error:
+            if source == "github":
+                raise
+            say(f"{error} Taking v0.6 from the package index instead")
+            remove_leftovers()
+            install_from_index(Path(work))
+
+
+def ensure(source="auto", force=False, check=False):
+    state, detail = probe()
+    if state == "working" and not force:
+        return say(f"{detail}: works, left alone")
+    if check:
+        raise InstallError(
+            "no Detectron2 here." if state == "absent" else f"Detectron2 does not work: {detail}"
+        )
+    if state == "broken" and "No module named 'pkg_resources'" in detail and not force:
+        # Detectron2 itself is fine (main of 2026): give it what it imports rather than replace it
+        say("there is one, but setuptools >= 82 dropped the pkg_resources it imports")
+        say("installing setuptools < 82")
+        pip_install("setuptools<82", what="setuptools < 82")
+        state, detail = probe()
+        if state == "working":
+            return say(f"{detail}: works now")
+    if state == "broken":
+        if is_editable():
+            raise InstallError(
+                f"an editable Detectron2 is installed and does not work: {detail}\nRebuild it "
+                "where its source is, or `pip uninstall detectron2` and run this again."
+            )
+        say(f"there is one that does not work ({detail}): replacing it")
+    install(source)
+    state, detail = probe()
+    if state != "working":
+        raise InstallError(
+            f"installed, but it does not work: {detail or 'it is not found'}\n"
+            f"Run `{sys.executable} -c 'import detectron2.engine'` for the whole error."
+        )
+    say(f"{detail}: works")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source",
+        choices=["auto", "github", "index"],
+        default="auto",
+        help="auto (default): GitHub, else the package index",
+    )
+    parser.add_argument("--force", action="store_true", help="replace one that works, too")
+    parser.add_argument("--check", action="store_true", help="only say whether there is one")
+    args = parser.parse_args(argv)
+    # so that temporary folders go away on `kill`, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("[detectron2] interrupted; run it again"))
+    try:
+        ensure(args.source, args.force, args.check)
+    except InstallError as error:
+        print(f"[detectron2] error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("[detectron2] interrupted; run it again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
