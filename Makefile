@@ -1,0 +1,62 @@
+# make             what there is
+# make quickstart  from a fresh clone to a distilled detector
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.14.1 torchvision==0.29.1
+TESTS  ?= tests
+
+PY    := $(VENV)/bin/python
+PIP   := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install
+# A stamp is written when its step is done: an interrupted `make` goes on with the step it was in.
+STAMP := $(VENV)/.fgbg_kd
+LINTED := fgbg_kd tools tests setup.py
+
+.PHONY: help setup test lint quickstart trees clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@echo "  VENV=path uses an environment of yours (its torch and Detectron2 are kept), PYTHON=python3.x another Python"
+
+setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
+
+test: setup  ## run the tests (TESTS=tests/test_x.py for some)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
+
+lint: setup  ## ruff check, ruff format --check
+	$(PY) -m ruff check $(LINTED)
+	$(PY) -m ruff format --check $(LINTED)
+
+quickstart: setup  ## train teacher, student and distilled student on made-up scenes
+	$(PY) tools/quickstart.py scenes
+
+trees: setup  ## the same on aerial photos of trees
+	$(PY) tools/quickstart.py trees
+
+clean:  ## remove caches and build leftovers (keeps .venv and output)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(STAMP)-venv:
+	@p=$(PYTHON); [ ! -x $(PY) ] || p=$(PY); \
+	command -v $$p >/dev/null || { echo "$$p: not found; name a Python >= 3.10: make PYTHON=python3.11"; exit 1; }; \
+	$$p -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit( \
+	f"{sys.executable} is Python {v[0]}.{v[1]}; fgbg_kd needs 3.10 or newer: make PYTHON=python3.11")'
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	@touch $@
+
+# A torch that works is kept, whatever its version.
+$(STAMP)-torch: $(STAMP)-venv
+	@$(PY) -c 'import torch, torchvision, importlib.metadata as m; m.version("torchvision")' 2>/dev/null \
+	|| { echo "installing $(TORCH) (several GB with CUDA)"; $(PIP) $(TORCH); }
+	@$(PIP) -q setuptools wheel ninja
+	@touch $@
+
+$(STAMP)-detectron2: $(STAMP)-torch tools/install_detectron2.py
+	$(PY) tools/install_detectron2.py
+	@touch $@
+
+$(STAMP)-package: $(STAMP)-detectron2 setup.py
+	@extras=dev; $(PY) -c 'import cv2' 2>/dev/null || extras=dev,opencv; \
+	echo "installing fgbg_kd[$$extras]"; $(PIP) -q --no-build-isolation -e ".[$$extras]"
+	@touch $@
