@@ -28,9 +28,10 @@ for name in ("fgbg_kd", "fgbg_kd.data"):
 def progress(label, done, total):
     """One line that overwrites itself on a terminal; only the last count elsewhere."""
     if sys.stderr.isatty():
-        print(f"\r{label}: {done}/{total} ", end="", file=sys.stderr, flush=True)
-    if done == total:
-        print(f"\r{label}: {done}/{total} ", file=sys.stderr)
+        end = "\n" if done == total else "\r"
+        print(f"{label}: {done}/{total}", end=end, file=sys.stderr, flush=True)
+    elif done == total:
+        print(f"{label}: {total}", file=sys.stderr)
 
 
 def make(kind, args, cache):

@@ -112,7 +112,7 @@ def build_folder(folder, options, write):
         work.mkdir()
         summary = write(work)
         meta = {"options": options, "summary": summary, "content": _content(work)}
-        (work / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
+        (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         if folder.exists():
             folder.replace(partial / "old")
         work.replace(folder)
