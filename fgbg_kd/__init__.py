@@ -1,0 +1,23 @@
+"""fgbg_kd: distils one-stage detectors in Detectron2, foreground and background apart.
+
+Importing it registers the meta-architecture ``FgBgDistiller`` and the timm backbones.
+"""
+
+from .config import add_fgbg_kd_config, get_fgbg_kd_cfg, student_config
+from .distiller import FgBgDistiller
+from .loss import FgBgLoss
+from .modeling import build_timm_backbone
+from .teacher import TeacherError, build_teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FgBgDistiller",
+    "FgBgLoss",
+    "TeacherError",
+    "add_fgbg_kd_config",
+    "build_teacher",
+    "build_timm_backbone",
+    "get_fgbg_kd_cfg",
+    "student_config",
+]

@@ -1,0 +1,96 @@
+"""Every configuration key that this package adds to Detectron2's."""
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def add_fgbg_kd_config(cfg: CN) -> None:
+    """Adds MODEL.KD.*, MODEL.TIMM.*, SOLVER.OPTIMIZER and DATASETS.{TRAIN,TEST}_{JSON,IMAGES}."""
+    # Distillation is on where MODEL.META_ARCHITECTURE is "FgBgDistiller".
+    kd = cfg.MODEL.KD = CN()
+    # Meta-architecture of the student; the rest of MODEL.* describes it as it would alone.
+    kd.STUDENT = "RetinaNet"
+
+    kd.TEACHER = CN()
+    # A zoo name ("COCO-Detection/retinanet_R_101_FPN_3x.yaml") or a local .yaml or .py config.
+    # "" = no teacher: plain training. A .py config is code that runs: use only what you trust.
+    kd.TEACHER.CONFIG = ""
+    # Checkpoint: path or URL. "" = the zoo's weights, or those that a local config names.
+    kd.TEACHER.WEIGHTS = ""
+    # COCO AP (0..100) that the teacher must reach on DATASETS.TEST before training; 0 = no check.
+    kd.TEACHER.MIN_AP = 0.0
+
+    # Scale of loss_kd_fg, the cosine term; 0 = off.
+    kd.FG_WEIGHT = 3.0
+    # Scale of loss_kd_bg, the KL term; 0 = off. With both 0 training is plain training.
+    kd.BG_WEIGHT = 1.0
+    # The two weights grow linearly from 0 over so many iterations; 0 = full from the start.
+    kd.WARMUP_ITERS = 0
+    # From this iteration on the student learns alone; 0 = never.
+    kd.STOP_ITER = 0
+
+    # "all": every box on every level; "scale": each box on the one level that fits its size.
+    kd.ASSIGN = "all"
+    # Weight of a foreground cell. "object": 1 / (cells of its box on that level); "cell": 1.
+    kd.NORMALIZE = "object"
+    # 1x1 convolution from student to teacher channels, per level. "auto": where they differ;
+    # "conv": always; "none": never (an error where they differ).
+    kd.ADAPTER = "auto"
+    # Distribution of the background KL. "sigmoid": a Bernoulli per class, as RetinaNet and FCOS
+    # predict; "softmax": over the classes and a background logit of 0.
+    kd.KL = "sigmoid"
+    # Temperature of the KL; 1 = the predictions as they are.
+    kd.TEMPERATURE = 1.0
+    # The background KL is divided by the number of foreground ("fg") or background ("bg") cells.
+    kd.BG_NORMALIZER = "fg"
+
+    # The student learns where the teacher's prediction is better. "cell", "object", "image": over
+    # what the two qualities are averaged before they are compared; "off" = everywhere.
+    kd.GATE = "cell"
+    # By how much the teacher's quality (0..1) must be better; 0 = at all.
+    kd.GATE_MARGIN = 0.0
+    # Over 0: a sigmoid of this width in quality instead of a step; 0 = a hard gate.
+    kd.GATE_SOFTNESS = 0.0
+
+    # Any timm feature extractor, for MODEL.BACKBONE.NAME "build_timm_backbone",
+    # "build_timm_fpn_backbone" or "build_retinanet_timm_fpn_backbone".
+    timm = cfg.MODEL.TIMM = CN()
+    timm.NAME = "mobilenetv2_100"
+    # Outputs, named by stride as Detectron2 names ResNet's: res2 = 4, res3 = 8, res4 = 16, ...
+    timm.OUT_FEATURES = ["res3", "res4", "res5"]
+    # Local state dict in timm's names; "" = random weights (or MODEL.WEIGHTS, for all of it).
+    timm.WEIGHTS = ""
+    # Batch norm with frozen statistics and affine; False = trained.
+    timm.FREEZE_BN = False
+
+    # "SGD": Detectron2's own; "AdamW": with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # Your own COCO-format data under the one name in DATASETS.TRAIN (TEST), no Python needed;
+    # "" = the name is registered already.
+    cfg.DATASETS.TRAIN_JSON = ""
+    cfg.DATASETS.TRAIN_IMAGES = ""
+    cfg.DATASETS.TEST_JSON = ""
+    cfg.DATASETS.TEST_IMAGES = ""
+
+
+def get_fgbg_kd_cfg() -> CN:
+    """Detectron2's default config with this package's keys."""
+    cfg = get_cfg()
+    add_fgbg_kd_config(cfg)
+    return cfg
+
+
+def student_config(cfg: CN) -> CN:
+    """The config of the plain student: what is trained without, and deployed after, distillation.
+
+    Stock Detectron2 builds from it (once the keys above are added) the detector whose names the
+    checkpoints hold. A config that distils nothing is returned as it is.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "FgBgDistiller":
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
+    cfg.freeze()
+    return cfg

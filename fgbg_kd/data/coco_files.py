@@ -1,0 +1,73 @@
+"""A user's own COCO-format data by two keys in the config, without Python."""
+
+import json
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+_registered: dict[str, tuple[str, str]] = {}
+
+
+def register_datasets(cfg) -> None:
+    """Registers DATASETS.{TRAIN,TEST} from DATASETS.{TRAIN,TEST}_JSON and _IMAGES, where given.
+
+    Raises:
+        ValueError: several names for one file, a name that is taken, or a path that is not there.
+    """
+    for part in ("TRAIN", "TEST"):
+        names = cfg.DATASETS[part]
+        path, images = cfg.DATASETS[f"{part}_JSON"], cfg.DATASETS[f"{part}_IMAGES"]
+        if not path:
+            continue
+        if len(names) != 1:
+            raise ValueError(
+                f"DATASETS.{part}_JSON is one set, but DATASETS.{part} names {tuple(names)}: give "
+                'it one name, such as ("my_data",).'
+            )
+        _register(names[0], path, images, part)
+
+
+def _register(name: str, path: str, images: str, part: str) -> None:
+    for key, value, exists in (
+        ("JSON", path, os.path.isfile(path)),
+        ("IMAGES", images, os.path.isdir(images)),
+    ):
+        if not exists:
+            raise ValueError(
+                f"DATASETS.{part}_{key} is {value!r}: there is no such "
+                f"{'file' if key == 'JSON' else 'folder'}."
+            )
+    if _registered.get(name) == (path, images):
+        return
+    if name in DatasetCatalog.list():
+        raise ValueError(
+            f"DATASETS.{part}: the name {name!r} is taken by another set: choose another."
+        )
+    register_coco_instances(name, {}, path, images)
+    MetadataCatalog.get(name).set(thing_classes=_class_names(path))
+    _registered[name] = (path, images)
+
+
+def _class_names(path: str) -> list[str]:
+    try:
+        with open(path) as file:
+            categories = json.load(file)["categories"]
+        return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a COCO file with named categories: {error!r}") from error
+
+
+def check_num_classes(cfg, num_classes: int) -> None:
+    """The detector must have as many classes as the data, or training learns nonsense silently.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(
+                f"The set {name} has {len(classes)} classes ({', '.join(classes[:10])}), the "
+                f"detector {num_classes}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}."
+            )

@@ -1,0 +1,127 @@
+"""DefaultTrainer with three differences: student checkpoints, AdamW, and checks of the teacher."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import COCOEvaluator
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import get_fgbg_kd_cfg
+from ..data import check_num_classes, register_datasets
+from ..distiller import FgBgDistiller
+from ..teacher import TeacherError
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str, opts: list[str] = ()):
+    """Reads a YAML config and key-value overrides, and registers the data that they name."""
+    cfg = get_fgbg_kd_cfg()
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts))
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    register_datasets(cfg)
+    return cfg
+
+
+class FgBgTrainer(DefaultTrainer):
+    """Trains a plain detector as DefaultTrainer does, and a student under FgBgDistiller.
+
+    Checkpoints hold the student under the plain detector's own names; the adapters lie beside it
+    under the key "kd".
+    """
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        detector = model.student if isinstance(model, FgBgDistiller) else model
+        check_num_classes(cfg, detector.num_classes)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "AdamW":
+            raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use SGD or AdamW.")
+        params = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(
+            dataset_name,
+            tasks=("bbox",),
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            use_fast_impl=_has_fast_coco_eval(),
+        )
+
+    def build_hooks(self):
+        # The hooks share the checkpointer, and DefaultTrainer builds both in its constructor:
+        # this is the one place between the two.
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        hooks = []
+        if isinstance(model, FgBgDistiller):
+            adapters = {"kd": model.kd} if model.kd is not None else {}
+            self.checkpointer = DetectionCheckpointer(
+                model.student, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters
+            )
+            if model.teacher is not None:
+                hooks.append(TeacherCheck())
+        return hooks + super().build_hooks()
+
+    # v0.6 leaves the optimizer out of its checkpoints; main has these two as they are here.
+    def state_dict(self):
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+class TeacherCheck(HookBase):
+    """Before the first iteration, measures the teacher if MODEL.KD.TEACHER.MIN_AP asks for it."""
+
+    def before_train(self):
+        cfg, trainer = self.trainer.cfg, self.trainer
+        minimum = cfg.MODEL.KD.TEACHER.MIN_AP
+        if minimum <= 0 or trainer.iter > 0:
+            return
+        model = trainer.model
+        teacher = getattr(model, "module", model).teacher
+        with torch.random.fork_rng():  # reading data draws numbers that training should draw
+            results = trainer.test(cfg, teacher)
+        ap = results["bbox"]["AP"]
+        if not ap >= minimum:
+            raise TeacherError(
+                f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}, less than "
+                f"MODEL.KD.TEACHER.MIN_AP {minimum}: is it trained on these classes, and are its "
+                "INPUT.FORMAT and PIXEL_MEAN those of its config?"
+            )
+        logger.info(f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}.")
+
+
+def _has_fast_coco_eval() -> bool:
+    try:
+        from detectron2 import _C
+        return hasattr(_C, "COCOevalEvaluateImages")
+    except ImportError:
+        return False

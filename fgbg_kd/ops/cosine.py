@@ -1,0 +1,44 @@
+"""The foreground term: do student and teacher features point the same way?"""
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+# A vector shorter than 1e-6 has no direction: no rounding of it is worth a gradient.
+_MIN_SQUARE = 1e-12
+
+
+def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosine of the angle between the feature vectors of each cell.
+
+    Args:
+        student, teacher: (N, C, H, W); reduced in fp32, or fp64 if given.
+
+    Returns:
+        (N, H, W). Where either vector is zero (norm under 1e-6) it is 0 with a zero gradient.
+    """
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    s, t = student.to(dtype), teacher.to(dtype)
+    dot = (s * t).sum(1)  # (N, H, W)
+    ss, tt = s.square().sum(1), t.square().sum(1)
+    valid = (ss > _MIN_SQUARE) & (tt > _MIN_SQUARE)
+    # The inner `where` keeps the gradient of the branch not taken finite.
+    norm = torch.where(valid, ss, 1).sqrt() * torch.where(valid, tt, 1).sqrt()
+    return torch.where(valid, dot / norm, 0)
+
+
+def cosine_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Sum over cells of weight * (1 - cos(student, teacher)).
+
+    Args:
+        student, teacher: per level (N, C, H_l, W_l).
+        weight: (N, R), R = sum of H_l * W_l. No gradient flows into it.
+
+    Returns:
+        Scalar in fp32 or better, in [0, 2 * weight.sum()].
+    """
+    cosine = torch.cat(
+        [cosine_similarity(s, t).flatten(1) for s, t in zip(student, teacher)], dim=1
+    )  # (N, R)
+    return (weight * (1 - cosine)).sum()

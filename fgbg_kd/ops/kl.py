@@ -1,0 +1,69 @@
+"""The background term: does the student predict what the teacher predicts?"""
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def kl_divergence(
+    student: Tensor, teacher: Tensor, num_classes: int, kind: str, temperature: float = 1.0
+) -> Tensor:
+    """T^2 * KL(teacher || student) of the class predictions of each cell, summed over anchors.
+
+    The factor T^2 keeps the gradient's size independent of the temperature (Hinton et al., 2015).
+
+    Args:
+        student, teacher: (N, A*K, H, W) class logits; computed in fp32, or fp64 if given.
+        num_classes: K.
+        kind: "sigmoid": sum over classes of the KL of Bernoulli distributions, what RetinaNet and
+            FCOS predict; "softmax": one KL over the K classes and a background of logit 0.
+        temperature: T, divides the logits.
+
+    Returns:
+        (N, H, W), not negative up to rounding.
+    """
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    n, _, h, w = student.shape
+    s, t = (
+        x.to(dtype).reshape(n, -1, num_classes, h, w) / temperature for x in (student, teacher)
+    )  # (N, A, K, H, W)
+    if kind == "sigmoid":
+        # KL(p_t || p_s) = cross-entropy minus entropy; both terms in logits, so that neither
+        # a large logit nor a probability of 0 or 1 gives infinity.
+        kl = F.softplus(s) - F.softplus(t) - t.sigmoid() * (s - t)
+    elif kind == "softmax":
+        s, t = (F.pad(x, (0, 0, 0, 0, 0, 1)).log_softmax(2) for x in (s, t))
+        kl = t.exp() * (t - s)
+    else:
+        raise ValueError(f"kind is {kind!r}: it can be 'sigmoid' or 'softmax'.")
+    return temperature**2 * kl.sum((1, 2))
+
+
+def kl_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor,
+    num_classes: int,
+    kind: str = "sigmoid",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over cells of weight * T^2 * KL(teacher || student).
+
+    Args:
+        student, teacher: per level (N, A*K, H_l, W_l) class logits.
+        weight: (N, R), R = sum of H_l * W_l. No gradient flows into it.
+        num_classes, kind, temperature: see :func:`kl_divergence`.
+
+    Returns:
+        Scalar in fp32 or better.
+    """
+    kl = torch.cat(
+        [
+            kl_divergence(s, t, num_classes, kind, temperature).flatten(1)
+            for s, t in zip(student, teacher)
+        ],
+        dim=1,
+    )  # (N, R)
+    return (weight * kl).sum()

@@ -1,0 +1,191 @@
+"""The split: from ground-truth boxes to foreground, background and padding cells.
+
+Shapes: N images, B boxes an image (padded), L feature levels of stride s_l and shape (H_l, W_l),
+R = sum of H_l * W_l cells an image, levels one after the other, rows before columns.
+"""
+
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+BACKGROUND, PADDING = -1, -2
+
+# Boxes compared with all cells of a level at a time: bounds the memory to _CHUNK ints a cell,
+# whatever the number of boxes.
+_CHUNK = 16
+
+
+class Split(NamedTuple):
+    """Which box owns each cell.
+
+    Attributes:
+        box_index: (N, R) int64, index of the owning box in its image's list; -1 background,
+            -2 padding.
+        weight: (N, R) float32, weight of a foreground cell; 0 elsewhere.
+        boxes: (N, max(B, 1), 4) float32, the boxes as XYXY pixels, padded with zeros.
+        level_shapes: (H_l, W_l) per level.
+    """
+
+    box_index: Tensor
+    weight: Tensor
+    boxes: Tensor
+    level_shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def foreground(self) -> Tensor:
+        """(N, R) bool."""
+        return self.box_index >= 0
+
+    @property
+    def background(self) -> Tensor:
+        """(N, R) bool."""
+        return self.box_index == BACKGROUND
+
+    def owner(self, per_box: Tensor) -> Tensor:
+        """Spreads a value per box, (N, B, ...), to the cells of the box: (N, R, ...).
+
+        Cells without a box get the value of box 0: mask them.
+        """
+        index = self.box_index.clamp(min=0)
+        index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
+        return per_box.gather(1, index.expand(-1, -1, *per_box.shape[2:]))
+
+
+@torch.no_grad()
+def split(
+    gt_boxes: Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    level_shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    *,
+    assign: str = "all",
+    normalize: str = "object",
+) -> Split:
+    """Splits the cells of all levels and images into foreground, background and padding.
+
+    A cell p = (y, x) of a level of stride s stands for the image point ((x+.5)s, (y+.5)s), its
+    centre. Boxes are clipped to their image; what is then empty, or not a number, owns nothing.
+
+    - A cell belongs to a box if its centre lies in [x0, x1) x [y0, y1); of several boxes the
+      smallest owns it, of equal ones the first.
+    - A box that covers no cell centre of a level takes part with the one cell that holds its own
+      centre (or, where that cell is padding, the nearest that is not), so that no object vanishes
+      on a coarse level.
+    - A cell whose centre lies outside its own image is padding, on every level.
+
+    Args:
+        gt_boxes: N tensors (B_i, 4), XYXY in pixels of the (unpadded) image; B_i may be 0.
+        image_sizes: N pairs (height, width) in pixels, before padding.
+        level_shapes: L pairs (H_l, W_l) of the padded batch's feature maps.
+        strides: L strides in pixels.
+        assign: "all": every box on every level (FGD); "scale": each box on the one level that
+            fits its size, the first whose stride is over sqrt(area) / 14 (DeFeat).
+        normalize: "object": each cell of a box weighs 1 / (cells of the box on that level), so
+            that a large object does not outweigh ten small ones; "cell": each cell weighs 1.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize)
+    boxes = pad_sequence([b.float() for b in gt_boxes], batch_first=True)  # (N, B, 4)
+    num_images, num_boxes = boxes.shape[:2]
+    if num_boxes == 0:  # one empty box, so that every shape below is a normal one
+        boxes = boxes.new_zeros(num_images, 1, 4)
+        num_boxes = 1
+    height, width = boxes.new_tensor(image_sizes).unbind(-1)  # (N,)
+    x0, y0, x1, y1 = boxes.unbind(-1)  # (N, B)
+    zero = x0.new_zeros(())
+    x0, x1 = (torch.clamp(x, zero, width[:, None]) for x in (x0, x1))
+    y0, y1 = (torch.clamp(y, zero, height[:, None]) for y in (y0, y1))
+    valid = (x1 > x0) & (y1 > y0)  # False for NaN
+    area = torch.where(valid, (x1 - x0) * (y1 - y0), torch.inf)
+    order = area.argsort(dim=1, stable=True)  # who wins first: the smallest, then the first
+    x0, y0, x1, y1, area, valid = (t.gather(1, order) for t in (x0, y0, x1, y1, area, valid))
+    home = _level_of_size(area, strides)
+
+    winners = []
+    for level, ((h, w), stride) in enumerate(zip(level_shapes, strides)):
+        here = valid if assign == "all" else valid & (home == level)
+        rows = _covered(y0, y1, h, stride, height)  # (N, B, H), (N, B), (N, H)
+        columns = _covered(x0, x1, w, stride, width)
+        winners.append(_smallest_box(rows, columns, here).flatten(1))
+    winner = torch.cat(winners, dim=1)  # (N, R) in sorted order; num_boxes: none; more: padding
+
+    index = order.gather(1, winner.clamp(max=num_boxes - 1))
+    index = torch.where(winner == num_boxes, BACKGROUND, index)
+    index = torch.where(winner > num_boxes, PADDING, index)
+    weight = _cell_weights(index, level_shapes, num_boxes, normalize)
+    return Split(index, weight, boxes, tuple((int(h), int(w)) for h, w in level_shapes))
+
+
+def _covered(lo: Tensor, hi: Tensor, size: int, stride: int, extent: Tensor):
+    """One axis of a level: centres covered per box, the cell of the box's centre, padding.
+
+    Returns (N, B, size) bool, (N, B) int64 (-1 if the axis has no cell inside the image),
+    (N, size) bool.
+    """
+    centre = (torch.arange(size, device=lo.device, dtype=lo.dtype) + 0.5) * stride
+    covered = (centre >= lo[..., None]) & (centre < hi[..., None])
+    padding = centre >= extent[:, None]
+    last = (~padding).sum(1) - 1  # (N,)
+    middle = ((lo + hi) / 2).nan_to_num(0)
+    middle = (middle / stride).floor().long()
+    return covered, torch.minimum(middle, last[:, None]), padding
+
+
+def _smallest_box(rows, columns, here: Tensor) -> Tensor:
+    """(N, H, W) position in sorted order of the box that owns each cell.
+
+    B: no box; B + 1: padding. Boxes go through in chunks, all images at once.
+    """
+    (in_y, mid_y, pad_y), (in_x, mid_x, pad_x) = rows, columns
+    num_boxes, h, w = in_y.shape[1], in_y.shape[2], in_x.shape[2]
+    tiny = ~(in_y.any(2) & in_x.any(2))  # (N, B): covers no centre of this level
+    at_y = torch.arange(h, device=in_y.device) == mid_y[..., None]
+    at_x = torch.arange(w, device=in_y.device) == mid_x[..., None]
+    in_y = torch.where(tiny[..., None], at_y, in_y) & here[..., None]
+    in_x = torch.where(tiny[..., None], at_x, in_x)
+    winner = torch.where(pad_y[:, :, None] | pad_x[:, None, :], num_boxes + 1, num_boxes)
+    for i in range(0, num_boxes, _CHUNK):
+        inside = in_y[:, i : i + _CHUNK, :, None] & in_x[:, i : i + _CHUNK, None, :]
+        rank = torch.arange(i, i + inside.shape[1], device=inside.device)[:, None, None]
+        winner = torch.minimum(winner, torch.where(inside, rank, num_boxes + 1).amin(1))
+    return winner
+
+
+def _level_of_size(area: Tensor, strides: Sequence[int]) -> Tensor:
+    """(N, B) int64: the first level whose stride is over sqrt(area) / 14, else the last."""
+    bounds = area.new_tensor(list(strides[1:])) * 7  # stride 8: up to 112 px, 16: up to 224, ...
+    return (area.sqrt()[..., None] >= bounds).sum(-1)
+
+
+def _cell_weights(index: Tensor, level_shapes, num_boxes: int, normalize: str) -> Tensor:
+    foreground = index >= 0
+    if normalize == "cell":
+        return foreground.float()
+    level = torch.cat(
+        [index.new_full((h * w,), i) for i, (h, w) in enumerate(level_shapes)]
+    )  # (R,)
+    key = index.clamp(min=0) + level * num_boxes  # (N, R): one bin per box and level
+    count = index.new_zeros(len(index), len(level_shapes) * num_boxes)
+    count = count.scatter_add(1, key, foreground.long())
+    return foreground / count.gather(1, key).clamp(min=1)
+
+
+def _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize) -> None:
+    if len(gt_boxes) == 0 or len(gt_boxes) != len(image_sizes):
+        raise ValueError(
+            f"{len(gt_boxes)} box lists for {len(image_sizes)} images: give one list an image "
+            "(empty where there are no objects)."
+        )
+    if len(level_shapes) == 0 or len(level_shapes) != len(strides):
+        raise ValueError(f"{len(level_shapes)} feature levels but {len(strides)} strides.")
+    if assign not in ("all", "scale"):
+        raise ValueError(f"assign is {assign!r}: it can be 'all' or 'scale'.")
+    if normalize not in ("object", "cell"):
+        raise ValueError(f"normalize is {normalize!r}: it can be 'object' or 'cell'.")
+    for boxes in gt_boxes:
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"boxes have shape {tuple(boxes.shape)}: expected (B, 4) XYXY.")

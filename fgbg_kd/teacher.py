@@ -1,0 +1,231 @@
+"""The teacher: named by a config, loaded whole or not at all, frozen, checked against the student.
+
+Most failed distillations are teachers that were never loaded. Nothing here goes on with a warning.
+"""
+
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
+from torch import nn
+
+from .config import get_fgbg_kd_cfg, student_config
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherError(ValueError):
+    """The teacher cannot teach: the message says why and what to do."""
+
+
+class Level(NamedTuple):
+    """A feature level that student and teacher share."""
+
+    stride: int
+    student_channels: int
+    teacher_channels: int
+
+
+def build_teacher(config: str, weights: str = "") -> nn.Module:
+    """Builds, loads and freezes a teacher.
+
+    Args:
+        config: path of a .yaml or .py config, or a name in Detectron2's model zoo.
+        weights: path or URL of its checkpoint. "": the zoo's own for a zoo name, else what the
+            config names (MODEL.WEIGHTS, train.init_checkpoint).
+
+    Returns:
+        The detector in eval mode on the CPU, without gradients.
+
+    Raises:
+        TeacherError: no such config, no weights, or weights that do not fill the model exactly.
+    """
+    path, in_zoo = _find_config(config)
+    # The student's random numbers must not depend on what its teacher looks like.
+    with torch.random.fork_rng(devices=[]):
+        if path.endswith(".py"):
+            cfg = LazyConfig.load(path)
+            detector, own_weights = instantiate(cfg.model), cfg.get("train", {}).get(
+                "init_checkpoint", ""
+            )
+        else:
+            cfg = get_fgbg_kd_cfg()
+            cfg.merge_from_file(path)
+            cfg.MODEL.DEVICE = "cpu"
+            # What the checkpoint holds anyway need not be read first.
+            cfg.MODEL.TIMM.WEIGHTS = ""
+            detector, own_weights = build_model(student_config(cfg)), cfg.MODEL.WEIGHTS
+    if not weights:
+        weights = _zoo_weights(config) if in_zoo else own_weights
+    if not weights:
+        raise TeacherError(
+            f"The teacher {config} has no weights: give its checkpoint as "
+            "MODEL.KD.TEACHER.WEIGHTS."
+        )
+    _load(detector, weights, config)
+    return freeze(detector)
+
+
+def freeze(detector: nn.Module) -> nn.Module:
+    """Eval mode, no gradients."""
+    return detector.eval().requires_grad_(False)
+
+
+def _find_config(config: str) -> tuple[str, bool]:
+    if os.path.isfile(config):
+        return config, False
+    try:
+        return model_zoo.get_config_file(config), True
+    except RuntimeError:
+        raise TeacherError(
+            f"No teacher config {config!r}: it is neither a file here nor a name in Detectron2's "
+            "model zoo (such as COCO-Detection/retinanet_R_101_FPN_3x.yaml)."
+        ) from None
+
+
+def _zoo_weights(config: str) -> str:
+    try:
+        return model_zoo.get_checkpoint_url(config)
+    except RuntimeError:
+        raise TeacherError(
+            f"Detectron2's model zoo has no weights for {config}: train that model and give its "
+            "checkpoint as MODEL.KD.TEACHER.WEIGHTS."
+        ) from None
+
+
+class _ReportingCheckpointer(DetectionCheckpointer):
+    """Keeps the load report that DetectionCheckpointer only logs."""
+
+    def _load_model(self, checkpoint):
+        self.report = super()._load_model(checkpoint)
+        return self.report
+
+
+def _load(detector: nn.Module, weights: str, config: str) -> None:
+    checkpointer = _ReportingCheckpointer(detector)
+    try:
+        checkpointer.load(weights)
+    except (OSError, AssertionError) as error:  # what path managers raise for "not there"
+        raise TeacherError(
+            f"The teacher's weights {weights} cannot be read ({error}). If they are on the "
+            "network, fetch them where there is one and give the file as "
+            "MODEL.KD.TEACHER.WEIGHTS."
+        ) from error
+    report = checkpointer.report
+    faults = []
+    if report.missing_keys:
+        faults.append(_listing("missing in the file", report.missing_keys))
+    if report.unexpected_keys:
+        faults.append(_listing("not in the model", report.unexpected_keys))
+    if report.incorrect_shapes:
+        rows = [f"{k} {tuple(a)} in the file, {tuple(b)}" for k, a, b in report.incorrect_shapes]
+        faults.append(_listing("of another shape in the model", rows))
+    if faults:
+        raise TeacherError(
+            f"{weights} is not a checkpoint of the teacher {config}:\n  "
+            + "\n  ".join(faults)
+            + "\nGive the config that the checkpoint was trained with."
+        )
+    bad = [k for k, v in detector.state_dict().items() if not v.isfinite().all()]
+    if bad:
+        raise TeacherError(_listing(f"{weights} has values that are not finite", bad))
+    parameters = sum(p.numel() for p in detector.parameters())
+    logger.info(
+        f"Teacher {config}: all {len(detector.state_dict())} tensors loaded from {weights}, "
+        f"{parameters / 1e6:.2f} M parameters."
+    )
+
+
+def _listing(what: str, keys) -> str:
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f"{len(keys)} {what}: {', '.join(keys[:5])}{more}"
+
+
+def check_pair(student: nn.Module, teacher: nn.Module, *, need_logits: bool) -> list[Level]:
+    """The levels that student and teacher share.
+
+    Args:
+        need_logits: whether predictions are compared one by one, so that anchors must agree.
+
+    Raises:
+        TeacherError: a detector that is not dense, other classes, strides or anchors.
+    """
+    for name, detector in (("student", student), ("teacher", teacher)):
+        if not all(hasattr(detector, a) for a in ("head", "head_in_features", "num_classes")):
+            raise TeacherError(
+                f"The {name} is a {type(detector).__name__}: it must be a DenseDetector "
+                "(RetinaNet, FCOS)."
+            )
+    if student.num_classes != teacher.num_classes:
+        raise TeacherError(
+            f"The student has {student.num_classes} classes, the teacher {teacher.num_classes}: "
+            "train the teacher on the student's classes, or set the student's NUM_CLASSES."
+        )
+    shapes = [
+        [d.backbone.output_shape()[name] for name in d.head_in_features]
+        for d in (student, teacher)
+    ]
+    strides = [[shape.stride for shape in levels] for levels in shapes]
+    if strides[0] != strides[1]:
+        named = [
+            ", ".join(f"{n} (stride {s})" for n, s in zip(d.head_in_features, strides[i]))
+            for i, d in enumerate((student, teacher))
+        ]
+        raise TeacherError(
+            f"The levels do not meet. Student: {named[0]}. Teacher: {named[1]}. Give both the "
+            "same strides by their IN_FEATURES."
+        )
+    divisor = [d.backbone.size_divisibility for d in (student, teacher)]
+    if divisor[1] > 1 and divisor[0] % divisor[1]:
+        raise TeacherError(
+            f"The student pads images to multiples of {divisor[0]} pixels, the teacher needs "
+            f"{divisor[1]}."
+        )
+    anchors = [list(d.anchor_generator.num_anchors) for d in (student, teacher)]
+    if need_logits and anchors[0] != anchors[1]:
+        raise TeacherError(
+            f"The student has {anchors[0]} anchors a cell, the teacher {anchors[1]}: their "
+            "predictions cannot be compared one by one. Give both the same "
+            "MODEL.ANCHOR_GENERATOR, or set MODEL.KD.BG_WEIGHT 0."
+        )
+    return [Level(s.stride, s.channels, t.channels) for s, t in zip(*shapes)]
+
+
+def same_input(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both take the same normalised tensor: mean, std and channel order agree."""
+    return _channel_order(student) == _channel_order(teacher) and all(
+        torch.equal(getattr(student, name).cpu(), getattr(teacher, name).cpu())
+        for name in ("pixel_mean", "pixel_std")
+    )
+
+
+def teacher_images(
+    teacher: nn.Module, student: nn.Module, images: ImageList, batched_inputs: list[dict]
+) -> torch.Tensor:
+    """The batch as a teacher with another mean, std or channel order wants it.
+
+    It has the student's padded shape, so that the cells of both meet; padding is 0 after
+    normalisation.
+
+    Returns:
+        (N, 3, H, W), the shape of ``images.tensor``.
+    """
+    flip = _channel_order(student) != _channel_order(teacher)
+    out = torch.zeros_like(images.tensor)
+    for i, x in enumerate(batched_inputs):
+        image = x["image"].to(out.device)
+        image = image.flip(0) if flip else image
+        out[i, :, : image.shape[1], : image.shape[2]] = (
+            image - teacher.pixel_mean
+        ) / teacher.pixel_std
+    return out
+
+
+def _channel_order(detector: nn.Module) -> str:
+    return getattr(detector, "input_format", "BGR")

@@ -1,0 +1,121 @@
+"""Small detectors and a small COCO-format set, made on the spot."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from fgbg_kd import get_fgbg_kd_cfg
+
+torch.set_num_threads(1)
+
+CLASSES = ("square", "stripe")
+
+
+def write_coco(folder, count: int, seed: int) -> tuple[str, str]:
+    """`count` noise images of two sizes with up to 3 filled boxes; image 0 has none."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    os.makedirs(folder / "images", exist_ok=True)
+    for i in range(count):
+        h, w = ((64, 80), (72, 56))[i % 2]
+        pixels = rng.integers(0, 80, (h, w, 3), dtype=np.uint8)
+        for _ in range(i % 4):
+            bw, bh = (int(v) for v in rng.integers(8, 40, 2))
+            x, y = int(rng.integers(0, w - bw)), int(rng.integers(0, h - bh))
+            c = int(rng.integers(2))
+            pixels[y : y + bh, x : x + bw, c] = 220
+            box = {"bbox": [x, y, bw, bh], "area": bw * bh, "category_id": c + 1, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": i, **box})
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": h, "width": w})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    path = folder / "annotations.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return str(path), str(folder / "images")
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """(json, image folder) of 12 images."""
+    return write_coco(tmp_path_factory.mktemp("coco"), 12, seed=0)
+
+
+def tiny_cfg(coco=None, name="tiny"):
+    """Config of the smallest RetinaNet: three levels, 16 channels, 2 classes, CPU."""
+    cfg = get_fgbg_kd_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+    cfg.MODEL.TIMM.NAME = "test_resnet"
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5"]
+    cfg.MODEL.RETINANET.NUM_CONVS = 1
+    cfg.MODEL.RETINANET.NUM_CLASSES = len(CLASSES)
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.7, 1.4]]
+    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.BASE_LR = 0.01
+    cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.SEED = 7
+    if coco:
+        for part in ("TRAIN", "TEST"):
+            cfg.DATASETS[part] = (f"{name}_{part.lower()}",)
+            cfg.DATASETS[f"{part}_JSON"], cfg.DATASETS[f"{part}_IMAGES"] = coco
+    return cfg
+
+
+def save_teacher(folder, channels=24, seed=1, edit=None):
+    """Writes a teacher's config and random weights; returns their paths."""
+    from detectron2.modeling import build_model
+
+    cfg = tiny_cfg()
+    cfg.MODEL.FPN.OUT_CHANNELS = channels
+    if edit:
+        edit(cfg)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        # Clearly not the prior, so that some predictions beat an untrained student's.
+        torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
+    config, weights = folder / "teacher.yaml", folder / "teacher.pth"
+    config.write_text(cfg.dump())
+    torch.save({"model": model.state_dict()}, weights)
+    return str(config), str(weights)
+
+
+@pytest.fixture(scope="session")
+def teacher_files(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def distil_cfg(coco, teacher_files):
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
+    return cfg
+
+
+def make_batch(sizes=((64, 80), (72, 56)), boxes=(((5, 5, 30, 40), (10, 10, 20, 18)), ()), seed=0):
+    """Detectron2 inputs of random images; `boxes` per image, classes alternate."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for (h, w), image_boxes in zip(sizes, boxes):
+        instances = Instances((h, w))
+        instances.gt_boxes = Boxes(torch.tensor(image_boxes, dtype=torch.float32).reshape(-1, 4))
+        instances.gt_classes = torch.arange(len(image_boxes)) % len(CLASSES)
+        image = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": h, "width": w})
+    return batch

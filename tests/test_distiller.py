@@ -1,0 +1,187 @@
+import copy
+
+import pytest
+import torch
+from conftest import make_batch, save_teacher, tiny_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from fgbg_kd import TeacherError
+
+
+def losses_of(model, batch, iteration=0):
+    with EventStorage(iteration):
+        return model.train()(batch)
+
+
+def test_adds_two_losses_and_keeps_the_students_own(distil_cfg):
+    torch.manual_seed(3)
+    distiller = build_model(distil_cfg)
+    torch.manual_seed(3)
+    plain = build_model(tiny_cfg())
+    losses, own = losses_of(distiller, make_batch()), losses_of(plain, make_batch())
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_kd_fg", "loss_kd_bg"}
+    for name, value in own.items():
+        assert torch.equal(losses[name], value)
+    assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0
+
+
+def test_gradients_reach_student_and_adapters_and_never_the_teacher(distil_cfg):
+    distil_cfg.MODEL.KD.GATE = "off"
+    model = build_model(distil_cfg)
+    losses = losses_of(model, make_batch())
+    (losses["loss_kd_fg"] + losses["loss_kd_bg"]).backward()
+    assert all(a.weight.grad.abs().sum() > 0 for a in model.kd.adapters)
+    assert model.student.backbone.fpn_output3.weight.grad.abs().sum() > 0
+    assert model.student.head.cls_score.weight.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+
+
+def test_teacher_is_invisible_frozen_and_follows_the_device(distil_cfg):
+    model = build_model(distil_cfg)
+    before = copy.deepcopy(model.teacher.state_dict())
+    assert not any("teacher" in k for k in model.state_dict())
+    assert not any("teacher" in k for k, _ in model.named_parameters())
+    assert not any("teacher" in k for k, _ in model.named_modules())
+    model.train()
+    assert not any(m.training for m in model.teacher.modules())
+    losses_of(model, make_batch())
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
+    assert {p.dtype for p in model.double().teacher.parameters()} == {torch.float64}
+    assert model.to("meta").teacher.pixel_mean.is_meta
+
+
+def test_inference_is_the_student(distil_cfg):
+    model = build_model(distil_cfg).eval()
+    torch.nn.init.normal_(model.student.head.cls_score.weight, std=0.3)
+    batch = make_batch()
+    with torch.no_grad():
+        ours, plain = model(batch), model.student(batch)
+    for a, b in zip(ours, plain):
+        assert len(a["instances"]) > 0
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("key", ["weights", "teacher"])
+def test_without_weights_or_teacher_nothing_is_added(distil_cfg, key):
+    if key == "teacher":
+        distil_cfg.MODEL.KD.TEACHER.CONFIG = ""
+    else:
+        distil_cfg.MODEL.KD.FG_WEIGHT = distil_cfg.MODEL.KD.BG_WEIGHT = 0.0
+    model = build_model(distil_cfg)
+    assert model.teacher is None and model.kd is None
+    assert set(losses_of(model, make_batch())) == {"loss_cls", "loss_box_reg"}
+
+
+def test_no_boxes_in_the_batch_is_a_normal_input(distil_cfg):
+    model = build_model(distil_cfg)
+    losses = losses_of(model, make_batch(boxes=((), ())))
+    assert losses["loss_kd_fg"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_warm_up_and_stop_scale_both_terms(distil_cfg):
+    distil_cfg.MODEL.KD.WARMUP_ITERS, distil_cfg.MODEL.KD.STOP_ITER = 10, 20
+    model = build_model(distil_cfg)
+    first, full, after = (losses_of(model, make_batch(), i) for i in (0, 9, 20))
+    for name in ("loss_kd_fg", "loss_kd_bg"):
+        # BatchNorm in training mode sees the same batch: the terms differ by the scale alone.
+        torch.testing.assert_close(first[name] * 10, full[name], rtol=1e-4, atol=1e-6)
+        assert after[name] == 0
+    sum(after.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())  # or DDP would wait for them
+
+
+def test_gate_shares_reach_the_event_storage(distil_cfg):
+    model = build_model(distil_cfg)
+    with EventStorage(19) as storage:
+        model.train()(make_batch())
+        assert 0 <= storage.latest()["kd/fg_gate"][0] <= 1
+        assert 0 <= storage.latest()["kd/bg_gate"][0] <= 1
+
+
+def test_padding_the_batch_does_not_change_the_terms(distil_cfg):
+    """An image padded by a larger neighbour keeps its own cells."""
+    model = build_model(distil_cfg)
+    for m in (model.student, model.teacher):
+        m.eval()  # BatchNorm would mix the images
+    model.training = True
+    one = make_batch(sizes=((64, 64),), boxes=(((8, 8, 40, 40),),))
+    blank = make_batch(sizes=((128, 128),), boxes=((),))
+    with EventStorage(0):
+        small = model(one)["loss_kd_fg"]
+        padded = model(one + blank)["loss_kd_fg"]
+    # Convolutions see the padding's edge: equal up to the receptive field's border effect.
+    torch.testing.assert_close(small, padded, rtol=0.05, atol=0.05)
+
+
+def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil_cfg):
+    def rgb(cfg):
+        cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN = "RGB", [1.0, 2.0, 3.0]
+
+    kd = distil_cfg.MODEL.KD.TEACHER
+    kd.CONFIG, kd.WEIGHTS = save_teacher(tmp_path, edit=rgb)
+    model = build_model(distil_cfg)
+    seen = []
+    model.teacher.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batch = make_batch(boxes=((), ()))
+    losses_of(model, batch)
+    expected = model.teacher.preprocess_image(
+        [{"image": x["image"].flip(0)} for x in batch]
+    ).tensor
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda c: c.MODEL.RETINANET.__setattr__("NUM_CLASSES", 3), "2 classes, the teacher 3"),
+        (lambda c: c.MODEL.RETINANET.__setattr__("IN_FEATURES", ["p4", "p5", "p6"]), "p6"),
+        (
+            lambda c: c.MODEL.ANCHOR_GENERATOR.__setattr__("ASPECT_RATIOS", [[1.0]]),
+            "BG_WEIGHT 0",
+        ),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_an_error_that_names_the_mend(
+    tmp_path, distil_cfg, edit, message
+):
+    kd = distil_cfg.MODEL.KD.TEACHER
+    kd.CONFIG, kd.WEIGHTS = save_teacher(tmp_path, edit=edit)
+    with pytest.raises(TeacherError, match=message):
+        build_model(distil_cfg)
+
+
+def test_other_anchors_are_fine_without_the_background_term(tmp_path, distil_cfg):
+    kd = distil_cfg.MODEL.KD
+    kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS = save_teacher(
+        tmp_path, edit=lambda c: c.MODEL.ANCHOR_GENERATOR.__setattr__("ASPECT_RATIOS", [[1.0]])
+    )
+    kd.BG_WEIGHT = 0.0
+    losses = losses_of(build_model(distil_cfg), make_batch())
+    assert "loss_kd_bg" not in losses and losses["loss_kd_fg"] > 0
+
+
+def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
+    distil_cfg.MODEL.KD.BG_WEIGHT, distil_cfg.MODEL.KD.GATE = 0.0, "off"
+    model = build_model(distil_cfg)
+    calls = []
+    model.teacher.head.register_forward_hook(lambda *_: calls.append(1))
+    assert losses_of(model, make_batch())["loss_kd_fg"] > 0
+    assert not calls
+
+
+def test_one_option_that_does_not_exist_is_an_error(distil_cfg):
+    distil_cfg.MODEL.KD.GATE = "maybe"
+    with pytest.raises(ValueError, match="MODEL.KD.GATE is 'maybe'"):
+        build_model(distil_cfg)
+
+
+def test_bfloat16_autocast_trains(distil_cfg):
+    model = build_model(distil_cfg)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, make_batch())
+    assert losses["loss_kd_fg"].dtype == losses["loss_kd_bg"].dtype == torch.float32
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
