@@ -82,8 +82,10 @@ def main():
         start = time.perf_counter()
         try:
             folder, meta, was_built = make(kind, args, args.out / ".cache")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
             sys.exit(f"prepare_data {kind}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"\nprepare_data {kind}: interrupted, nothing is left half made")
         seconds = time.perf_counter() - start
         print(f"{folder}: {f'made in {seconds:.0f} s' if was_built else 'up to date, unchanged'}")
         for name, counts in meta["summary"].items():
