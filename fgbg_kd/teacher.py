@@ -111,7 +111,7 @@ def _load(detector: nn.Module, weights: str, config: str) -> None:
     checkpointer = _ReportingCheckpointer(detector)
     try:
         checkpointer.load(weights)
-    except (OSError, AssertionError) as error:  # what path managers raise for "not there"
+    except Exception as error:  # absent, unreachable, torn: each kind of file has its own
         raise TeacherError(
             f"The teacher's weights {weights} cannot be read ({error}). If they are on the "
             "network, fetch them where there is one and give the file as "

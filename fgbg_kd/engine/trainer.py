@@ -1,9 +1,12 @@
 """DefaultTrainer with three differences: student checkpoints, AdamW, and checks of the teacher."""
 
+import contextlib
 import logging
 import os
+import random
 import weakref
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase
@@ -107,7 +110,7 @@ class TeacherCheck(HookBase):
             return
         model = trainer.model
         teacher = getattr(model, "module", model).teacher
-        with torch.random.fork_rng():  # reading data draws numbers that training should draw
+        with _random_states_kept():  # reading data draws numbers that training should draw
             results = trainer.test(cfg, teacher)
         ap = results["bbox"]["AP"]
         if not ap >= minimum:
@@ -117,6 +120,15 @@ class TeacherCheck(HookBase):
                 "INPUT.FORMAT and PIXEL_MEAN those of its config?"
             )
         logger.info(f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}.")
+
+
+@contextlib.contextmanager
+def _random_states_kept():
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 def _has_fast_coco_eval() -> bool:

@@ -1,0 +1,185 @@
+"""The split against a definition written with loops, over anything hypothesis can think of."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fgbg_kd.ops import split
+from fgbg_kd.ops.split import BACKGROUND, PADDING
+
+
+def owner_by_definition(boxes, image_size, shape, stride, here):
+    """Cell by cell, box by box: what `split` says in words."""
+    height, width = image_size
+    boxes = [
+        (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
+        for x0, y0, x1, y1 in boxes
+    ]
+    area = [(x1 - x0) * (y1 - y0) if x1 > x0 and y1 > y0 else None for x0, y0, x1, y1 in boxes]
+
+    def inside(p, q):
+        return (p + 0.5) * stride < height and (q + 0.5) * stride < width
+
+    def covers(b, p, q):
+        x0, y0, x1, y1 = boxes[b]
+        return x0 <= (q + 0.5) * stride < x1 and y0 <= (p + 0.5) * stride < y1
+
+    cells = [(p, q) for p in range(shape[0]) for q in range(shape[1]) if inside(p, q)]
+    candidates = {}
+    for b, box_area in enumerate(area):
+        if box_area is None or not here[b]:
+            continue
+        own = [c for c in cells if covers(b, *c)]
+        if not own and cells:
+            x0, y0, x1, y1 = boxes[b]
+            last = max(cells)
+            p = min(math.floor((y0 + y1) / 2 / stride), last[0])
+            q = min(math.floor((x0 + x1) / 2 / stride), last[1])
+            own = [(p, q)]
+        for c in own:
+            candidates.setdefault(c, []).append((box_area, b))
+    return [
+        [
+            (min(candidates[p, q])[1] if (p, q) in candidates else BACKGROUND)
+            if inside(p, q)
+            else PADDING
+            for q in range(shape[1])
+        ]
+        for p in range(shape[0])
+    ]
+
+
+# Quarter pixels are exact in fp32, so that both sides compare the same numbers.
+coordinate = st.integers(-80, 400).map(lambda v: v / 4)
+box = st.tuples(coordinate, coordinate, coordinate, coordinate)
+image = st.tuples(st.integers(1, 64), st.integers(1, 64), st.lists(box, max_size=20))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]))
+def test_split_is_its_definition(images, assign):
+    sizes = [(h, w) for h, w, _ in images]
+    boxes = [b for *_, b in images]
+    padded = [math.ceil(max(s[i] for s in sizes) / 32) * 32 for i in (0, 1)]
+    strides = (8, 16, 32)
+    shapes = [(padded[0] // s, padded[1] // s) for s in strides]
+    tensors = [torch.tensor(b).reshape(-1, 4) for b in boxes]
+    result = split(tensors, sizes, shapes, strides, assign=assign)
+    start = 0
+    for level, (shape, stride) in enumerate(zip(shapes, strides)):
+        stop = start + shape[0] * shape[1]
+        for n, image_boxes in enumerate(boxes):
+            here = [assign == "all" or home(b, sizes[n]) == level for b in image_boxes]
+            expected = owner_by_definition(image_boxes, sizes[n], shape, stride, here)
+            got = result.box_index[n, start:stop].reshape(shape).tolist()
+            assert got == expected
+        start = stop
+    assert start == result.box_index.shape[1]
+
+
+def home(box, size):
+    """DeFeat's rule: stride 8 up to 112 pixels, 16 up to 224, 32 beyond."""
+    x0, x1 = (min(max(v, 0), size[1]) for v in (box[0], box[2]))
+    y0, y1 = (min(max(v, 0), size[0]) for v in (box[1], box[3]))
+    side = math.sqrt(max((x1 - x0) * (y1 - y0), 0))
+    return 0 if side < 112 else 1 if side < 224 else 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(image, min_size=1, max_size=3))
+def test_each_object_weighs_one_on_each_level_it_owns(images):
+    sizes = [(h, w) for h, w, _ in images]
+    tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
+    result = split(tensors, sizes, [(8, 8), (4, 4)], (8, 16))
+    assert result.weight.dtype == torch.float32
+    assert (result.weight[~result.foreground] == 0).all()
+    for n in range(len(images)):
+        for level in (slice(0, 64), slice(64, 80)):
+            index, weight = result.box_index[n, level], result.weight[n, level]
+            for b in index[index >= 0].unique():
+                torch.testing.assert_close(weight[index == b].sum(), torch.tensor(1.0))
+
+
+def test_by_hand_two_images_of_different_size_in_one_batch():
+    # One level of stride 8, padded to 4 x 4 cells; the second image is 16 x 20 pixels.
+    boxes = [torch.tensor([[0.0, 0, 32, 32], [4, 4, 12, 12]]), torch.tensor([[9.0, 1, 11, 3]])]
+    got = split(boxes, [(32, 32), (16, 20)], [(4, 4)], [8])
+    assert got.box_index[0].reshape(4, 4).tolist() == [
+        [1, 0, 0, 0],  # centre (4, 4) is in [4, 12): the small box wins it, and not (12, 12)
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
+    assert got.box_index[1].reshape(4, 4).tolist() == [
+        [-1, 0, -2, -2],  # covers no centre, so it owns the cell that holds its own
+        [-1, -1, -2, -2],  # the third column's centre is at 20, not under 20
+        [-2, -2, -2, -2],
+        [-2, -2, -2, -2],
+    ]
+    assert got.weight[0].reshape(4, 4)[0].tolist() == pytest.approx([1, 1 / 15, 1 / 15, 1 / 15])
+
+
+def test_of_equal_boxes_the_first_owns_the_cells():
+    boxes = [torch.tensor([[0.0, 0, 16, 16], [0, 0, 16, 16]])]
+    assert split(boxes, [(16, 16)], [(2, 2)], [8]).box_index.tolist() == [[0, 0, 0, 0]]
+
+
+def test_degenerate_outside_and_nan_boxes_own_nothing():
+    nan, inf = math.nan, math.inf
+    rows = [[5, 5, 5, 9], [9, 5, 5, 9], [-9, -9, 0, 0], [40, 0, 50, 9], [nan, 0, 9, 9], [0, 0, nan, 9]]
+    boxes = [torch.tensor(rows, dtype=torch.float32)]
+    assert (split(boxes, [(32, 32)], [(4, 4)], [8]).box_index == BACKGROUND).all()
+    everything = [torch.tensor([[-inf, -inf, inf, inf]])]
+    assert (split(everything, [(32, 32)], [(4, 4)], [8]).box_index == 0).all()
+
+
+def test_no_boxes_is_a_normal_input():
+    got = split([torch.zeros(0, 4)] * 2, [(32, 32), (16, 16)], [(4, 4)], [8])
+    assert not got.foreground.any() and got.weight.sum() == 0
+    assert got.background.sum() == 16 + 4
+
+
+def test_a_thousand_boxes_an_image_are_chunked_to_the_same_result():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 200, (1000, 2), generator=generator).float()
+    size = torch.randint(1, 60, (1000, 2), generator=generator).float()
+    boxes = torch.cat([corner, corner + size], dim=1)
+    got = split([boxes], [(200, 256)], [(25, 32)], [8]).box_index[0].reshape(25, 32).tolist()
+    assert got == owner_by_definition(boxes.tolist(), (200, 256), (25, 32), 8, [True] * 1000)
+
+
+def test_cell_weights_are_one_if_asked_for():
+    boxes = [torch.tensor([[0.0, 0, 20, 20]])]
+    got = split(boxes, [(32, 32)], [(4, 4)], [8], normalize="cell")
+    assert torch.equal(got.weight, got.foreground.float())
+
+
+def test_owner_spreads_boxes_and_classes_to_their_cells():
+    boxes = [torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]])]
+    got = split(boxes, [(16, 16)], [(2, 2)], [8])
+    assert got.owner(torch.tensor([[7, 9]]))[0, [0, 3]].tolist() == [7, 9]
+    assert torch.equal(got.owner(got.boxes)[0, 3], boxes[0][1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gt_boxes": []}, "0 box lists for 1 images"),
+        ({"strides": [8, 16]}, "1 feature levels but 2 strides"),
+        ({"assign": "some"}, "'all' or 'scale'"),
+        ({"normalize": "box"}, "'object' or 'cell'"),
+        ({"gt_boxes": [torch.zeros(3, 5)]}, r"shape \(3, 5\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    good = {
+        "gt_boxes": [torch.zeros(0, 4)],
+        "image_sizes": [(8, 8)],
+        "level_shapes": [(1, 1)],
+        "strides": [8],
+    }
+    with pytest.raises(ValueError, match=message):
+        split(**{**good, **change})
