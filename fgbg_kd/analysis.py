@@ -1,0 +1,96 @@
+"""What a detector costs, and what it sees: parameters, GFLOPs, latency, pictures."""
+
+import time
+
+import cv2
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.data.transforms import AugInput, ResizeShortestEdge
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.visualizer import Visualizer
+
+from .config import student_config
+
+
+def load_detector(cfg, weights: str) -> torch.nn.Module:
+    """The (student's) detector of a config with a checkpoint's weights, in eval mode."""
+    cfg = student_config(cfg).clone()
+    cfg.defrost()
+    cfg.MODEL.TIMM.WEIGHTS = ""  # the checkpoint holds them
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(weights)
+    return model
+
+
+def read_input(cfg, path: str) -> dict:
+    """An image file as Detectron2's model input, resized as cfg.INPUT says for testing."""
+    image = utils.read_image(path, cfg.INPUT.FORMAT)
+    height, width = image.shape[:2]
+    augmented = AugInput(image)
+    ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)(augmented)
+    tensor = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+    return {"image": tensor, "height": height, "width": width}
+
+
+@torch.no_grad()
+def cost(model: torch.nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
+    """Parameters (millions), GFLOPs and milliseconds of one image, on the model's device.
+
+    GFLOPs are fvcore's: one multiply-add is one FLOP. Milliseconds are the median of ``runs``
+    calls of the whole detector, with resizing left out and NMS in.
+    """
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    flops = FlopCountAnalysis(model, [example])
+    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    gflops = flops.total() / 1e9
+    times = []
+    for _ in range(runs + 3):  # three to warm up
+        start = time.perf_counter()
+        model([example])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return {
+        "parameters_m": round(parameters, 3),
+        "gflops": round(gflops, 4),
+        "ms_per_image": round(float(np.median(times[3:])), 2),
+    }
+
+
+@torch.no_grad()
+def draw_side_by_side(
+    cfg, record: dict, models: dict[str, torch.nn.Module], score: float, width: int = 320
+) -> np.ndarray:
+    """Ground truth and each model's detections of one image, in a row, with titles.
+
+    Args:
+        cfg: of the models' input, and of the set's class names (DATASETS.TEST).
+        record: Detectron2's standard dataset dict.
+        models: name -> detector.
+        score: detections under it are not drawn.
+        width: of each panel, in pixels.
+
+    Returns:
+        (H, W, 3) uint8, BGR.
+    """
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    image = utils.read_image(record["file_name"], "RGB")
+    scale = width / image.shape[1]
+    inputs = read_input(cfg, record["file_name"])
+    truth = {**record, "annotations": [a for a in record["annotations"] if not a["iscrowd"]]}
+    panels = [("ground truth", Visualizer(image, metadata, scale).draw_dataset_dict(truth))]
+    for name, model in models.items():
+        found = model([inputs])[0]["instances"].to("cpu")
+        found = found[found.scores >= score]
+        drawn = Visualizer(image, metadata, scale).draw_instance_predictions(found)
+        panels.append((f"{name}: {len(found)} of {len(truth['annotations'])}", drawn))
+    return np.hstack([_titled(panel.get_image()[:, :, ::-1], title) for title, panel in panels])
+
+
+def _titled(image: np.ndarray, title: str) -> np.ndarray:
+    image = cv2.copyMakeBorder(image, 22, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    return cv2.putText(image, title, (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, 16)

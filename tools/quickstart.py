@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Trains a teacher, a plain student and a distilled student, and shows what distilling gained.
+
+Example:
+    tools/quickstart.py scenes                   what `make quickstart` runs
+    tools/quickstart.py trees --seeds 0 1 2      every seed in the table
+
+A run that was interrupted goes on where it stopped; one that is done is not run again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog
+
+from fgbg_kd.analysis import cost, draw_side_by_side, load_detector, read_input
+from fgbg_kd.engine import load_config
+
+TOOLS = Path(__file__).parent
+CONFIGS = TOOLS.parent / "configs" / "quickstart"
+METRICS = ("AP", "AP50", "AP75")
+
+
+def train(name: str, config: Path, output: Path, opts: list[str]) -> dict:
+    """Runs train_net.py, unless it is done already, and returns its last evaluation."""
+    done = output / "done.json"
+    settings = str(load_config(str(config), opts))
+    if done.is_file():
+        saved = json.loads(done.read_text())
+        if saved["settings"] == settings:
+            print(f"{name}: done already, {saved['bbox']['AP']:.1f} AP ({output})")
+            return saved
+        sys.exit(f"{output} holds a run of other settings: move it away, or give --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", str(config)]
+    command += ["--resume", *opts]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    with open(output / "train.txt", "a") as log:
+        for line in process.stdout:
+            log.write(line)
+            _show(name, line)
+    if process.wait():
+        tail = (output / "train.txt").read_text().splitlines()[-15:]
+        sys.exit("\n".join(["", *tail, f"{name}: training failed, see {output / 'train.txt'}"]))
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    bbox = next(
+        {k: row.get(f"bbox/{k}", float("nan")) for k in METRICS}
+        for row in reversed(rows)
+        if "bbox/AP" in row
+    )
+    result = {"bbox": bbox, "minutes": round((time.time() - start) / 60, 2), "settings": settings}
+    done.write_text(json.dumps(result))
+    print(f"\r{name}: {bbox['AP']:.1f} AP after {result['minutes']:.1f} minutes{' ' * 40}")
+    return result
+
+
+def _show(name: str, line: str) -> None:
+    """One line that overwrites itself on a terminal, a line a while elsewhere."""
+    step = re.search(r"eta: (\S+)\s+iter: (\d+)\s+total_loss: (\S+)", line)
+    test = re.search(r"Inference done (\d+/\d+)", line)
+    if step:
+        eta, iteration, loss = step.groups()
+        text = f"{name}: iteration {int(iteration) + 1}, loss {loss}, {eta} to go"
+        if sys.stdout.isatty() or (int(iteration) + 1) % 100 == 0:
+            print(f"{text:<70}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+    elif test and sys.stdout.isatty():
+        print(f"{f'{name}: evaluating, image {test[1]}':<70}", end="\r", flush=True)
+
+
+def row(name: str, result: dict, model, cfg, example: str) -> dict:
+    metrics = {k: round(result["bbox"][k], 2) for k in METRICS}
+    return {"name": name, **metrics, **cost(model, read_input(cfg, example))}
+
+
+def table(rows: list[dict]) -> str:
+    names = {"parameters_m": "parameters (M)", "gflops": "GFLOPs", "ms_per_image": "ms / image"}
+    lines = ["| " + " | ".join(names.get(k, k) for k in rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(str(v) for v in r.values()) + " |" for r in rows])
+
+
+def pick(records: list[dict], count: int) -> list[dict]:
+    """Images with objects, spread evenly over the set: no choice by result."""
+    records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
+    return [records[i] for i in np.linspace(0, len(records) - 1, count).astype(int)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("set", choices=("scenes", "trees"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
+    parser.add_argument("--output", type=Path, help="default output/quickstart, or output/trees")
+    args = parser.parse_args()
+    output = args.output or Path("output") / ("quickstart" if args.set == "scenes" else args.set)
+
+    for kind in ("pretrained", args.set):
+        subprocess.run([sys.executable, str(TOOLS / "prepare_data.py"), kind], check=True)
+    configs = {n: CONFIGS / f"{args.set}_{n}.yaml" for n in ("teacher", "student", "distilled")}
+    weights = output / "teacher" / "model_final.pth"
+
+    def run(title: str, config: str, folder: Path, *opts: str) -> tuple[str, dict, Path]:
+        opts = [*opts, "OUTPUT_DIR", str(folder)]
+        return title, train(title, configs[config], folder, opts), folder / "model_final.pth"
+
+    runs = [("teacher", *run("teacher", "teacher", output / "teacher"))]
+    for seed in args.seeds:
+        suffix = f", seed {seed}" if len(args.seeds) > 1 else ""
+        opts = ("SEED", str(seed))
+        folder = output / f"student_seed{seed}"
+        runs.append(("student", *run(f"plain student{suffix}", "student", folder, *opts)))
+        folder, opts = output / f"distilled_seed{seed}", (*opts, "MODEL.KD.TEACHER.WEIGHTS")
+        title = f"distilled student{suffix}"
+        runs.append(("distilled", *run(title, "distilled", folder, *opts, str(weights))))
+
+    cfg = load_config(str(configs["student"]))
+    records = pick(DatasetCatalog.get(cfg.DATASETS.TEST[0]), 4)
+    rows, models = [], {}
+    for config, title, result, checkpoint in runs:
+        model = load_detector(load_config(str(configs[config])), str(checkpoint))
+        rows.append(row(title, result, model, cfg, records[0]["file_name"]))
+        models.setdefault(title.split(",")[0], model)  # the first seed's
+    (output / "results.json").write_text(json.dumps(rows, indent=1))
+    picture = np.vstack([draw_side_by_side(cfg, r, models, score=0.3) for r in records])
+    cv2.imwrite(str(output / "comparison.png"), picture)
+
+    print("\n" + table(rows))
+    for name in ("plain", "distilled"):
+        values = [r["AP"] for r in rows if r["name"].startswith(name)]
+        if len(values) > 1:
+            print(f"{name}: mean {np.mean(values):.2f}, sd {np.std(values, ddof=1):.2f} AP")
+    print(f"\n{output / 'results.json'}\n{output / 'comparison.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; run it again to go on")
