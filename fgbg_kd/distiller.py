@@ -1,7 +1,8 @@
 """The meta-architecture: a student that trains beside a frozen teacher and is alone after."""
 
 import logging
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from detectron2.config import configurable

@@ -3,7 +3,7 @@
 It compares qualities, not heads, so an FCOS teacher can gate a RetinaNet student.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn

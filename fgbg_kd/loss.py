@@ -1,6 +1,7 @@
 """Foreground by direction, background by prediction, both only where the teacher is better."""
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.utils import comm

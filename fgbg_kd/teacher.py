@@ -51,8 +51,9 @@ def build_teacher(config: str, weights: str = "") -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if path.endswith(".py"):
             cfg = LazyConfig.load(path)
-            detector, own_weights = instantiate(cfg.model), cfg.get("train", {}).get(
-                "init_checkpoint", ""
+            detector, own_weights = (
+                instantiate(cfg.model),
+                cfg.get("train", {}).get("init_checkpoint", ""),
             )
         else:
             cfg = get_fgbg_kd_cfg()
@@ -65,8 +66,7 @@ def build_teacher(config: str, weights: str = "") -> nn.Module:
         weights = _zoo_weights(config) if in_zoo else own_weights
     if not weights:
         raise TeacherError(
-            f"The teacher {config} has no weights: give its checkpoint as "
-            "MODEL.KD.TEACHER.WEIGHTS."
+            f"The teacher {config} has no weights: give its checkpoint as MODEL.KD.TEACHER.WEIGHTS."
         )
     _load(detector, weights, config)
     return freeze(detector)
@@ -168,8 +168,7 @@ def check_pair(student: nn.Module, teacher: nn.Module, *, need_logits: bool) -> 
             "train the teacher on the student's classes, or set the student's NUM_CLASSES."
         )
     shapes = [
-        [d.backbone.output_shape()[name] for name in d.head_in_features]
-        for d in (student, teacher)
+        [d.backbone.output_shape()[name] for name in d.head_in_features] for d in (student, teacher)
     ]
     strides = [[shape.stride for shape in levels] for levels in shapes]
     if strides[0] != strides[1]:

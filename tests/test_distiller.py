@@ -127,9 +127,7 @@ def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil
     model.teacher.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batch = make_batch(boxes=((), ()))
     losses_of(model, batch)
-    expected = model.teacher.preprocess_image(
-        [{"image": x["image"].flip(0)} for x in batch]
-    ).tensor
+    expected = model.teacher.preprocess_image([{"image": x["image"].flip(0)} for x in batch]).tensor
     torch.testing.assert_close(seen[0], expected)
 
 

@@ -13,8 +13,6 @@ def cells():
     return split([torch.tensor([[0.0, 0, 16, 8]])], [(16, 8)], [(2, 2)], [8])
 
 
-
-
 def upper_row():
     return split([torch.tensor([[0.0, 0, 16, 8]])], [(16, 16)], [(2, 2)], [8])
 

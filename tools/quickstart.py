@@ -84,7 +84,10 @@ def row(name: str, result: dict, model, cfg, example: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     names = {"parameters_m": "parameters (M)", "gflops": "GFLOPs", "ms_per_image": "ms / image"}
-    lines = ["| " + " | ".join(names.get(k, k) for k in rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines = [
+        "| " + " | ".join(names.get(k, k) for k in rows[0]) + " |",
+        "|---" * len(rows[0]) + "|",
+    ]
     return "\n".join(lines + ["| " + " | ".join(str(v) for v in r.values()) + " |" for r in rows])
 
 

@@ -134,6 +134,7 @@ def _random_states_kept():
 def _has_fast_coco_eval() -> bool:
     try:
         from detectron2 import _C
+
         return hasattr(_C, "COCOevalEvaluateImages")
     except ImportError:
         return False

@@ -1,6 +1,6 @@
 """The foreground term: do student and teacher features point the same way?"""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The background term: does the student predict what the teacher predicts?"""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

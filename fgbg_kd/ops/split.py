@@ -4,7 +4,8 @@ Shapes: N images, B boxes an image (padded), L feature levels of stride s_l and 
 R = sum of H_l * W_l cells an image, levels one after the other, rows before columns.
 """
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

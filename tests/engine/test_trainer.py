@@ -46,9 +46,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("off", ["both weights 0", "no teacher"])
-def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
-    coco, distil_cfg, tmp_path, off
-):
+def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(coco, distil_cfg, tmp_path, off):
     if off == "no teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = ""
     else:
@@ -69,7 +67,7 @@ def test_distilling_starts_from_the_weights_and_sees_the_data_of_plain_training(
     start = distilled.model.student.state_dict()
     assert all(torch.equal(start[k], v) for k, v in plain.model.state_dict().items())
     seen = []
-    for trainer, name in ((distilled, "kd"), (plain, "plain")):
+    for trainer in (distilled, plain):
         seed_all_rng(1)
         loader = iter(trainer.data_loader)
         seen.append([(x["image_id"], x["image"].sum().item()) for x in next(loader)])
@@ -192,9 +190,7 @@ def test_a_json_without_categories_is_named(coco, tmp_path):
 # --- the tool ---
 
 
-def test_the_tool_trains_and_evaluates_a_users_own_data_without_python(
-    coco, distil_cfg, tmp_path
-):
+def test_the_tool_trains_and_evaluates_a_users_own_data_without_python(coco, distil_cfg, tmp_path):
     """README's commands: data named on the command line; then the plain student is evaluated."""
     base, config = tmp_path / "student.yaml", tmp_path / "distilled.yaml"
     plain = student_config(distil_cfg)

@@ -125,9 +125,7 @@ def test_huge_logits_stay_finite(kind):
 
 def test_one_class_softmax_is_the_sigmoid():
     s, t = randn(2, 3, 2, 2), randn(2, 3, 2, 2, seed=1)
-    torch.testing.assert_close(
-        kl_divergence(s, t, 1, "softmax"), kl_divergence(s, t, 1, "sigmoid")
-    )
+    torch.testing.assert_close(kl_divergence(s, t, 1, "softmax"), kl_divergence(s, t, 1, "sigmoid"))
 
 
 def test_small_kl_can_hide_a_large_angle():

@@ -129,7 +129,14 @@ def test_of_equal_boxes_the_first_owns_the_cells():
 
 def test_degenerate_outside_and_nan_boxes_own_nothing():
     nan, inf = math.nan, math.inf
-    rows = [[5, 5, 5, 9], [9, 5, 5, 9], [-9, -9, 0, 0], [40, 0, 50, 9], [nan, 0, 9, 9], [0, 0, nan, 9]]
+    rows = [
+        [5, 5, 5, 9],
+        [9, 5, 5, 9],
+        [-9, -9, 0, 0],
+        [40, 0, 50, 9],
+        [nan, 0, 9, 9],
+        [0, 0, nan, 9],
+    ]
     boxes = [torch.tensor(rows, dtype=torch.float32)]
     assert (split(boxes, [(32, 32)], [(4, 4)], [8]).box_index == BACKGROUND).all()
     everything = [torch.tensor([[-inf, -inf, inf, inf]])]
