@@ -45,7 +45,7 @@ def train(name: str, config: Path, output: Path, opts: list[str]) -> dict:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    with open(output / "train.txt", "a") as log:
+    with open(output / "train.txt", "a", buffering=1) as log:
         for line in process.stdout:
             log.write(line)
             _show(name, line)
