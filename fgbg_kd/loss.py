@@ -90,9 +90,8 @@ class FgBgLoss(nn.Module):
         self.kl, self.temperature, self.bg_normalizer = kl, temperature, bg_normalizer
         self.gate, self.gate_margin, self.gate_softness = gate, gate_margin, gate_softness
         # Built only if used: parameters without a gradient would stop DistributedDataParallel.
-        self.adapters = nn.ModuleList(
-            _adapter(s, t, adapter) for s, t in zip(student_channels, teacher_channels)
-        ) if fg_weight > 0 else nn.ModuleList()  # fmt: skip
+        channels = zip(student_channels, teacher_channels) if fg_weight > 0 else ()
+        self.adapters = nn.ModuleList(_adapter(s, t, adapter) for s, t in channels)
 
     @property
     def needs_head(self) -> bool:

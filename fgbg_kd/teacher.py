@@ -51,17 +51,15 @@ def build_teacher(config: str, weights: str = "") -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if path.endswith(".py"):
             cfg = LazyConfig.load(path)
-            detector, own_weights = (
-                instantiate(cfg.model),
-                cfg.get("train", {}).get("init_checkpoint", ""),
-            )
+            detector = instantiate(cfg.model)
+            own_weights = cfg.get("train", {}).get("init_checkpoint", "")
         else:
             cfg = get_fgbg_kd_cfg()
             cfg.merge_from_file(path)
             cfg.MODEL.DEVICE = "cpu"
-            # What the checkpoint holds anyway need not be read first.
-            cfg.MODEL.TIMM.WEIGHTS = ""
-            detector, own_weights = build_model(student_config(cfg)), cfg.MODEL.WEIGHTS
+            cfg.MODEL.TIMM.WEIGHTS = ""  # what the checkpoint holds need not be read first
+            detector = build_model(student_config(cfg))
+            own_weights = cfg.MODEL.WEIGHTS
     if not weights:
         weights = _zoo_weights(config) if in_zoo else own_weights
     if not weights:

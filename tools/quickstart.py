@@ -14,14 +14,25 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog
 
-from fgbg_kd.analysis import cost, draw_side_by_side, load_detector, read_input
-from fgbg_kd.engine import load_config
+# TorchScript's notices about what Detectron2 calls would hide the progress.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+
+from detectron2.data import DatasetCatalog  # noqa: E402
+
+from fgbg_kd.analysis import (  # noqa: E402
+    cost,
+    draw_side_by_side,
+    load_detector,
+    read_input,
+)
+from fgbg_kd.engine import load_config  # noqa: E402
 
 TOOLS = Path(__file__).parent
 CONFIGS = TOOLS.parent / "configs" / "quickstart"
