@@ -196,7 +196,7 @@ def check_pair(student: nn.Module, teacher: nn.Module, *, need_logits: bool) -> 
 
 def same_input(student: nn.Module, teacher: nn.Module) -> bool:
     """Whether both take the same normalised tensor: mean, std and channel order agree."""
-    return _channel_order(student) == _channel_order(teacher) and all(
+    return channel_order(student) == channel_order(teacher) and all(
         torch.equal(getattr(student, name).cpu(), getattr(teacher, name).cpu())
         for name in ("pixel_mean", "pixel_std")
     )
@@ -213,7 +213,7 @@ def teacher_images(
     Returns:
         (N, 3, H, W), the shape of ``images.tensor``.
     """
-    flip = _channel_order(student) != _channel_order(teacher)
+    flip = channel_order(student) != channel_order(teacher)
     out = torch.zeros_like(images.tensor)
     for i, x in enumerate(batched_inputs):
         image = x["image"].to(out.device)
@@ -224,5 +224,6 @@ def teacher_images(
     return out
 
 
-def _channel_order(detector: nn.Module) -> str:
+def channel_order(detector: nn.Module) -> str:
+    """ "RGB" or "BGR": RetinaNet knows its own, FCOS takes Detectron2's default."""
     return getattr(detector, "input_format", "BGR")

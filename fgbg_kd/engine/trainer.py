@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import get_fgbg_kd_cfg
 from ..data import check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
-from ..teacher import TeacherError
+from ..teacher import TeacherError, channel_order
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,9 @@ class TeacherCheck(HookBase):
             return
         model = trainer.model
         teacher = getattr(model, "module", model).teacher
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.FORMAT = channel_order(teacher)
         with _random_states_kept():  # reading data draws numbers that training should draw
             results = trainer.test(cfg, teacher)
         ap = results["bbox"]["AP"]
