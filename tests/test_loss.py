@@ -1,0 +1,105 @@
+"""FgBgLoss: values by hand, and a scale that batch, map and number of workers do not change."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import distributed
+
+from fgbg_kd import FgBgLoss
+from fgbg_kd.loss import DenseOutput
+
+
+class Classes:
+    """All that the loss reads of a detector while the gate is off."""
+
+    num_classes = 1
+
+
+def outputs(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    features, logits = (torch.randn(1, 3, 1, 1, generator=generator) for _ in range(2))
+    expand = (2, -1, size, size)
+    return DenseOutput([features.expand(expand)], [logits.expand(expand)], [None])
+
+
+def terms(student, teacher, boxes, size, **options):
+    loss = FgBgLoss([3], [3], gate="off", **options)
+    n = len(boxes)
+    first = [DenseOutput(*([x[:n] if x is not None else None for x in f] for f in o))
+             for o in (student, teacher)]  # fmt: skip
+    return loss(
+        *first,
+        (Classes, Classes),
+        [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes],
+        [torch.zeros(len(b), dtype=torch.long) for b in boxes],
+        [(size * 8, size * 8)] * n,
+        [8],
+    )[0]
+
+
+def test_by_hand():
+    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)], [None])
+    logits = torch.full((1, 1, 2, 2), math.log(3.0))
+    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits], [None])
+    loss = FgBgLoss([1], [1], gate="off", fg_weight=2.0, bg_weight=0.5)
+    losses, shares = loss(
+        student, teacher, (Classes, Classes), [torch.tensor([[0.0, 0, 8, 8]])],
+        [torch.zeros(1, dtype=torch.long)], [(16, 16)], [8],
+    )  # fmt: skip
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert losses["loss_kd_fg"].item() == pytest.approx(2.0 * 2)  # opposite vectors: 1 - cos = 2
+    assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
+    assert shares["kd/fg_gate"] == 1 and shares["kd/bg_gate"] == 1
+
+
+@pytest.mark.parametrize("bg_normalizer", ["fg", "bg"])
+@pytest.mark.parametrize("normalize", ["object", "cell"])
+def test_more_images_or_larger_maps_do_not_change_the_scale(bg_normalizer, normalize):
+    options = {"bg_normalizer": bg_normalizer, "normalize": normalize}
+    half = (0, 0, 32, 16)  # half of a 4 x 4 map; of a larger map the same share
+    small = outputs(4, 0), outputs(4, 1)
+    large = outputs(8, 0), outputs(8, 1)
+    one = terms(*small, [[half]], 4, **options)
+    two = terms(*small, [[half], [half]], 4, **options)
+    big = terms(*large, [[tuple(2 * v for v in half)]], 8, **options)
+    for name, value in one.items():
+        assert value > 0
+        torch.testing.assert_close(two[name], value)
+        torch.testing.assert_close(big[name], value)
+
+
+def _worker(rank, folder, boxes):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    student, teacher = outputs(4, 0), outputs(4, 1)
+    got = terms(student, teacher, [boxes[rank]], 4)
+    torch.save(got, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_workers_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
+    boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
+    mp.spawn(_worker, (str(tmp_path), boxes), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4)
+    for name, value in whole.items():
+        mean = (parts[0][name] + parts[1][name]) / 2  # what DistributedDataParallel does
+        torch.testing.assert_close(mean, value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kl": "gauss"}, "MODEL.KD.KL is 'gauss'"),
+        ({"fg_weight": -1}, "FG_WEIGHT is -1"),
+        ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
+        ({"temperature": 0}, "TEMPERATURE is 0"),
+        ({"adapter": "none", "teacher_channels": [4]}, "use 'auto'"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FgBgLoss(**{"student_channels": [3], "teacher_channels": [3], **options})
