@@ -101,7 +101,7 @@ def draw_side_by_side(
         found = model([inputs])[0]["instances"].to("cpu")
         found = found[found.scores >= score]
         drawn = Visualizer(image, metadata, scale).draw_instance_predictions(found)
-        panels.append((f"{name}: {len(found)} of {len(truth['annotations'])}", drawn))
+        panels.append((f"{name}: {len(found)} detections", drawn))
     return np.hstack([_titled(panel.get_image()[:, :, ::-1], title) for title, panel in panels])
 
 
