@@ -1,6 +1,5 @@
 """The meta-architecture: a student that trains beside a frozen teacher and is alone after."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import nn
 from .config import student_config
 from .loss import DenseOutput, FgBgLoss
 from .teacher import build_teacher, check_pair, same_input, teacher_images
-
-logger = logging.getLogger(__name__)
 
 # Iterations between two readings of the gate's shares: each waits for the device. It is the period
 # of Detectron2's writers, which would not show more.
@@ -75,7 +72,7 @@ class FgBgDistiller(nn.Module):
         kd = cfg.MODEL.KD
         student = build_model(student_config(cfg))
         teacher = None
-        if kd.TEACHER.CONFIG and (kd.FG_WEIGHT > 0 or kd.BG_WEIGHT > 0):
+        if kd.TEACHER.CONFIG and (kd.FG_WEIGHT != 0 or kd.BG_WEIGHT != 0):
             teacher = build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS)
         options = {k.lower(): v for k, v in kd.items() if k not in ("STUDENT", "TEACHER")}
         return {"student": student, "teacher": teacher, "kd": options}

@@ -73,7 +73,7 @@ def teacher_gate(
         student, teacher: (N, R) qualities.
         mode: over what the advantage of the teacher is averaged first: "cell": nothing; "object":
             all cells of a box (background cells stay on their own); "image": the foreground cells
-            of an image, and its background cells; "off": every gate is 1.
+            of an image, and its background cells.
         margin: how much better the teacher must be.
         softness: over 0, the gate is sigmoid((advantage - margin) / softness) instead.
 
@@ -81,19 +81,17 @@ def teacher_gate(
         (N, R) float32 in [0, 1]; 0 on padding. Carries no gradient.
     """
     real = (split.foreground | split.background).float()
-    if mode == "off":
-        return real
     advantage = teacher - student
     if mode == "object":
-        mean = _group_mean(advantage, split.box_index.clamp(min=0), split.foreground)
+        mean = _group_mean(advantage, split.box_index.clamp(min=0).long(), split.foreground)
         advantage = torch.where(split.foreground, mean, advantage)
     elif mode == "image":
-        everything = torch.zeros_like(split.box_index)
+        everything = torch.zeros_like(split.box_index, dtype=torch.long)
         fg = _group_mean(advantage, everything, split.foreground)
         bg = _group_mean(advantage, everything, split.background)
         advantage = torch.where(split.foreground, fg, bg)
     elif mode != "cell":
-        raise ValueError(f"mode is {mode!r}: it can be 'off', 'cell', 'object' or 'image'.")
+        raise ValueError(f"mode is {mode!r}: it can be 'cell', 'object' or 'image'.")
     if softness > 0:
         return real * ((advantage - margin) / softness).sigmoid()
     return real * (advantage > margin)

@@ -43,7 +43,8 @@ class FgBgLoss(nn.Module):
     with the cell weight w (:func:`split`), the gate g (:func:`teacher_gate`) and the adapter phi.
     The sums go over the whole batch, of all workers: neither image nor batch nor map size changes
     the scale of a term. Cells that the gate shuts add nothing to the sums above and stay in those
-    below, so a term fades as the student catches up.
+    below, so a term fades as the student catches up. In a batch without any object L_bg is
+    divided by the number of background cells.
 
     The keyword arguments are the keys of MODEL.KD (config.py says what each means).
     """
@@ -163,7 +164,10 @@ class FgBgLoss(nn.Module):
                 self.kl,
                 self.temperature,
             )
-            normalizer = num_fg if self.bg_normalizer == "fg" else num_bg
+            # Without any foreground the unit is missing: then the mean over the background, or a
+            # batch of empty images would weigh hundreds of times as much as any other.
+            by_fg = (num_fg > 0) & (self.bg_normalizer == "fg")
+            normalizer = torch.where(by_fg, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * loss / _floor(normalizer)
         shares = {
             "kd/fg_gate": (gate * foreground).sum() / _floor(foreground.sum()),
@@ -172,7 +176,7 @@ class FgBgLoss(nn.Module):
         return losses, shares
 
     def _gate(self, student, teacher, detectors, cells: Split, gt_classes) -> Tensor:
-        if self.gate == "off":
+        if self.gate == "off":  # the teacher's head may not have been run
             return (cells.foreground | cells.background).float()
         classes = nn.utils.rnn.pad_sequence(list(gt_classes), batch_first=True)
         if classes.shape[1] == 0:

@@ -116,11 +116,13 @@ def _load(detector: nn.Module, weights: str, config: str) -> None:
             "MODEL.KD.TEACHER.WEIGHTS."
         ) from error
     report = checkpointer.report
+    # Detectron2 kept these in its checkpoints once; the config says them.
+    unexpected = [k for k in report.unexpected_keys if k not in ("pixel_mean", "pixel_std")]
     faults = []
     if report.missing_keys:
         faults.append(_listing("missing in the file", report.missing_keys))
-    if report.unexpected_keys:
-        faults.append(_listing("not in the model", report.unexpected_keys))
+    if unexpected:
+        faults.append(_listing("not in the model", unexpected))
     if report.incorrect_shapes:
         rows = [f"{k} {tuple(a)} in the file, {tuple(b)}" for k, a, b in report.incorrect_shapes]
         faults.append(_listing("of another shape in the model", rows))
@@ -184,10 +186,11 @@ def check_pair(student: nn.Module, teacher: nn.Module, *, need_logits: bool) -> 
             f"The student pads images to multiples of {divisor[0]} pixels, the teacher needs "
             f"{divisor[1]}."
         )
-    anchors = [list(d.anchor_generator.num_anchors) for d in (student, teacher)]
+    anchors = [[a.tolist() for a in d.anchor_generator.cell_anchors] for d in (student, teacher)]
     if need_logits and anchors[0] != anchors[1]:
         raise TeacherError(
-            f"The student has {anchors[0]} anchors a cell, the teacher {anchors[1]}: their "
+            "Student and teacher have other anchors "
+            f"({[len(a) for a in anchors[0]]} and {[len(a) for a in anchors[1]]} a cell): their "
             "predictions cannot be compared one by one. Give both the same "
             "MODEL.ANCHOR_GENERATOR, or set MODEL.KD.BG_WEIGHT 0."
         )

@@ -77,6 +77,8 @@ def test_no_boxes_in_the_batch_is_a_normal_input(distil_cfg):
     model = build_model(distil_cfg)
     losses = losses_of(model, make_batch(boxes=((), ())))
     assert losses["loss_kd_fg"] == 0
+    some = losses_of(build_model(distil_cfg), make_batch())
+    assert losses["loss_kd_bg"] < some["loss_kd_bg"]  # no unit to divide by, no explosion
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -101,19 +103,28 @@ def test_gate_shares_reach_the_event_storage(distil_cfg):
         assert 0 <= storage.latest()["kd/bg_gate"][0] <= 1
 
 
-def test_padding_the_batch_does_not_change_the_terms(distil_cfg):
-    """An image padded by a larger neighbour keeps its own cells."""
+def test_padding_is_neither_foreground_nor_background(distil_cfg):
+    """A small image beside a large one: what is predicted on its padding changes no term."""
+    distil_cfg.MODEL.KD.GATE = "off"
     model = build_model(distil_cfg)
-    for m in (model.student, model.teacher):
-        m.eval()  # BatchNorm would mix the images
-    model.training = True
-    one = make_batch(sizes=((64, 64),), boxes=(((8, 8, 40, 40),),))
-    blank = make_batch(sizes=((128, 128),), boxes=((),))
-    with EventStorage(0):
-        small = model(one)["loss_kd_fg"]
-        padded = model(one + blank)["loss_kd_fg"]
-    # Convolutions see the padding's edge: equal up to the receptive field's border effect.
-    torch.testing.assert_close(small, padded, rtol=0.05, atol=0.05)
+    seen = []
+    hook = model.kd.register_forward_pre_hook(lambda _, args: seen.append(args))
+    losses_of(model, make_batch(sizes=((64, 64), (128, 128)), boxes=(((8, 8, 40, 40),), ())))
+    hook.remove()
+    student, teacher, *rest = seen[0]
+    padded, inside = [], []
+    for level in student.logits:
+        half = level.shape[-1] // 2  # the small image fills the upper left quarter
+        padded.append(level.clone())
+        padded[-1][0, :, half:], padded[-1][0, :, :, half:] = 50.0, 50.0
+        inside.append(level.clone())
+        inside[-1][0, :, :half, :half] = 50.0
+    value = [
+        model.kd(student._replace(logits=logits), teacher, *rest)[0]["loss_kd_bg"]
+        for logits in (student.logits, padded, inside)
+    ]
+    assert value[0] > 0 and value[2] > 2 * value[0]
+    torch.testing.assert_close(value[1], value[0])
 
 
 def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil_cfg):
@@ -139,6 +150,10 @@ def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil
         (
             lambda c: c.MODEL.ANCHOR_GENERATOR.__setattr__("ASPECT_RATIOS", [[1.0]]),
             "BG_WEIGHT 0",
+        ),
+        (
+            lambda c: c.MODEL.ANCHOR_GENERATOR.__setattr__("SIZES", [[16], [32], [48]]),
+            "other anchors",
         ),
     ],
 )

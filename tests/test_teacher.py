@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_teacher, tiny_cfg
+from conftest import make_batch, tiny_cfg
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from fgbg_kd import TeacherError, build_teacher
 
@@ -61,7 +62,7 @@ def test_a_pkl_in_the_zoos_format_is_loaded_whole(tmp_path, teacher_files):
     assert all(torch.equal(v, saved[k]) for k, v in teacher.state_dict().items())
 
 
-def test_a_lazy_py_config_names_a_teacher(tmp_path):
+def test_a_lazy_py_config_names_an_fcos_teacher_that_gates_a_retinanet(tmp_path, distil_cfg):
     """Detectron2's own FCOS, at small size: it is in no registry, only a lazy config."""
     text = """
 from detectron2.config import LazyCall as L
@@ -94,11 +95,19 @@ train = dict(init_checkpoint="")
     # GroupNorm(32) needs 32 channels.
     path.write_text(text.replace("16", "32").replace("out_channels=8", "out_channels=64"))
     model = instantiate(LazyConfig.load(str(path)).model)
+    torch.nn.init.constant_(model.head.cls_score.bias, 2.0)  # better than an untrained student
+    torch.nn.init.constant_(model.head.bbox_pred.bias, 1.5)
     torch.save({"model": model.state_dict()}, tmp_path / "fcos.pth")
     teacher = build_teacher(str(path), str(tmp_path / "fcos.pth"))
     assert type(teacher).__name__ == "FCOS"
     with pytest.raises(TeacherError, match="has no weights"):
         build_teacher(str(path))
+    kd = distil_cfg.MODEL.KD
+    kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.BG_WEIGHT = str(path), str(tmp_path / "fcos.pth"), 0.0
+    with EventStorage(19) as storage:
+        losses = build_model(distil_cfg).train()(make_batch())
+        assert 0 < storage.latest()["kd/fg_gate"][0] <= 1
+    assert losses["loss_kd_fg"] > 0 and losses["loss_kd_fg"].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +131,15 @@ def test_a_checkpoint_that_does_not_fill_the_teacher_is_refused(
     weights = edit_weights(teacher_files[1], tmp_path / "bad.pth", edit)
     with pytest.raises(TeacherError, match=message):
         build_teacher(teacher_files[0], weights)
+
+
+def test_pixel_statistics_in_an_old_checkpoint_are_no_fault(tmp_path, teacher_files):
+    def add(model):
+        model.update(pixel_mean=torch.zeros(3, 1, 1), pixel_std=torch.ones(3, 1, 1))
+
+    weights = edit_weights(teacher_files[1], tmp_path / "old.pth", add)
+    teacher = build_teacher(teacher_files[0], weights)
+    assert teacher.pixel_mean.flatten().tolist() == pytest.approx([103.53, 116.28, 123.675])
 
 
 def test_a_config_that_is_nowhere_is_named():
@@ -177,8 +195,3 @@ def test_two_stage_teachers_are_refused_with_a_reason(distil_cfg, tmp_path):
     distil_cfg.MODEL.KD.TEACHER.CONFIG, distil_cfg.MODEL.KD.TEACHER.WEIGHTS = str(path), ""
     with pytest.raises(TeacherError, match="GeneralizedRCNN: it must be a DenseDetector"):
         build_model(distil_cfg)
-
-
-def test_save_teacher_writes_what_it_says(tmp_path):
-    config, weights = save_teacher(tmp_path, channels=16)
-    assert build_teacher(config, weights).backbone.output_shape()["p3"].channels == 16

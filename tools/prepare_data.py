@@ -15,14 +15,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
-
-# `import fgbg_kd` needs Detectron2 and making data does not: bare parents keep its __init__ out.
-ROOT = Path(__file__).resolve().parents[1]
-for name in ("fgbg_kd", "fgbg_kd.data"):
-    parent = ModuleType(name)
-    parent.__path__ = [str(ROOT.joinpath(*name.split(".")))]
-    sys.modules[name] = parent
 
 
 def progress(label, done, total):

@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import get_fgbg_kd_cfg
@@ -68,12 +69,7 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return COCOEvaluator(
-            dataset_name,
-            tasks=("bbox",),
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
-            use_fast_impl=_has_fast_coco_eval(),
-        )
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self):
         # The hooks share the checkpointer, and DefaultTrainer builds both in its constructor:
@@ -108,6 +104,11 @@ class TeacherCheck(HookBase):
         minimum = cfg.MODEL.KD.TEACHER.MIN_AP
         if minimum <= 0 or trainer.iter > 0:
             return
+        if len(cfg.DATASETS.TEST) != 1:
+            raise TeacherError(
+                f"MODEL.KD.TEACHER.MIN_AP needs one set to measure on, DATASETS.TEST names "
+                f"{tuple(cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
+            )
         model = trainer.model
         teacher = getattr(model, "module", model).teacher
         cfg = cfg.clone()
@@ -115,7 +116,8 @@ class TeacherCheck(HookBase):
         cfg.INPUT.FORMAT = channel_order(teacher)
         with _random_states_kept():  # reading data draws numbers that training should draw
             results = trainer.test(cfg, teacher)
-        ap = results["bbox"]["AP"]
+        # Only the first worker has the results, and all of them have to stop.
+        ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if not ap >= minimum:
             raise TeacherError(
                 f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}, less than "
@@ -132,12 +134,3 @@ def _random_states_kept():
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
-
-
-def _has_fast_coco_eval() -> bool:
-    try:
-        from detectron2 import _C
-
-        return hasattr(_C, "COCOevalEvaluateImages")
-    except ImportError:
-        return False

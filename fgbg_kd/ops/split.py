@@ -22,7 +22,7 @@ class Split(NamedTuple):
     """Which box owns each cell.
 
     Attributes:
-        box_index: (N, R) int64, index of the owning box in its image's list; -1 background,
+        box_index: (N, R) int32, index of the owning box in its image's list; -1 background,
             -2 padding.
         weight: (N, R) float32, weight of a foreground cell; 0 elsewhere.
         boxes: (N, max(B, 1), 4) float32, the boxes as XYXY pixels, padded with zeros.
@@ -49,7 +49,7 @@ class Split(NamedTuple):
 
         Cells without a box get the value of box 0: mask them.
         """
-        index = self.box_index.clamp(min=0)
+        index = self.box_index.clamp(min=0).long()
         index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
         return per_box.gather(1, index.expand(-1, -1, *per_box.shape[2:]))
 
@@ -118,7 +118,7 @@ def split(
     index = torch.where(winner == num_boxes, BACKGROUND, index)
     index = torch.where(winner > num_boxes, PADDING, index)
     weight = _cell_weights(index, level_shapes, num_boxes, normalize)
-    return Split(index, weight, boxes, tuple((int(h), int(w)) for h, w in level_shapes))
+    return Split(index.int(), weight, boxes, tuple((int(h), int(w)) for h, w in level_shapes))
 
 
 def _covered(lo: Tensor, hi: Tensor, size: int, stride: int, extent: Tensor):
