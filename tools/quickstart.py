@@ -9,6 +9,7 @@ A run that was interrupted goes on where it stopped; one that is done is not run
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -39,17 +40,23 @@ CONFIGS = TOOLS.parent / "configs" / "quickstart"
 METRICS = ("AP", "AP50", "AP75")
 
 
-def train(name: str, config: Path, output: Path, opts: list[str]) -> dict:
-    """Runs train_net.py, unless it is done already, and returns its last evaluation."""
-    done = output / "done.json"
+def train(name: str, config: Path, output: Path, opts: list[str], teacher: Path | None = None):
+    """Runs train_net.py, unless it is done already, and returns its last evaluation.
+
+    A folder belongs to one setting, the teacher's checkpoint included, from the start.
+    """
+    done, kept = output / "done.json", output / "settings.txt"
     settings = str(load_config(str(config), opts))
-    if done.is_file():
-        saved = json.loads(done.read_text())
-        if saved["settings"] == settings:
-            print(f"{name}: done already, {saved['bbox']['AP']:.1f} AP ({output})")
-            return saved
+    if teacher:
+        settings += f"\nteacher sha256: {hashlib.sha256(teacher.read_bytes()).hexdigest()}"
+    if kept.is_file() and kept.read_text() != settings:
         sys.exit(f"{output} holds a run of other settings: move it away, or give --output.")
+    if done.is_file():
+        result = json.loads(done.read_text())
+        print(f"{name}: done already, {result['bbox']['AP']:.1f} AP ({output})")
+        return result
     output.mkdir(parents=True, exist_ok=True)
+    kept.write_text(settings)
     start = time.time()
     command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", str(config)]
     command += ["--resume", *opts]
@@ -69,7 +76,7 @@ def train(name: str, config: Path, output: Path, opts: list[str]) -> dict:
         for row in reversed(rows)
         if "bbox/AP" in row
     )
-    result = {"bbox": bbox, "minutes": round((time.time() - start) / 60, 2), "settings": settings}
+    result = {"bbox": bbox, "minutes": round((time.time() - start) / 60, 2)}
     done.write_text(json.dumps(result))
     print(f"\r{name}: {bbox['AP']:.1f} AP after {result['minutes']:.1f} minutes{' ' * 40}")
     return result
@@ -125,7 +132,9 @@ def main() -> None:
 
     def run(title: str, config: str, folder: Path, *opts: str) -> tuple[str, dict, Path]:
         opts = [*opts, "OUTPUT_DIR", str(folder)]
-        return title, train(title, configs[config], folder, opts), folder / "model_final.pth"
+        teacher = weights if config == "distilled" else None
+        result = train(title, configs[config], folder, opts, teacher)
+        return title, result, folder / "model_final.pth"
 
     runs = [("teacher", *run("teacher", "teacher", output / "teacher"))]
     for seed in args.seeds:
