@@ -1,12 +1,15 @@
 """Training through Detectron2's DefaultTrainer: parity, checkpoints, resume, data, checks."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import CLASSES, make_batch, tiny_cfg
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -14,7 +17,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from fgbg_kd import TeacherError, student_config
+from fgbg_kd import TeacherError
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
 
@@ -186,6 +189,15 @@ def test_a_teacher_under_min_ap_stops_the_run_before_the_first_step(distil_cfg, 
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
 
 
+def test_min_ap_needs_one_set_to_measure_on(distil_cfg, tmp_path):
+    distil_cfg.MODEL.KD.TEACHER.MIN_AP = 30.0
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
+    trainer.cfg = distil_cfg.clone()
+    trainer.cfg.DATASETS.TEST = ("tiny_test", "tiny_train")
+    with pytest.raises(TeacherError, match="needs one set to measure on"):
+        trainer.train()
+
+
 def test_measuring_the_teacher_does_not_change_training(distil_cfg, tmp_path):
     train(FgBgTrainer, distil_cfg, tmp_path / "a", 2)
     distil_cfg.MODEL.KD.TEACHER.MIN_AP = 30.0
@@ -243,37 +255,40 @@ def test_a_json_without_categories_is_named(coco, tmp_path):
 # --- the tool ---
 
 
-def test_the_tool_trains_and_evaluates_a_users_own_data_without_python(coco, distil_cfg, tmp_path):
-    """README's commands: data named on the command line; then the plain student is evaluated."""
-    base, config = tmp_path / "student.yaml", tmp_path / "distilled.yaml"
-    plain = student_config(distil_cfg)
-    for path, cfg in ((base, plain), (config, distil_cfg)):
-        cfg = cfg.clone()
-        cfg.defrost()
-        for part in ("TRAIN", "TEST"):
-            cfg.DATASETS[part] = (f"my_{part.lower()}",)
-            cfg.DATASETS[f"{part}_JSON"] = cfg.DATASETS[f"{part}_IMAGES"] = ""
-        path.write_text(cfg.dump())
-    data = []
-    for part in ("TRAIN", "TEST"):
-        data += [f"DATASETS.{part}_JSON", coco[0], f"DATASETS.{part}_IMAGES", coco[1]]
-    run = [sys.executable, str(ROOT / "tools" / "train_net.py")]
-    out = tmp_path / "run"
-    opts = [*data, "OUTPUT_DIR", str(out)]
-    extra = ["SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2"]
-    done = subprocess.run(
-        [*run, "--config-file", str(config), *opts, *extra], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (out / "model_final.pth").is_file()
-    evaluated = [*run, "--eval-only", "--config-file", str(base), *opts]
-    done = subprocess.run(
-        [*evaluated, "MODEL.WEIGHTS", str(out / "model_final.pth")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "copypaste: AP,AP50,AP75" in done.stdout
+def test_the_readmes_lines_train_on_own_data_and_evaluate_the_student(
+    coco, teacher_files, tmp_path
+):
+    """The YAML and the two commands of "Your own data", as they are printed."""
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
+    data, distilled = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    assert len(commands) == 2
+
+    shutil.copytree(coco[1], tmp_path / "data" / "train")
+    shutil.copytree(coco[1], tmp_path / "data" / "test")
+    for part in ("train", "test"):
+        shutil.copy(coco[0], tmp_path / "data" / f"{part}.json")
+    cfg = tiny_cfg()
+    cfg.SOLVER.MAX_ITER = 3
+    student = yaml.safe_load(cfg.dump())
+    del student["DATASETS"], student["OUTPUT_DIR"]
+    (tmp_path / "my_student.yaml").write_text(yaml.safe_dump(student) + data)
+    (tmp_path / "my_distilled.yaml").write_text(distilled)
+    shutil.copy(teacher_files[0], tmp_path / "my_teacher.yaml")
+    shutil.copy(teacher_files[1], tmp_path / "teacher.pth")
+
+    for command in commands:
+        program, tool, *arguments = command.split()
+        assert program == ".venv/bin/python"
+        done = subprocess.run(
+            [sys.executable, str(ROOT / tool), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "copypaste: AP,AP50,AP75" in done.stdout
+    assert (tmp_path / "output" / "distilled" / "model_final.pth").is_file()
 
 
 def test_cpu_is_taken_where_there_is_no_cuda(tmp_path, coco):
