@@ -8,7 +8,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .gate import prediction_quality, teacher_gate
-from .ops import Split, cosine_loss, kl_loss, split
+from .ops import Split, cosine_loss, kl_loss, pack, split
 
 _CHOICES = {
     "assign": ("all", "scale"),
@@ -178,9 +178,7 @@ class FgBgLoss(nn.Module):
     def _gate(self, student, teacher, detectors, cells: Split, gt_classes) -> Tensor:
         if self.gate == "off":  # the teacher's head may not have been run
             return (cells.foreground | cells.background).float()
-        classes = nn.utils.rnn.pad_sequence(list(gt_classes), batch_first=True)
-        if classes.shape[1] == 0:
-            classes = classes.new_zeros(len(classes), 1)
+        classes = pack(gt_classes)
         quality = [
             prediction_quality(d, o.features, o.logits, o.deltas, cells, classes)
             for d, o in zip(detectors, (student, teacher))

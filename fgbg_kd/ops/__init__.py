@@ -2,7 +2,7 @@
 
 from .cosine import cosine_loss, cosine_similarity
 from .kl import kl_divergence, kl_loss
-from .split import Split, split
+from .split import Split, pack, split
 
 __all__ = [
     "Split",
@@ -10,5 +10,6 @@ __all__ = [
     "cosine_similarity",
     "kl_divergence",
     "kl_loss",
+    "pack",
     "split",
 ]

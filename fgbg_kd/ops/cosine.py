@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
+
 # A vector shorter than 1e-6 has no direction: no rounding of it is worth a gradient.
-_MIN_SQUARE = 1e-12
+MIN_SQUARE = 1e-12
 
 
 def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -22,23 +24,33 @@ def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = student.to(dtype), teacher.to(dtype)
     dot = (s * t).sum(1)  # (N, H, W)
     ss, tt = s.square().sum(1), t.square().sum(1)
-    valid = (ss > _MIN_SQUARE) & (tt > _MIN_SQUARE)
+    valid = (ss > MIN_SQUARE) & (tt > MIN_SQUARE)
     # The inner `where` keeps the gradient of the branch not taken finite.
     norm = torch.where(valid, ss, 1).sqrt() * torch.where(valid, tt, 1).sqrt()
     return torch.where(valid, dot / norm, 0)
 
 
-def cosine_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor) -> Tensor:
+def cosine_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor, impl: str = "auto"
+) -> Tensor:
     """Sum over cells of weight * (1 - cos(student, teacher)).
 
     Args:
-        student, teacher: per level (N, C, H_l, W_l).
+        student, teacher: per level (N, C, H_l, W_l). Only the student gets a gradient.
         weight: (N, R), R = sum of H_l * W_l. No gradient flows into it.
+        impl: "torch": plain PyTorch, the definition; "triton": fused; "auto": Triton on CUDA.
 
     Returns:
         Scalar in fp32 or better, in [0, 2 * weight.sum()].
     """
-    cosine = torch.cat(
-        [cosine_similarity(s, t).flatten(1) for s, t in zip(student, teacher)], dim=1
-    )  # (N, R)
-    return (weight * (1 - cosine)).sum()
+    weights = weight.detach().split([s.shape[2] * s.shape[3] for s in student], dim=1)
+    if use_triton(impl, student[0]):
+        from .cosine_triton import weighted_cosine  # compiled by whoever uses it, on first use
+
+        terms = [weighted_cosine(s, t, w)[0] for s, t, w in zip(student, teacher, weights)]
+    else:
+        terms = [
+            (w * (1 - cosine_similarity(s, t.detach()).flatten(1))).sum()
+            for s, t, w in zip(student, teacher, weights)
+        ]
+    return torch.stack(terms).sum()

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+from .dispatch import use_triton
 
 BACKGROUND, PADDING = -1, -2
 
@@ -63,6 +64,7 @@ def split(
     *,
     assign: str = "all",
     normalize: str = "object",
+    impl: str = "auto",
 ) -> Split:
     """Splits the cells of all levels and images into foreground, background and padding.
 
@@ -85,17 +87,42 @@ def split(
             fits its size, the first whose stride is over sqrt(area) / 14 (DeFeat).
         normalize: "object": each cell of a box weighs 1 / (cells of the box on that level), so
             that a large object does not outweigh ten small ones; "cell": each cell weighs 1.
+        impl: "torch": plain PyTorch, the definition; "triton": one kernel; "auto": Triton on CUDA.
 
     Raises:
         ValueError: the arguments do not fit together.
     """
     _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize)
-    boxes = pad_sequence([b.float() for b in gt_boxes], batch_first=True)  # (N, B, 4)
-    num_images, num_boxes = boxes.shape[:2]
-    if num_boxes == 0:  # one empty box, so that every shape below is a normal one
-        boxes = boxes.new_zeros(num_images, 1, 4)
-        num_boxes = 1
-    height, width = boxes.new_tensor(image_sizes).unbind(-1)  # (N,)
+    boxes = pack([b.float() for b in gt_boxes])  # (N, B, 4)
+    sizes = boxes.new_tensor(image_sizes)  # (N, 2)
+    if use_triton(impl, boxes):
+        from .split_triton import box_index  # compiled by whoever uses it, on first use
+
+        index = box_index(boxes, sizes, level_shapes, strides, assign)
+    else:
+        index = _box_index(boxes, sizes, level_shapes, strides, assign)
+    weight = _cell_weights(index, level_shapes, boxes.shape[1], normalize)
+    return Split(index, weight, boxes, tuple((int(h), int(w)) for h, w in level_shapes))
+
+
+def pack(per_box: Sequence[Tensor]) -> Tensor:
+    """N tensors (B_i, ...) -> (N, B, ...) padded with zeros, B = the largest B_i, but at least 1.
+
+    The number of launches does not grow with N.
+    """
+    packed = torch.cat([*per_box, per_box[0].new_zeros(1, *per_box[0].shape[1:])])
+    width, last, start, rows = max(1, *map(len, per_box)), len(packed) - 1, 0, []
+    for values in per_box:
+        stop = start + len(values)
+        rows.append([*range(start, stop), *[last] * (width - len(values))])
+        start = stop
+    return packed[torch.tensor(rows, device=packed.device)]
+
+
+def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str) -> Tensor:
+    """The definition, in plain PyTorch: (N, R) int32."""
+    num_boxes = boxes.shape[1]
+    height, width = sizes.unbind(-1)  # (N,)
     x0, y0, x1, y1 = boxes.unbind(-1)  # (N, B)
     zero = x0.new_zeros(())
     x0, x1 = (torch.clamp(x, zero, width[:, None]) for x in (x0, x1))
@@ -116,9 +143,7 @@ def split(
 
     index = order.gather(1, winner.clamp(max=num_boxes - 1))
     index = torch.where(winner == num_boxes, BACKGROUND, index)
-    index = torch.where(winner > num_boxes, PADDING, index)
-    weight = _cell_weights(index, level_shapes, num_boxes, normalize)
-    return Split(index.int(), weight, boxes, tuple((int(h), int(w)) for h, w in level_shapes))
+    return torch.where(winner > num_boxes, PADDING, index).int()
 
 
 def _covered(lo: Tensor, hi: Tensor, size: int, stride: int, extent: Tensor):
@@ -166,12 +191,14 @@ def _cell_weights(index: Tensor, level_shapes, num_boxes: int, normalize: str) -
     foreground = index >= 0
     if normalize == "cell":
         return foreground.float()
-    level = torch.cat(
-        [index.new_full((h * w,), i) for i, (h, w) in enumerate(level_shapes)]
+    level = torch.repeat_interleave(
+        torch.arange(len(level_shapes), device=index.device),
+        torch.tensor([h * w for h, w in level_shapes], device=index.device),
+        output_size=index.shape[1],
     )  # (R,)
     key = index.clamp(min=0) + level * num_boxes  # (N, R): one bin per box and level
-    count = index.new_zeros(len(index), len(level_shapes) * num_boxes)
-    count = count.scatter_add(1, key, foreground.long())
+    count = key.new_zeros(len(index), len(level_shapes) * num_boxes)
+    count = count.scatter_add(1, key, foreground.long())  # of integers: the same in any order
     return foreground / count.gather(1, key).clamp(min=1)
 
 

@@ -88,6 +88,28 @@ def home(box, size):
     return 0 if side < 112 else 1 if side < 224 else 2
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]))
+def test_the_kernel_is_the_definition(images, assign):
+    sizes = [(h, w) for h, w, _ in images]
+    tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
+    arguments = (tensors, sizes, [(8, 8), (4, 4), (2, 2)], (8, 16, 32))
+    plain, fused = (split(*arguments, assign=assign, impl=i) for i in ("torch", "triton"))
+    assert torch.equal(plain.box_index, fused.box_index)
+    assert torch.equal(plain.weight, fused.weight)
+
+
+def test_the_kernel_takes_nan_hundreds_of_boxes_and_odd_shapes():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(-20, 200, (400, 2), generator=generator).float()
+    boxes = torch.cat([corner, corner + torch.randint(-5, 60, (400, 2), generator=generator)], 1)
+    boxes[::7, 1] = math.nan
+    arguments = ([boxes, boxes[:0]], [(97, 131), (50, 60)], [(13, 17), (7, 9)], (8, 16))
+    plain, fused = (split(*arguments, impl=i) for i in ("torch", "triton"))
+    assert torch.equal(plain.box_index, fused.box_index)
+    assert plain.box_index.max() > 300
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(image, min_size=1, max_size=3))
 def test_each_object_weighs_one_on_each_level_it_owns(images):

@@ -1,0 +1,178 @@
+"""The cosine term in two kernels: student and teacher features are read once forward, once back.
+
+Forward keeps three numbers a cell (dot product and squared lengths), in fp32 (fp64 if given).
+Backward writes the gradient once. Cells of weight 0 are not read in either. Sums over cells are
+taken by PyTorch, in a fixed order: the same input gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cosine import MIN_SQUARE
+
+CELLS, CHANNELS = (
+    64,
+    32,
+)  # a tile; cells are neighbours in memory in NCHW, channels in channels_last
+
+
+@triton.jit
+def cosine_forward_kernel(
+    student,  # (N, C, H, W), any strides
+    teacher,  # likewise
+    weight,  # (N, HW) contiguous
+    out,  # (3, N, HW): dot, |s|^2, |t|^2
+    channels,
+    width,
+    num_cells,
+    s_n, s_c, s_h, s_w,
+    t_n, t_c, t_h, t_w,
+    ACC: tl.constexpr,
+    CELLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1).to(tl.int64)
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    exists = cell < num_cells
+    at = n * num_cells + cell
+    used = tl.load(weight + at, mask=exists, other=0.0) != 0
+    row, column = cell // width, cell % width
+    s_at = student + n * s_n + row * s_h + column * s_w
+    t_at = teacher + n * t_n + row * t_h + column * t_w
+    dot, ss, tt = tl.zeros([CELLS], ACC), tl.zeros([CELLS], ACC), tl.zeros([CELLS], ACC)
+    for start in range(0, channels, CHANNELS):
+        c = start + tl.arange(0, CHANNELS)
+        mask = (c < channels)[:, None] & used[None, :]
+        s = tl.load(s_at[None, :] + c[:, None] * s_c, mask=mask, other=0.0).to(ACC)
+        t = tl.load(t_at[None, :] + c[:, None] * t_c, mask=mask, other=0.0).to(ACC)
+        dot += tl.sum(s * t, 0)
+        ss += tl.sum(s * s, 0)
+        tt += tl.sum(t * t, 0)
+    plane = tl.num_programs(1).to(tl.int64) * num_cells
+    tl.store(out + at, dot, mask=exists)
+    tl.store(out + plane + at, ss, mask=exists)
+    tl.store(out + 2 * plane + at, tt, mask=exists)
+
+
+@triton.jit
+def cosine_backward_kernel(
+    student,  # (N, C, H, W), any strides
+    teacher,  # likewise
+    factors,  # (2, N, HW) contiguous: of t and of s in the gradient; both 0: cell not read
+    grad,  # (N, C, H, W), any strides
+    channels,
+    width,
+    num_cells,
+    s_n, s_c, s_h, s_w,
+    t_n, t_c, t_h, t_w,
+    g_n, g_c, g_h, g_w,
+    ACC: tl.constexpr,
+    CELLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = cell < num_cells
+    at = n * num_cells + cell
+    plane = tl.num_programs(2).to(tl.int64) * num_cells
+    of_t = tl.load(factors + at, mask=exists, other=0.0)
+    of_s = tl.load(factors + plane + at, mask=exists, other=0.0)
+    row, column = cell // width, cell % width
+    whole = (c < channels)[:, None] & exists[None, :]
+    mask = whole & ((of_t != 0) | (of_s != 0))[None, :]
+    s_at = student + n * s_n + row * s_h + column * s_w
+    t_at = teacher + n * t_n + row * t_h + column * t_w
+    s = tl.load(s_at[None, :] + c[:, None] * s_c, mask=mask, other=0.0).to(ACC)
+    t = tl.load(t_at[None, :] + c[:, None] * t_c, mask=mask, other=0.0).to(ACC)
+    g_at = grad + n * g_n + row * g_h + column * g_w
+    value = of_t[None, :] * t + of_s[None, :] * s
+    tl.store(g_at[None, :] + c[:, None] * g_c, value.to(grad.dtype.element_ty), mask=whole)
+
+
+def _acc(*tensors: Tensor):
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return (torch.float64, tl.float64) if wide else (torch.float32, tl.float32)
+
+
+@torch.library.custom_op("fgbg_kd::cosine_sums", mutates_args=())
+def cosine_sums(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """(3, N, HW): dot product and squared lengths of each cell of weight other than 0."""
+    n, c, h, w = student.shape
+    dtype, acc = _acc(student, teacher)
+    out = student.new_empty(3, n, h * w, dtype=dtype)
+    cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
+        student, teacher, weight.contiguous(), out, c, w, h * w,
+        *student.stride(), *teacher.stride(), ACC=acc, CELLS=CELLS, CHANNELS=CHANNELS,
+    )  # fmt: skip
+    return out
+
+
+@cosine_sums.register_fake
+def _(student, teacher, weight):
+    n, _, h, w = student.shape
+    return student.new_empty(3, n, h * w, dtype=_acc(student, teacher)[0])
+
+
+@torch.library.custom_op("fgbg_kd::cosine_grad", mutates_args=())
+def cosine_grad(student: Tensor, teacher: Tensor, factors: Tensor) -> Tensor:
+    """Gradient of the student's features: factors[0] * teacher + factors[1] * student."""
+    n, c, h, w = student.shape
+    grad = torch.empty_like(student)
+    grid = (triton.cdiv(h * w, CELLS), triton.cdiv(c, CHANNELS), n)
+    cosine_backward_kernel[grid](
+        student, teacher, factors.contiguous(), grad, c, w, h * w,
+        *student.stride(), *teacher.stride(), *grad.stride(),
+        ACC=_acc(student, teacher)[1], CELLS=CELLS, CHANNELS=CHANNELS,
+    )  # fmt: skip
+    return grad
+
+
+@cosine_grad.register_fake
+def _(student, teacher, factors):
+    return torch.empty_like(student)
+
+
+@torch.library.custom_op("fgbg_kd::weighted_cosine", mutates_args=())
+def weighted_cosine(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of weight * (1 - cos) over the cells of one level, and the sums its gradient needs."""
+    sums = cosine_sums(student, teacher, weight)
+    cosine, *_ = _cosine(sums)
+    used = weight != 0  # the other cells were not read
+    return torch.where(used, weight * (1 - cosine), 0).sum(), sums
+
+
+@weighted_cosine.register_fake
+def _(student, teacher, weight):
+    n, _, h, w = student.shape
+    dtype = _acc(student, teacher)[0]
+    sums = student.new_empty(3, n, h * w, dtype=dtype)
+    return sums.new_empty((), dtype=torch.promote_types(dtype, weight.dtype)), sums
+
+
+def _cosine(sums: Tensor):
+    dot, ss, tt = sums
+    valid = (ss > MIN_SQUARE) & (tt > MIN_SQUARE)
+    ss, tt = torch.where(valid, ss, 1), torch.where(valid, tt, 1)
+    inverse = (ss * tt).rsqrt() if ss.dtype == torch.float64 else ss.rsqrt() * tt.rsqrt()
+    cosine = torch.where(valid, dot * inverse, 0)
+    return cosine, inverse, ss, valid
+
+
+def _setup(ctx, inputs, output):
+    student, teacher, weight = inputs
+    ctx.save_for_backward(student, teacher, weight, output[1])
+
+
+def _backward(ctx, grad_loss, _grad_sums):
+    student, teacher, weight, sums = ctx.saved_tensors
+    cosine, inverse, ss, valid = _cosine(sums)
+    # d(1 - cos)/ds = -(t / (|s||t|) - cos s / |s|^2)
+    scale = torch.where(valid, -grad_loss * weight.to(sums.dtype), 0)
+    factors = torch.stack([scale * inverse, -scale * cosine / ss])
+    return cosine_grad(student, teacher, factors), None, None
+
+
+weighted_cosine.register_autograd(_backward, setup_context=_setup)
