@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from fgbg_kd.ops import cosine_loss
+from fgbg_kd.ops import cosine_loss, kl_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (N, C, level shapes): ones, primes, neither a multiple of a tile.
@@ -114,3 +114,55 @@ def test_cosine_operator_is_registered_soundly():
         make_weight("all", 2, 4),
     )
     torch.library.opcheck(weighted_cosine, arguments)
+
+
+@pytest.mark.parametrize(
+    "n, c, shapes", [(1, 1, SHAPES[0][2]), (2, 5, SHAPES[1][2]), (1, 33, [(4, 3)])]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("temperature, channels_last", [(1.0, False), (2.5, True)])
+def test_kl(n, c, shapes, dtype, weights, kind, temperature, channels_last):
+    """c classes, three anchors, logits around the background's usual -5."""
+    student, teacher = (
+        [layout((randn(n, 3 * c, h, w, seed=10 * i + j, scale=3) - 5).to(dtype), channels_last)
+         for j, (h, w) in enumerate(shapes)]
+        for i in (1, 2)
+    )  # fmt: skip
+    weight = make_weight(weights, n, sum(h * w for h, w in shapes))
+
+    def function(logits, impl, wide=False):
+        target = [t.double() for t in teacher] if wide else teacher
+        w = weight.double() if wide else weight
+        return kl_loss(logits, target, w, c, kind, temperature, impl)
+
+    check(function, student, [s.double() for s in student])
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_kl_gradcheck_through_the_kernels(kind):
+    student = [
+        randn(2, 6, 2, 1, seed=1).requires_grad_(),
+        randn(2, 6, 1, 1, seed=2).requires_grad_(),
+    ]
+    teacher = [randn(2, 6, 2, 1, seed=3), randn(2, 6, 1, 1, seed=4)]
+    weight = make_weight("mixed", 2, 3).double()
+    assert gradcheck(lambda *s: kl_loss(s, teacher, weight, 3, kind, 2.0, "triton"), student)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_fused_kl_of_huge_logits_and_unread_nan_stays_finite(kind):
+    student = torch.tensor([1e4, -1e4, 1e4, float("nan")], device=DEVICE).reshape(1, 1, 1, 4)
+    teacher = torch.tensor([-1e4, 1e4, 1e4, 0.0], device=DEVICE).reshape(1, 1, 1, 4)
+    weight = torch.tensor([[1.0, 1, 1, 0]], device=DEVICE)
+    loss, (grad,) = run(lambda s: kl_loss(s, [teacher], weight, 1, kind, impl="triton"), [student])
+    assert loss.isfinite() and grad.isfinite().all() and grad[..., 3] == 0
+
+
+def test_kl_operator_is_registered_soundly():
+    from fgbg_kd.ops.kl_triton import weighted_kl
+
+    student, teacher = randn(2, 6, 2, 2, seed=1).float(), randn(2, 6, 2, 2, seed=2).float()
+    arguments = (student.requires_grad_(), teacher, make_weight("all", 2, 4), 3, True, 1.5)
+    torch.library.opcheck(weighted_kl, arguments)
