@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # values of a tile: classes of one anchor times cells
+TILE = 1024  # values of a tile; more spill registers on sm_80
+# The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
+# which leaves the tile wide in cells (neighbours in memory). A softmax needs its anchor whole.
+GROUP = 16
 
 
 @triton.jit
@@ -43,8 +46,8 @@ def kl_kernel(
     teacher,  # likewise
     weight,  # (N, HW) contiguous; in BACKWARD times the upstream gradient
     out,  # (N, HW) weighted KL; in BACKWARD the gradient (N, A*K, H, W), any strides
-    anchors,
-    classes,
+    channels,
+    classes,  # of an anchor; channels of a group for the Bernoulli KL
     width,
     num_cells,
     inverse_t,
@@ -68,13 +71,13 @@ def kl_kernel(
     o_at = out + n * o_n + row * o_h + column * o_w
     k = tl.arange(0, CLASSES)
     total = tl.zeros([CELLS], ACC)
-    for a in range(anchors):
-        channel = (a * classes + k)[:, None]
-        mask = (k < classes)[:, None] & used[None, :]
+    for first in range(0, channels, classes):
+        channel = (first + k)[:, None]
+        real = ((k < classes) & (first + k < channels))[:, None] & (cell >= 0)[None, :]
+        mask = real & used[None, :]
         s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC) * inverse_t
         t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC) * inverse_t
         if SOFTMAX:
-            real = (k < classes)[:, None] & (cell >= 0)[None, :]
             log_s, rest_s = _log_softmax(s, real)
             log_t, rest_t = _log_softmax(t, real)
             p_t = tl.exp(log_t)
@@ -93,9 +96,8 @@ def kl_kernel(
         if BACKWARD:
             # T^2 KL has 1/T from the logits: T (p_s - p_t)
             value = tl.where(mask, value * (w / inverse_t)[None, :], 0)
-            whole = (k < classes)[:, None] & exists[None, :]
             at = o_at[None, :] + channel * o_c
-            tl.store(at, value.to(out.dtype.element_ty), mask=whole)
+            tl.store(at, value.to(out.dtype.element_ty), mask=real & exists[None, :])
     if not BACKWARD:
         loss = tl.where(used, total * w / (inverse_t * inverse_t), 0)
         tl.store(out + n * num_cells + cell, loss, mask=exists)
@@ -103,12 +105,13 @@ def kl_kernel(
 
 def _launch(student, teacher, weight, out, classes, softmax, temperature, backward) -> None:
     n, channels, h, w = student.shape
-    block = triton.next_power_of_2(classes)
+    group = classes if softmax else GROUP
+    block = triton.next_power_of_2(group)
     cells = max(1, min(64, TILE // block))
     wide = torch.float64 in (student.dtype, teacher.dtype)
     strides = out.stride() if backward else (0, 0, 0, 0)
     kl_kernel[(triton.cdiv(h * w, cells), n)](
-        student, teacher, weight.contiguous(), out, channels // classes, classes, w, h * w,
+        student, teacher, weight.contiguous(), out, channels, group, w, h * w,
         1 / temperature, *student.stride(), *teacher.stride(), *strides,
         SOFTMAX=softmax, BACKWARD=backward, ACC=tl.float64 if wide else tl.float32,
         CLASSES=block, CELLS=cells,
