@@ -11,7 +11,15 @@ from torch import nn
 
 from .config import student_config
 from .loss import DenseOutput, FgBgLoss
-from .teacher import build_teacher, check_pair, same_input, teacher_images
+from .teacher import (
+    PRECISIONS,
+    accelerate,
+    build_teacher,
+    check_pair,
+    precision,
+    same_input,
+    teacher_images,
+)
 
 # Iterations between two readings of the gate's shares: each waits for the device. It is the period
 # of Detectron2's writers, which would not show more.
@@ -36,12 +44,14 @@ class FgBgDistiller(nn.Module):
         *,
         student: nn.Module,
         teacher: nn.Module | None = None,
+        teacher_precision: str = "auto",
         kd: Mapping[str, Any] | None = None,
     ):
         """
         Args:
             student: a DenseDetector.
             teacher: a frozen DenseDetector (:func:`build_teacher`); None: plain training.
+            teacher_precision: "fp32", "bf16", "fp16", or "auto": as the student trains.
             kd: keyword arguments of :class:`FgBgLoss`. With both weights 0 the teacher is not
                 used and training is plain training, bit for bit.
 
@@ -55,7 +65,14 @@ class FgBgDistiller(nn.Module):
             teacher = None
         self.__dict__["teacher"] = teacher
         self.kd = None
+        if teacher_precision not in PRECISIONS:
+            raise ValueError(
+                f"MODEL.KD.TEACHER.PRECISION is {teacher_precision!r}: choose from "
+                f"{tuple(PRECISIONS)}."
+            )
+        self.teacher_precision = teacher_precision
         if teacher is not None:
+            accelerate(teacher)
             levels = check_pair(student, teacher, need_logits=kd.get("bg_weight", 1) > 0)
             self.strides = [level.stride for level in levels]
             self.same_input = same_input(student, teacher)
@@ -75,7 +92,12 @@ class FgBgDistiller(nn.Module):
         if kd.TEACHER.CONFIG and (kd.FG_WEIGHT != 0 or kd.BG_WEIGHT != 0):
             teacher = build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS)
         options = {k.lower(): v for k, v in kd.items() if k not in ("STUDENT", "TEACHER")}
-        return {"student": student, "teacher": teacher, "kd": options}
+        return {
+            "student": student,
+            "teacher": teacher,
+            "teacher_precision": kd.TEACHER.PRECISION,
+            "kd": options,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +127,7 @@ class FgBgDistiller(nn.Module):
         scale = self.kd.scale_at(storage.iter)
         if scale == 0:
             return self.kd.zero(student)
-        with torch.no_grad():
+        with torch.no_grad(), precision(self.teacher_precision, self.device):
             inputs = images.tensor
             if not self.same_input:
                 inputs = teacher_images(self.teacher, self.student, images, batched_inputs)

@@ -185,6 +185,25 @@ def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
     assert not calls
 
 
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_teacher_runs_in_its_own_precision(distil_cfg, name, dtype):
+    distil_cfg.MODEL.KD.TEACHER.PRECISION = name
+    model = build_model(distil_cfg)
+    seen = []
+    model.teacher.head.cls_score.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    other = torch.float32 if name == "bf16" else torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=other == torch.bfloat16):
+        losses = losses_of(model, make_batch())
+    assert set(seen) == {dtype}
+    assert losses["loss_kd_fg"].dtype == torch.float32 and losses["loss_kd_fg"] > 0
+
+
+def test_an_unknown_precision_is_named(distil_cfg):
+    distil_cfg.MODEL.KD.TEACHER.PRECISION = "int4"
+    with pytest.raises(ValueError, match="PRECISION is 'int4'"):
+        build_model(distil_cfg)
+
+
 def test_one_option_that_does_not_exist_is_an_error(distil_cfg):
     distil_cfg.MODEL.KD.GATE = "maybe"
     with pytest.raises(ValueError, match="MODEL.KD.GATE is 'maybe'"):

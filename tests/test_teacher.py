@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import TeacherError, build_teacher
+from fgbg_kd.teacher import accelerate
 
 
 def edit_weights(source, target, edit):
@@ -108,6 +109,34 @@ train = dict(init_checkpoint="")
         losses = build_model(distil_cfg).train()(make_batch())
         assert 0 < storage.latest()["kd/fg_gate"][0] <= 1
     assert losses["loss_kd_fg"] > 0 and losses["loss_kd_fg"].isfinite()
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
+def test_acceleration_changes_the_output_by_rounding_only(tmp_path, norm):
+    """Detectron2's ResNet with random statistics; GroupNorm is left alone."""
+    cfg = tiny_cfg()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH = "build_resnet_fpn_backbone", 50
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = norm
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    model = build_model(cfg).eval().requires_grad_(False)
+    norms = [m for m in model.modules() if hasattr(m, "running_var")]
+    for m in norms:
+        m.running_var.uniform_(0.5, 2)
+        m.running_mean.normal_(std=0.1)
+        m.weight.uniform_(0.5, 1.5)
+        m.bias.normal_(std=0.1)
+    images = torch.randn(1, 3, 64, 64)
+
+    def features(detector):
+        return [detector.backbone(images)[f] for f in detector.head_in_features]
+
+    before = features(model)
+    after = features(accelerate(model))
+    for a, b in zip(after, before):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    left = [m for m in model.modules() if hasattr(m, "running_var")]
+    assert not left and bool(norms) == (norm != "GN")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 
 from fgbg_kd import FgBgDistiller  # noqa: E402
 from fgbg_kd.ops import cosine_loss, kl_loss, split  # noqa: E402
-from fgbg_kd.teacher import freeze  # noqa: E402
+from fgbg_kd.teacher import PRECISIONS, freeze, precision  # noqa: E402
 
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -160,7 +160,12 @@ def steps(args) -> list[dict]:
         torch.manual_seed(0)
         models[name] = build_model(cfg)
     student, teacher = models["R_50_FPN_1x"].train(), freeze(models["R_101_FPN_3x"])
-    distiller = FgBgDistiller(student=student, teacher=teacher).train()
+    distiller = FgBgDistiller(
+        student=student,
+        teacher=teacher,
+        teacher_precision=args.precision,
+        kd={"gate": args.gate},
+    ).train()
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(args.images):
@@ -183,9 +188,9 @@ def steps(args) -> list[dict]:
 
     @torch.no_grad()
     def look():
-        images = teacher.preprocess_image(batch).tensor
-        features = teacher.backbone(images)
-        teacher.head([features[f] for f in teacher.head_in_features])
+        with precision(args.precision, student.device):
+            features = teacher.backbone(teacher.preprocess_image(batch).tensor)
+            teacher.head([features[f] for f in teacher.head_in_features])
 
     rows = []
     for name, function in (
@@ -227,6 +232,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--anchors", type=int, default=9, help="9: RetinaNet; 1: FCOS")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the teacher")
+    parser.add_argument("--gate", default="cell", help="as MODEL.KD.GATE")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--counts-only", action="store_true", help="no timing")
     parser.add_argument("--csv", type=Path, help="write the rows there, too")
