@@ -18,7 +18,8 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     # Checkpoint: path or URL. "" = the zoo's weights, or those that a local config names.
     kd.TEACHER.WEIGHTS = ""
     # Arithmetic of the teacher's pass: "fp32", "bf16" or "fp16" by autocast; "auto" = as the
-    # student trains (SOLVER.AMP). bf16 halves the teacher's time on hardware that has it, CPUs included.
+    # student trains (SOLVER.AMP). bf16 halves the teacher's time on hardware that has it, CPUs
+    # included.
     kd.TEACHER.PRECISION = "auto"
     # COCO AP (0..100) that the teacher must reach on DATASETS.TEST before training; 0 = no check.
     kd.TEACHER.MIN_AP = 0.0
