@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cosine import MIN_SQUARE
+from .dispatch import on_device_of
 
 CELLS, CHANNELS = (
     64,
@@ -103,10 +104,11 @@ def cosine_sums(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     n, c, h, w = student.shape
     dtype, acc = _acc(student, teacher)
     out = student.new_empty(3, n, h * w, dtype=dtype)
-    cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
-        student, teacher, weight.contiguous(), out, c, w, h * w,
-        *student.stride(), *teacher.stride(), ACC=acc, CELLS=CELLS, CHANNELS=CHANNELS,
-    )  # fmt: skip
+    with on_device_of(student):
+        cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
+            student, teacher, weight.contiguous(), out, c, w, h * w,
+            *student.stride(), *teacher.stride(), ACC=acc, CELLS=CELLS, CHANNELS=CHANNELS,
+        )  # fmt: skip
     return out
 
 
@@ -122,11 +124,12 @@ def cosine_grad(student: Tensor, teacher: Tensor, factors: Tensor) -> Tensor:
     n, c, h, w = student.shape
     grad = torch.empty_like(student)
     grid = (triton.cdiv(h * w, CELLS), triton.cdiv(c, CHANNELS), n)
-    cosine_backward_kernel[grid](
-        student, teacher, factors.contiguous(), grad, c, w, h * w,
-        *student.stride(), *teacher.stride(), *grad.stride(),
-        ACC=_acc(student, teacher)[1], CELLS=CELLS, CHANNELS=CHANNELS,
-    )  # fmt: skip
+    with on_device_of(student):
+        cosine_backward_kernel[grid](
+            student, teacher, factors.contiguous(), grad, c, w, h * w,
+            *student.stride(), *teacher.stride(), *grad.stride(),
+            ACC=_acc(student, teacher)[1], CELLS=CELLS, CHANNELS=CHANNELS,
+        )  # fmt: skip
     return grad
 
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import on_device_of
+
 TILE = 1024  # values of a tile; more spill registers on sm_80
 # The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
 # which leaves the tile wide in cells (neighbours in memory). A softmax needs its anchor whole.
@@ -110,12 +112,13 @@ def _launch(student, teacher, weight, out, classes, softmax, temperature, backwa
     cells = max(1, min(64, TILE // block))
     wide = torch.float64 in (student.dtype, teacher.dtype)
     strides = out.stride() if backward else (0, 0, 0, 0)
-    kl_kernel[(triton.cdiv(h * w, cells), n)](
-        student, teacher, weight.contiguous(), out, channels, group, w, h * w,
-        1 / temperature, *student.stride(), *teacher.stride(), *strides,
-        SOFTMAX=softmax, BACKWARD=backward, ACC=tl.float64 if wide else tl.float32,
-        CLASSES=block, CELLS=cells,
-    )  # fmt: skip
+    with on_device_of(student):
+        kl_kernel[(triton.cdiv(h * w, cells), n)](
+            student, teacher, weight.contiguous(), out, channels, group, w, h * w,
+            1 / temperature, *student.stride(), *teacher.stride(), *strides,
+            SOFTMAX=softmax, BACKWARD=backward, ACC=tl.float64 if wide else tl.float32,
+            CLASSES=block, CELLS=cells,
+        )  # fmt: skip
 
 
 def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import on_device_of
+
 BLOCK = 256
 
 
@@ -98,17 +100,18 @@ def _box_index(
     num_images, num_cells = len(boxes), sum(h * w for h, w in pairs)
     out = boxes.new_empty(num_images, num_cells, dtype=torch.int32)
     levels = _levels(pairs, tuple(strides), boxes.device)
-    box_index_kernel[(triton.cdiv(num_cells, BLOCK), num_images)](
-        boxes.contiguous(),
-        sizes,
-        levels,
-        out,
-        num_cells,
-        boxes.shape[1],
-        LEVELS=len(pairs),
-        SCALE=scale,
-        BLOCK=BLOCK,
-    )
+    with on_device_of(boxes):
+        box_index_kernel[(triton.cdiv(num_cells, BLOCK), num_images)](
+            boxes.contiguous(),
+            sizes,
+            levels,
+            out,
+            num_cells,
+            boxes.shape[1],
+            LEVELS=len(pairs),
+            SCALE=scale,
+            BLOCK=BLOCK,
+        )
     return out
 
 

@@ -104,6 +104,19 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(results[0][1][0], results[1][1][0])
 
 
+def test_the_losses_compile_without_a_graph_break():
+    student, teacher = randn(2, 6, 2, 2, seed=1).float(), randn(2, 6, 2, 2, seed=2).float()
+    weight = make_weight("mixed", 2, 4)
+
+    def loss(features):
+        cosine = cosine_loss(features, [teacher], weight, "triton")
+        return cosine + kl_loss(features, [teacher], weight, 3, impl="triton")
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(run(loss, [student]), run(compiled, [student])):
+        torch.testing.assert_close(a, b)
+
+
 def test_cosine_operator_is_registered_soundly():
     """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
     from fgbg_kd.ops.cosine_triton import weighted_cosine
