@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import accumulation_dtype, use_triton
 
 # A vector shorter than 1e-6 has no direction: no rounding of it is worth a gradient.
 MIN_SQUARE = 1e-12
@@ -20,7 +20,7 @@ def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (N, H, W). Where either vector is zero (norm under 1e-6) it is 0 with a zero gradient.
     """
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    dtype = accumulation_dtype(student, teacher)
     s, t = student.to(dtype), teacher.to(dtype)
     dot = (s * t).sum(1)  # (N, H, W)
     ss, tt = s.square().sum(1), t.square().sum(1)

@@ -11,12 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .cosine import MIN_SQUARE
-from .dispatch import on_device_of
+from .dispatch import accumulation_dtype, on_device_of, triton_dtype
 
-CELLS, CHANNELS = (
-    64,
-    32,
-)  # a tile; cells are neighbours in memory in NCHW, channels in channels_last
+# A tile. Cells are neighbours in memory in NCHW, channels in channels_last.
+CELLS, CHANNELS = 64, 32
 
 
 @triton.jit
@@ -93,29 +91,17 @@ def cosine_backward_kernel(
     tl.store(g_at[None, :] + c[:, None] * g_c, value.to(grad.dtype.element_ty), mask=whole)
 
 
-def _acc(*tensors: Tensor):
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    return (torch.float64, tl.float64) if wide else (torch.float32, tl.float32)
-
-
-@torch.library.custom_op("fgbg_kd::cosine_sums", mutates_args=())
-def cosine_sums(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _cosine_sums(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """(3, N, HW): dot product and squared lengths of each cell of weight other than 0."""
     n, c, h, w = student.shape
-    dtype, acc = _acc(student, teacher)
-    out = student.new_empty(3, n, h * w, dtype=dtype)
+    out = student.new_empty(3, n, h * w, dtype=accumulation_dtype(student, teacher))
     with on_device_of(student):
         cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
             student, teacher, weight.contiguous(), out, c, w, h * w,
-            *student.stride(), *teacher.stride(), ACC=acc, CELLS=CELLS, CHANNELS=CHANNELS,
+            *student.stride(), *teacher.stride(),
+            ACC=triton_dtype(out.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
         )  # fmt: skip
     return out
-
-
-@cosine_sums.register_fake
-def _(student, teacher, weight):
-    n, _, h, w = student.shape
-    return student.new_empty(3, n, h * w, dtype=_acc(student, teacher)[0])
 
 
 @torch.library.custom_op("fgbg_kd::cosine_grad", mutates_args=())
@@ -128,7 +114,7 @@ def cosine_grad(student: Tensor, teacher: Tensor, factors: Tensor) -> Tensor:
         cosine_backward_kernel[grid](
             student, teacher, factors.contiguous(), grad, c, w, h * w,
             *student.stride(), *teacher.stride(), *grad.stride(),
-            ACC=_acc(student, teacher)[1], CELLS=CELLS, CHANNELS=CHANNELS,
+            ACC=triton_dtype(factors.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
         )  # fmt: skip
     return grad
 
@@ -141,7 +127,7 @@ def _(student, teacher, factors):
 @torch.library.custom_op("fgbg_kd::weighted_cosine", mutates_args=())
 def weighted_cosine(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of weight * (1 - cos) over the cells of one level, and the sums its gradient needs."""
-    sums = cosine_sums(student, teacher, weight)
+    sums = _cosine_sums(student, teacher, weight)
     cosine, *_ = _cosine(sums)
     used = weight != 0  # the other cells were not read
     return torch.where(used, weight * (1 - cosine), 0).sum(), sums
@@ -150,7 +136,7 @@ def weighted_cosine(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[T
 @weighted_cosine.register_fake
 def _(student, teacher, weight):
     n, _, h, w = student.shape
-    dtype = _acc(student, teacher)[0]
+    dtype = accumulation_dtype(student, teacher)
     sums = student.new_empty(3, n, h * w, dtype=dtype)
     return sums.new_empty((), dtype=torch.promote_types(dtype, weight.dtype)), sums
 

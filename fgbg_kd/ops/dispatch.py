@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and where."""
+"""What the operators share: which implementation runs, in which precision, on which device."""
 
 import contextlib
 import importlib.util
@@ -26,3 +26,24 @@ def use_triton(impl: str, tensor: Tensor) -> bool:
 def on_device_of(tensor: Tensor):
     """Triton launches on the current GPU, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """fp32, or fp64 if either is given so."""
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def triton_dtype(dtype: torch.dtype):
+    """Triton's name of an accumulation dtype."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def upload(values, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of the host on the device of a tensor, without waiting for that device.
+
+    A copy from ordinary memory would: PyTorch then synchronises the stream.
+    """
+    host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)

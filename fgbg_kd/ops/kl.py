@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import use_triton
+from .dispatch import accumulation_dtype, use_triton
 
 
 def kl_divergence(
@@ -26,7 +26,8 @@ def kl_divergence(
     Returns:
         (N, H, W), not negative up to rounding.
     """
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    _check_kind(kind)
+    dtype = accumulation_dtype(student, teacher)
     n, _, h, w = student.shape
     s, t = (
         x.to(dtype).reshape(n, -1, num_classes, h, w) / temperature for x in (student, teacher)
@@ -35,11 +36,9 @@ def kl_divergence(
         # KL(p_t || p_s) = cross-entropy minus entropy; both terms in logits, so that neither
         # a large logit nor a probability of 0 or 1 gives infinity.
         kl = F.softplus(s) - F.softplus(t) - t.sigmoid() * (s - t)
-    elif kind == "softmax":
+    else:
         s, t = (F.pad(x, (0, 0, 0, 0, 0, 1)).log_softmax(2) for x in (s, t))
         kl = t.exp() * (t - s)
-    else:
-        raise ValueError(f"kind is {kind!r}: it can be 'sigmoid' or 'softmax'.")
     return temperature**2 * kl.sum((1, 2))
 
 
@@ -64,8 +63,7 @@ def kl_loss(
     Returns:
         Scalar in fp32 or better.
     """
-    if kind not in ("sigmoid", "softmax"):
-        raise ValueError(f"kind is {kind!r}: it can be 'sigmoid' or 'softmax'.")
+    _check_kind(kind)
     weights = weight.detach().split([s.shape[2] * s.shape[3] for s in student], dim=1)
     if use_triton(impl, student[0]):
         from .kl_triton import weighted_kl  # compiled by whoever uses it, on first use
@@ -80,3 +78,8 @@ def kl_loss(
             for s, t, w in zip(student, teacher, weights)
         ]
     return torch.stack(terms).sum()
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ("sigmoid", "softmax"):
+        raise ValueError(f"kind is {kind!r}: it can be 'sigmoid' or 'softmax'.")

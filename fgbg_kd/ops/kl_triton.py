@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device_of
+from .dispatch import accumulation_dtype, on_device_of, triton_dtype
 
 TILE = 1024  # values of a tile; more spill registers on sm_80
 # The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
@@ -52,10 +52,10 @@ def kl_kernel(
     classes,  # of an anchor; channels of a group for the Bernoulli KL
     width,
     num_cells,
-    inverse_t,
     s_n, s_c, s_h, s_w,
     t_n, t_c, t_h, t_w,
     o_n, o_c, o_h, o_w,
+    INVERSE_T: tl.constexpr,  # a constant, since an argument would be rounded to fp32
     SOFTMAX: tl.constexpr,
     BACKWARD: tl.constexpr,
     ACC: tl.constexpr,
@@ -77,8 +77,8 @@ def kl_kernel(
         channel = (first + k)[:, None]
         real = ((k < classes) & (first + k < channels))[:, None] & (cell >= 0)[None, :]
         mask = real & used[None, :]
-        s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC) * inverse_t
-        t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC) * inverse_t
+        s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
+        t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
         if SOFTMAX:
             log_s, rest_s = _log_softmax(s, real)
             log_t, rest_t = _log_softmax(t, real)
@@ -97,11 +97,11 @@ def kl_kernel(
                 total += tl.sum(tl.where(mask, kl, 0), 0)
         if BACKWARD:
             # T^2 KL has 1/T from the logits: T (p_s - p_t)
-            value = tl.where(mask, value * (w / inverse_t)[None, :], 0)
+            value = tl.where(mask, value * (w / INVERSE_T)[None, :], 0)
             at = o_at[None, :] + channel * o_c
             tl.store(at, value.to(out.dtype.element_ty), mask=real & exists[None, :])
     if not BACKWARD:
-        loss = tl.where(used, total * w / (inverse_t * inverse_t), 0)
+        loss = tl.where(used, total * w / (INVERSE_T * INVERSE_T), 0)
         tl.store(out + n * num_cells + cell, loss, mask=exists)
 
 
@@ -110,19 +110,14 @@ def _launch(student, teacher, weight, out, classes, softmax, temperature, backwa
     group = classes if softmax else GROUP
     block = triton.next_power_of_2(group)
     cells = max(1, min(64, TILE // block))
-    wide = torch.float64 in (student.dtype, teacher.dtype)
+    acc = triton_dtype(accumulation_dtype(student, teacher))
     strides = out.stride() if backward else (0, 0, 0, 0)
     with on_device_of(student):
         kl_kernel[(triton.cdiv(h * w, cells), n)](
             student, teacher, weight.contiguous(), out, channels, group, w, h * w,
-            1 / temperature, *student.stride(), *teacher.stride(), *strides,
-            SOFTMAX=softmax, BACKWARD=backward, ACC=tl.float64 if wide else tl.float32,
-            CLASSES=block, CELLS=cells,
+            *student.stride(), *teacher.stride(), *strides, INVERSE_T=1 / temperature,
+            SOFTMAX=softmax, BACKWARD=backward, ACC=acc, CLASSES=block, CELLS=cells,
         )  # fmt: skip
-
-
-def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
 @torch.library.custom_op("fgbg_kd::weighted_kl", mutates_args=())
@@ -136,14 +131,14 @@ def weighted_kl(
 ) -> Tensor:
     """Sum of weight * T^2 * KL(teacher || student) over the cells of one level."""
     n, _, h, w = student.shape
-    out = student.new_empty(n, h * w, dtype=_dtype(student, teacher))
+    out = student.new_empty(n, h * w, dtype=accumulation_dtype(student, teacher))
     _launch(student, teacher, weight, out, num_classes, softmax, temperature, backward=False)
     return out.sum()
 
 
 @weighted_kl.register_fake
 def _(student, teacher, weight, num_classes, softmax, temperature):
-    return student.new_empty((), dtype=_dtype(student, teacher))
+    return student.new_empty((), dtype=accumulation_dtype(student, teacher))
 
 
 @torch.library.custom_op("fgbg_kd::weighted_kl_grad", mutates_args=())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import upload, use_triton
 
 BACKGROUND, PADDING = -1, -2
 
@@ -94,7 +94,7 @@ def split(
     """
     _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize)
     boxes = pack([b.float() for b in gt_boxes])  # (N, B, 4)
-    sizes = boxes.new_tensor(image_sizes)  # (N, 2)
+    sizes = upload(image_sizes, boxes, boxes.dtype)  # (N, 2)
     if use_triton(impl, boxes):
         from .split_triton import box_index  # compiled by whoever uses it, on first use
 
@@ -116,7 +116,7 @@ def pack(per_box: Sequence[Tensor]) -> Tensor:
         stop = start + len(values)
         rows.append([*range(start, stop), *[last] * (width - len(values))])
         start = stop
-    return packed[torch.tensor(rows, device=packed.device)]
+    return packed[upload(rows, packed, torch.long)]
 
 
 def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str) -> Tensor:
@@ -131,11 +131,11 @@ def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str)
     area = torch.where(valid, (x1 - x0) * (y1 - y0), torch.inf)
     order = area.argsort(dim=1, stable=True)  # who wins first: the smallest, then the first
     x0, y0, x1, y1, area, valid = (t.gather(1, order) for t in (x0, y0, x1, y1, area, valid))
-    home = _level_of_size(area, strides)
+    home = _level_of_size(area, strides) if assign == "scale" else None
 
     winners = []
     for level, ((h, w), stride) in enumerate(zip(level_shapes, strides)):
-        here = valid if assign == "all" else valid & (home == level)
+        here = valid if home is None else valid & (home == level)
         rows = _covered(y0, y1, h, stride, height)  # (N, B, H), (N, B), (N, H)
         columns = _covered(x0, x1, w, stride, width)
         winners.append(_smallest_box(rows, columns, here).flatten(1))
@@ -183,7 +183,9 @@ def _smallest_box(rows, columns, here: Tensor) -> Tensor:
 
 def _level_of_size(area: Tensor, strides: Sequence[int]) -> Tensor:
     """(N, B) int64: the first level whose stride is over sqrt(area) / 14, else the last."""
-    bounds = area.new_tensor(list(strides[1:])) * 7  # stride 8: up to 112 px, 16: up to 224, ...
+    bounds = 7 * upload(
+        list(strides[1:]), area, area.dtype
+    )  # stride 8: up to 112 px, 16: up to 224, ...
     return (area.sqrt()[..., None] >= bounds).sum(-1)
 
 
@@ -193,7 +195,7 @@ def _cell_weights(index: Tensor, level_shapes, num_boxes: int, normalize: str) -
         return foreground.float()
     level = torch.repeat_interleave(
         torch.arange(len(level_shapes), device=index.device),
-        torch.tensor([h * w for h, w in level_shapes], device=index.device),
+        upload([h * w for h, w in level_shapes], index, torch.long),
         output_size=index.shape[1],
     )  # (R,)
     key = index.clamp(min=0) + level * num_boxes  # (N, R): one bin per box and level

@@ -39,11 +39,12 @@ def cases():
             for backward in (False, True):
                 out = dtype if backward else "fp32"
                 types = maps | {"weight": "*fp32", "out": f"*{out}"} | INTS
-                types |= {"classes": "i32", "inverse_t": "fp32"} | STRIDES
+                types |= {"classes": "i32"} | STRIDES
                 types |= dict.fromkeys("o_n o_c o_h o_w".split(), "i32")
                 for classes in (1, 128) if softmax else (kl_triton.GROUP,):
                     cells = max(1, min(64, kl_triton.TILE // classes))
                     constants = {"SOFTMAX": softmax, "BACKWARD": backward, "ACC": tl.float32}
+                    constants |= {"INVERSE_T": 0.5}
                     constants |= {"CLASSES": classes, "CELLS": cells}
                     name = f"kl {dtype} softmax={softmax} backward={backward} classes={classes}"
                     yield name, kl_triton.kl_kernel, types, constants
