@@ -14,6 +14,7 @@ from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
 from .config import student_config
+from .distiller import run_dense
 
 
 def load_detector(cfg, weights: str) -> torch.nn.Module:
@@ -37,16 +38,14 @@ def read_input(cfg, path: str) -> dict:
 
 
 class _Network(torch.nn.Module):
-    """A dense detector from padded images to raw predictions."""
+    """A dense detector from padded images to raw predictions, as a module of its own."""
 
     def __init__(self, detector: torch.nn.Module):
         super().__init__()
-        self.backbone, self.head = detector.backbone, detector.head
-        self.names = detector.head_in_features
+        self.detector = detector
 
     def forward(self, images):
-        features = self.backbone(images)
-        return self.head([features[name] for name in self.names])
+        return run_dense(self.detector, images)[1]
 
 
 @torch.no_grad()

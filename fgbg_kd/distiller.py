@@ -15,6 +15,7 @@ from .teacher import (
     PRECISIONS,
     accelerate,
     build_teacher,
+    check_anchors,
     check_pair,
     precision,
     same_input,
@@ -72,8 +73,7 @@ class FgBgDistiller(nn.Module):
             )
         self.teacher_precision = teacher_precision
         if teacher is not None:
-            accelerate(teacher)
-            levels = check_pair(student, teacher, need_logits=kd.get("bg_weight", 1) > 0)
+            levels = check_pair(student, teacher)
             self.strides = [level.stride for level in levels]
             self.same_input = same_input(student, teacher)
             # Drawn apart, so that student and data order are those of plain training.
@@ -83,6 +83,9 @@ class FgBgDistiller(nn.Module):
                     [level.teacher_channels for level in levels],
                     **kd,
                 )
+            if self.kd.bg_weight > 0:
+                check_anchors(student, teacher)
+            accelerate(teacher)
 
     @classmethod
     def from_config(cls, cfg):
@@ -114,7 +117,7 @@ class FgBgDistiller(nn.Module):
             return self.student(batched_inputs)
         student = self.student
         images = student.preprocess_image(batched_inputs)
-        features, predictions = _run(student, images.tensor)
+        features, predictions = run_dense(student, images.tensor)
         gt = [x["instances"].to(self.device) for x in batched_inputs]
         losses = student.forward_training(images, features, predictions, gt)
         # The logits and deltas come first in every DenseDetector's predictions.
@@ -131,7 +134,7 @@ class FgBgDistiller(nn.Module):
             inputs = images.tensor
             if not self.same_input:
                 inputs = teacher_images(self.teacher, self.student, images, batched_inputs)
-            features, predictions = _run(self.teacher, inputs, head=self.kd.needs_head)
+            features, predictions = run_dense(self.teacher, inputs, head=self.kd.needs_head)
         losses, shares = self.kd(
             student,
             DenseOutput(features, *(predictions or ())[:2]),
@@ -148,8 +151,15 @@ class FgBgDistiller(nn.Module):
         return {name: scale * loss for name, loss in losses.items()}
 
 
-def _run(detector: nn.Module, images: torch.Tensor, head: bool = True):
-    """Features per level and, if asked for, predictions: DenseDetector.forward's first half."""
+def run_dense(detector: nn.Module, images: torch.Tensor, head: bool = True):
+    """DenseDetector.forward between its preprocessing and its losses.
+
+    Args:
+        images: (N, 3, H, W), normalised and padded.
+
+    Returns:
+        Features per level, and the head's predictions (None if not asked for).
+    """
     features = detector.backbone(images)
     features = [features[name] for name in detector.head_in_features]
     return features, detector.head(features) if head else None

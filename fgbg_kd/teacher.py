@@ -185,14 +185,11 @@ def _listing(what: str, keys) -> str:
     return f"{len(keys)} {what}: {', '.join(keys[:5])}{more}"
 
 
-def check_pair(student: nn.Module, teacher: nn.Module, *, need_logits: bool) -> list[Level]:
+def check_pair(student: nn.Module, teacher: nn.Module) -> list[Level]:
     """The levels that student and teacher share.
 
-    Args:
-        need_logits: whether predictions are compared one by one, so that anchors must agree.
-
     Raises:
-        TeacherError: a detector that is not dense, other classes, strides or anchors.
+        TeacherError: a detector that is not dense, other classes or strides.
     """
     for name, detector in (("student", student), ("teacher", teacher)):
         if not all(hasattr(detector, a) for a in ("head", "head_in_features", "num_classes")):
@@ -224,15 +221,23 @@ def check_pair(student: nn.Module, teacher: nn.Module, *, need_logits: bool) -> 
             f"The student pads images to multiples of {divisor[0]} pixels, the teacher needs "
             f"{divisor[1]}."
         )
+    return [Level(s.stride, s.channels, t.channels) for s, t in zip(*shapes)]
+
+
+def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
+    """Predictions can be compared one by one only if they belong to the same anchors.
+
+    Raises:
+        TeacherError: they do not.
+    """
     anchors = [[a.tolist() for a in d.anchor_generator.cell_anchors] for d in (student, teacher)]
-    if need_logits and anchors[0] != anchors[1]:
+    if anchors[0] != anchors[1]:
         raise TeacherError(
             "Student and teacher have other anchors "
             f"({[len(a) for a in anchors[0]]} and {[len(a) for a in anchors[1]]} a cell): their "
             "predictions cannot be compared one by one. Give both the same "
             "MODEL.ANCHOR_GENERATOR, or set MODEL.KD.BG_WEIGHT 0."
         )
-    return [Level(s.stride, s.channels, t.channels) for s, t in zip(*shapes)]
 
 
 def same_input(student: nn.Module, teacher: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
 from fgbg_kd import FgBgDistiller  # noqa: E402
+from fgbg_kd.distiller import run_dense  # noqa: E402
 from fgbg_kd.ops import cosine_loss, kl_loss, split  # noqa: E402
 from fgbg_kd.teacher import PRECISIONS, freeze, precision  # noqa: E402
 
@@ -189,8 +190,7 @@ def steps(args) -> list[dict]:
     @torch.no_grad()
     def look():
         with precision(args.precision, student.device):
-            features = teacher.backbone(teacher.preprocess_image(batch).tensor)
-            teacher.head([features[f] for f in teacher.head_in_features])
+            run_dense(teacher, teacher.preprocess_image(batch).tensor)
 
     rows = []
     for name, function in (

