@@ -5,15 +5,19 @@ Importing it registers the meta-architecture ``FgBgDistiller`` and the timm back
 
 from .config import add_fgbg_kd_config, get_fgbg_kd_cfg, student_config
 from .distiller import FgBgDistiller
-from .loss import FgBgLoss
+from .methods import METHOD_REGISTRY, Batch, DenseOutput, FgBg, Method
 from .modeling import build_timm_backbone
 from .teacher import TeacherError, build_teacher
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHOD_REGISTRY",
+    "Batch",
+    "DenseOutput",
+    "FgBg",
     "FgBgDistiller",
-    "FgBgLoss",
+    "Method",
     "TeacherError",
     "add_fgbg_kd_config",
     "build_teacher",

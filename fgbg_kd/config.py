@@ -3,6 +3,8 @@
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .methods import METHOD_REGISTRY
+
 
 def add_fgbg_kd_config(cfg: CN) -> None:
     """Adds MODEL.KD.*, MODEL.TIMM.*, SOLVER.OPTIMIZER and DATASETS.{TRAIN,TEST}_{JSON,IMAGES}."""
@@ -24,14 +26,22 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     # COCO AP (0..100) that the teacher must reach on DATASETS.TEST before training; 0 = no check.
     kd.TEACHER.MIN_AP = 0.0
 
-    # Scale of loss_kd_fg, the cosine term; 0 = off.
-    kd.FG_WEIGHT = 3.0
-    # Scale of loss_kd_bg, the KL term; 0 = off. With both 0 training is plain training.
-    kd.BG_WEIGHT = 1.0
-    # The two weights grow linearly from 0 over so many iterations; 0 = full from the start.
+    # How to distil: "FgBg", ours, or a peer to compare it with. A peer has its options in a node of
+    # its name (KD.PKD.WEIGHT); the file of its name in fgbg_kd/methods says what they mean.
+    kd.METHOD = "FgBg"
+    for name, method in METHOD_REGISTRY:
+        if name != "FgBg":
+            kd[name.upper()] = CN({k.upper(): v for k, v in method.options().items()})
+
+    # The losses grow linearly from 0 over so many iterations; 0 = full from the start.
     kd.WARMUP_ITERS = 0
     # From this iteration on the student learns alone; 0 = never.
     kd.STOP_ITER = 0
+
+    # What follows are the options of FgBg. Scale of loss_kd_fg, the cosine term; 0 = off.
+    kd.FG_WEIGHT = 3.0
+    # Scale of loss_kd_bg, the KL term; 0 = off. With both 0 training is plain training.
+    kd.BG_WEIGHT = 1.0
 
     # "all": every box on every level; "scale": each box on the one level that fits its size.
     kd.ASSIGN = "all"
@@ -83,6 +93,16 @@ def get_fgbg_kd_cfg() -> CN:
     cfg = get_cfg()
     add_fgbg_kd_config(cfg)
     return cfg
+
+
+def method_options(cfg: CN) -> dict:
+    """Keyword arguments of the method that MODEL.KD.METHOD names."""
+    kd = cfg.MODEL.KD
+    if kd.METHOD not in METHOD_REGISTRY:
+        names = sorted(name for name, _ in METHOD_REGISTRY)
+        raise ValueError(f"MODEL.KD.METHOD is {kd.METHOD!r}: choose from {names}.")
+    node = kd if kd.METHOD == "FgBg" else kd[kd.METHOD.upper()]
+    return {k: node[k.upper()] for k in METHOD_REGISTRY.get(kd.METHOD).options()}
 
 
 def student_config(cfg: CN) -> CN:

@@ -9,8 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .config import student_config
-from .loss import DenseOutput, FgBgLoss
+from .config import method_options, student_config
+from .methods import METHOD_REGISTRY, Batch, DenseOutput
 from .teacher import (
     PRECISIONS,
     accelerate,
@@ -22,8 +22,8 @@ from .teacher import (
     teacher_images,
 )
 
-# Iterations between two readings of the gate's shares: each waits for the device. It is the period
-# of Detectron2's writers, which would not show more.
+# Iterations between two readings of a method's statistics: each waits for the device. It is the
+# period of Detectron2's writers, which would not show more.
 _LOG_PERIOD = 20
 
 
@@ -33,7 +33,8 @@ class FgBgDistiller(nn.Module):
 
     Thesis: "Distilling one-stage object detection network via decoupling foreground and background
     features" (Tamkang University). In training it returns the student's own losses and, beside
-    them, ``loss_kd_fg`` and ``loss_kd_bg`` (:class:`FgBgLoss`). In inference it is the student.
+    them, those of a :class:`~fgbg_kd.methods.Method`: ``loss_kd_fg`` and ``loss_kd_bg`` of FgBg,
+    unless MODEL.KD.METHOD names another. In inference it is the student.
 
     The teacher is no submodule: neither state_dict, nor the optimizer, nor DDP, nor ``train()``
     sees it, only ``.to()`` and its kin do.
@@ -53,16 +54,26 @@ class FgBgDistiller(nn.Module):
             student: a DenseDetector.
             teacher: a frozen DenseDetector (:func:`build_teacher`); None: plain training.
             teacher_precision: "fp32", "bf16", "fp16", or "auto": as the student trains.
-            kd: keyword arguments of :class:`FgBgLoss`. With both weights 0 the teacher is not
-                used and training is plain training, bit for bit.
+            kd: "method", a name in METHOD_REGISTRY ("FgBg"), and its keyword arguments; both
+                weights of FgBg 0: the teacher is not used and training is plain training, bit for
+                bit. "warmup_iters": linear growth of the losses from 0, "stop_iter": from there
+                on they are 0; each 0 = off.
 
         Raises:
             TeacherError: student and teacher do not fit together.
         """
         super().__init__()
         self.student = student
-        kd = dict(kd or {})
-        if teacher is not None and kd.get("fg_weight") == 0 and kd.get("bg_weight") == 0:
+        kd = {"method": "FgBg", "warmup_iters": 0, "stop_iter": 0, **(kd or {})}
+        method, self.warmup_iters, self.stop_iter = (
+            kd.pop(name) for name in ("method", "warmup_iters", "stop_iter")
+        )
+        for name in ("warmup_iters", "stop_iter"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"MODEL.KD.{name.upper()} is {getattr(self, name)}: it must be >= 0."
+                )
+        if _is_off(method, kd):
             teacher = None
         self.__dict__["teacher"] = teacher
         self.kd = None
@@ -78,12 +89,12 @@ class FgBgDistiller(nn.Module):
             self.same_input = same_input(student, teacher)
             # Drawn apart, so that student and data order are those of plain training.
             with torch.random.fork_rng(devices=[]):
-                self.kd = FgBgLoss(
+                self.kd = METHOD_REGISTRY.get(method)(
                     [level.student_channels for level in levels],
                     [level.teacher_channels for level in levels],
                     **kd,
                 )
-            if self.kd.bg_weight > 0:
+            if self.kd.compares_logits:
                 check_anchors(student, teacher)
             accelerate(teacher)
 
@@ -92,14 +103,15 @@ class FgBgDistiller(nn.Module):
         kd = cfg.MODEL.KD
         student = build_model(student_config(cfg))
         teacher = None
-        if kd.TEACHER.CONFIG and (kd.FG_WEIGHT != 0 or kd.BG_WEIGHT != 0):
+        options = method_options(cfg)
+        if kd.TEACHER.CONFIG and not _is_off(kd.METHOD, options):
             teacher = build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS)
-        options = {k.lower(): v for k, v in kd.items() if k not in ("STUDENT", "TEACHER")}
+        schedule = {"warmup_iters": kd.WARMUP_ITERS, "stop_iter": kd.STOP_ITER}
         return {
             "student": student,
             "teacher": teacher,
             "teacher_precision": kd.TEACHER.PRECISION,
-            "kd": options,
+            "kd": {"method": kd.METHOD, **schedule, **options},
         }
 
     @property
@@ -127,28 +139,42 @@ class FgBgDistiller(nn.Module):
 
     def _distil(self, batched_inputs, images, student: DenseOutput, gt) -> dict:
         storage = get_event_storage()
-        scale = self.kd.scale_at(storage.iter)
-        if scale == 0:
-            return self.kd.zero(student)
+        scale = self._scale_at(storage.iter)
+        if scale == 0:  # with every parameter in the graph, as DistributedDataParallel wants it
+            zero = sum([p.sum() for p in self.kd.parameters()], student.features[0].sum()) * 0.0
+            return dict.fromkeys(self.kd.losses, zero)
         with torch.no_grad(), precision(self.teacher_precision, self.device):
             inputs = images.tensor
             if not self.same_input:
                 inputs = teacher_images(self.teacher, self.student, images, batched_inputs)
             features, predictions = run_dense(self.teacher, inputs, head=self.kd.needs_head)
-        losses, shares = self.kd(
-            student,
-            DenseOutput(features, *(predictions or ())[:2]),
-            (self.student, self.teacher),
-            [x.gt_boxes.tensor for x in gt],
-            [x.gt_classes for x in gt],
-            images.image_sizes,
-            self.strides,
+        losses, statistics = self.kd(
+            Batch(
+                student=student,
+                teacher=DenseOutput(features, *(predictions or ())[:2]),
+                detectors=(self.student, self.teacher),
+                gt_boxes=[x.gt_boxes.tensor for x in gt],
+                gt_classes=[x.gt_classes for x in gt],
+                image_sizes=images.image_sizes,
+                strides=self.strides,
+            )
         )
         if (storage.iter + 1) % _LOG_PERIOD == 0:
             storage.put_scalars(
-                **{name: share.item() for name, share in shares.items()}, smoothing_hint=False
+                **{name: value.item() for name, value in statistics.items()}, smoothing_hint=False
             )
         return {name: scale * loss for name, loss in losses.items()}
+
+    def _scale_at(self, iteration: int) -> float:
+        """Factor of the losses: linear warm-up, then 1, 0 from stop_iter on."""
+        if self.stop_iter and iteration >= self.stop_iter:
+            return 0.0
+        return min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
+
+
+def _is_off(method: str, options: Mapping[str, Any]) -> bool:
+    """FgBg without either of its terms: plain training, for which no teacher is needed."""
+    return method == "FgBg" and options.get("fg_weight") == options.get("bg_weight") == 0
 
 
 def run_dense(detector: nn.Module, images: torch.Tensor, head: bool = True):

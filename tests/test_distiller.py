@@ -111,7 +111,8 @@ def test_padding_is_neither_foreground_nor_background(distil_cfg):
     hook = model.kd.register_forward_pre_hook(lambda _, args: seen.append(args))
     losses_of(model, make_batch(sizes=((64, 64), (128, 128)), boxes=(((8, 8, 40, 40),), ())))
     hook.remove()
-    student, teacher, *rest = seen[0]
+    batch = seen[0][0]
+    student = batch.student
     padded, inside = [], []
     for level in student.logits:
         half = level.shape[-1] // 2  # the small image fills the upper left quarter
@@ -120,7 +121,7 @@ def test_padding_is_neither_foreground_nor_background(distil_cfg):
         inside.append(level.clone())
         inside[-1][0, :, :half, :half] = 50.0
     value = [
-        model.kd(student._replace(logits=logits), teacher, *rest)[0]["loss_kd_bg"]
+        model.kd(batch._replace(student=student._replace(logits=logits)))[0]["loss_kd_bg"]
         for logits in (student.logits, padded, inside)
     ]
     assert value[0] > 0 and value[2] > 2 * value[0]
@@ -217,3 +218,9 @@ def test_bfloat16_autocast_trains(distil_cfg):
     assert losses["loss_kd_fg"].dtype == losses["loss_kd_bg"].dtype == torch.float32
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_unknown_method_is_named_with_the_choices(distil_cfg):
+    distil_cfg.MODEL.KD.METHOD = "Magic"
+    with pytest.raises(ValueError, match="METHOD is 'Magic': choose from .*FgBg"):
+        build_model(distil_cfg)

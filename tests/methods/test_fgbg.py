@@ -1,4 +1,4 @@
-"""FgBgLoss: values by hand, and a scale that batch, map and number of workers do not change."""
+"""FgBg: values by hand, and a scale that batch, map and number of workers do not change."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed
 
-from fgbg_kd import FgBgLoss
-from fgbg_kd.loss import DenseOutput
+from fgbg_kd import Batch, DenseOutput, FgBg
 
 
 class Classes:
@@ -25,29 +24,30 @@ def outputs(size, seed):
 
 
 def terms(student, teacher, boxes, size, **options):
-    loss = FgBgLoss([3], [3], gate="off", **options)
+    loss = FgBg([3], [3], gate="off", **options)
     n = len(boxes)
     first = [DenseOutput(*([x[:n] if x is not None else None for x in f] for f in o))
              for o in (student, teacher)]  # fmt: skip
-    return loss(
+    batch = Batch(
         *first,
         (Classes, Classes),
         [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes],
         [torch.zeros(len(b), dtype=torch.long) for b in boxes],
         [(size * 8, size * 8)] * n,
         [8],
-    )[0]
+    )
+    return loss(batch)[0]
 
 
 def test_by_hand():
     student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)], [None])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits], [None])
-    loss = FgBgLoss([1], [1], gate="off", fg_weight=2.0, bg_weight=0.5)
-    losses, shares = loss(
-        student, teacher, (Classes, Classes), [torch.tensor([[0.0, 0, 8, 8]])],
-        [torch.zeros(1, dtype=torch.long)], [(16, 16)], [8],
-    )  # fmt: skip
+    loss = FgBg([1], [1], gate="off", fg_weight=2.0, bg_weight=0.5)
+    box = torch.tensor([[0.0, 0, 8, 8]])
+    one = torch.zeros(1, dtype=torch.long)
+    batch = Batch(student, teacher, (Classes, Classes), [box], [one], [(16, 16)], [8])
+    losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(2.0 * 2)  # opposite vectors: 1 - cos = 2
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
@@ -102,4 +102,4 @@ def test_two_workers_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_pat
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        FgBgLoss(**{"student_channels": [3], "teacher_channels": [3], **options})
+        FgBg(**{"student_channels": [3], "teacher_channels": [3], **options})

@@ -1,0 +1,132 @@
+"""What a method of distillation is: outputs of both detectors and ground truth in, losses out."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.utils import comm
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from ..ops import Split, split
+
+METHOD_REGISTRY = Registry("METHOD")
+METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
+
+
+class DenseOutput(NamedTuple):
+    """What a dense detector computes for a batch, per level.
+
+    Attributes:
+        features: (N, C, H_l, W_l).
+        logits: (N, A*K, H_l, W_l) class logits; None where the head was not needed.
+        deltas: (N, A*4, H_l, W_l) box deltas; None likewise.
+    """
+
+    features: Sequence[Tensor]
+    logits: Sequence[Tensor] | None = None
+    deltas: Sequence[Tensor] | None = None
+
+
+class Batch(NamedTuple):
+    """All that a method sees of a batch.
+
+    Attributes:
+        student, teacher: outputs on the same levels; the teacher's carry no gradient.
+        detectors: the student's and the teacher's module, for their anchors, box coding and heads.
+        gt_boxes: N tensors (B_i, 4), XYXY in pixels.
+        gt_classes: N tensors (B_i,), int64.
+        image_sizes: N pairs (height, width) in pixels, before padding.
+        strides: in pixels, per level.
+    """
+
+    student: DenseOutput
+    teacher: DenseOutput
+    detectors: tuple[nn.Module, nn.Module]
+    gt_boxes: Sequence[Tensor]
+    gt_classes: Sequence[Tensor]
+    image_sizes: Sequence[tuple[int, int]]
+    strides: Sequence[int]
+
+    def split(self, assign: str = "all", normalize: str = "object") -> Split:
+        """Which box owns each cell: :func:`fgbg_kd.ops.split`."""
+        shapes = [tuple(f.shape[-2:]) for f in self.student.features]
+        return split(
+            self.gt_boxes,
+            self.image_sizes,
+            shapes,
+            self.strides,
+            assign=assign,
+            normalize=normalize,
+        )
+
+
+class Method(nn.Module):
+    """Base of all methods. A subclass takes ``(student_channels, teacher_channels, **options)``
+    (channels per level) and computes losses of a :class:`Batch`.
+
+    Its options are its keys in the configuration: MODEL.KD.<NAME>.<OPTION> with the defaults of
+    its constructor (those of FgBg stand in MODEL.KD itself). Parameters that it makes are trained
+    with the student and are no part of it; each must get a gradient in every batch.
+    """
+
+    # Whether the teacher's predictions are needed, not its features alone.
+    needs_head = False
+    # Whether it compares logits one by one, for which both must have the same anchors.
+    compares_logits = False
+    # Names of the losses that it returns.
+    losses: Sequence[str] = ("loss_kd",)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Names and defaults of the constructor's keyword arguments."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """
+        Returns:
+            The weighted losses, by the names in ``losses``, and statistics to log: both scalars
+            on the device.
+        """
+        raise NotImplementedError
+
+
+def build_adapters(
+    student: Sequence[int], teacher: Sequence[int], mode: str = "auto"
+) -> nn.ModuleList:
+    """A 1x1 convolution per level from student to teacher channels.
+
+    Args:
+        student, teacher: channels per level.
+        mode: "auto": where they differ; "conv": always; "none": never.
+
+    Raises:
+        ValueError: "none", but the channels differ.
+    """
+    return nn.ModuleList(_adapter(s, t, mode) for s, t in zip(student, teacher))
+
+
+def _adapter(student: int, teacher: int, mode: str) -> nn.Module:
+    if mode == "conv" or (mode == "auto" and student != teacher):
+        return nn.Conv2d(student, teacher, kernel_size=1)
+    if student != teacher:
+        raise ValueError(
+            f"MODEL.KD.ADAPTER is 'none', but the student has {student} channels and the teacher "
+            f"{teacher}: use 'auto'."
+        )
+    return nn.Identity()
+
+
+def world_mean(sums: Tensor) -> Tensor:
+    """Mean over workers of a per-worker sum; DDP averages gradients, so this makes them whole."""
+    size = comm.get_world_size()
+    if size > 1:
+        torch.distributed.all_reduce(sums)
+    return sums / size
+
+
+def safe(normalizer: Tensor) -> Tensor:
+    """A normaliser that is 0 (no object in the batch) becomes 1 and leaves the sum as it is."""
+    return torch.where(normalizer > 0, normalizer, 1)

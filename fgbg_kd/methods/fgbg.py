@@ -1,0 +1,142 @@
+"""Foreground by direction, background by prediction, both only where the teacher is better."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..gate import prediction_quality, teacher_gate
+from ..ops import Split, cosine_loss, kl_loss, pack
+from .base import METHOD_REGISTRY, Batch, Method, build_adapters, safe, world_mean
+
+_CHOICES = {
+    "assign": ("all", "scale"),
+    "normalize": ("object", "cell"),
+    "adapter": ("auto", "none", "conv"),
+    "kl": ("sigmoid", "softmax"),
+    "bg_normalizer": ("fg", "bg"),
+    "gate": ("off", "cell", "object", "image"),
+}
+
+
+@METHOD_REGISTRY.register()
+class FgBg(Method):
+    """Our method: L_fg and L_bg of one batch.
+
+    L_fg = sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
+    L_bg = sum over background cells of g T^2 KL(teacher || student) / number of foreground cells
+
+    with the cell weight w (:func:`split`), the gate g (:func:`teacher_gate`) and the adapter phi.
+    The sums go over the whole batch, of all workers: neither image nor batch nor map size changes
+    the scale of a term. Cells that the gate shuts add nothing to the sums above and stay in those
+    below, so a term fades as the student catches up. In a batch without any object L_bg is
+    divided by the number of background cells.
+
+    The keyword arguments are the keys of MODEL.KD (config.py says what each means).
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        *,
+        fg_weight: float = 3.0,
+        bg_weight: float = 1.0,
+        assign: str = "all",
+        normalize: str = "object",
+        adapter: str = "auto",
+        kl: str = "sigmoid",
+        temperature: float = 1.0,
+        bg_normalizer: str = "fg",
+        gate: str = "cell",
+        gate_margin: float = 0.0,
+        gate_softness: float = 0.0,
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: C per level.
+
+        Raises:
+            ValueError: an option that is not one of its choices, or out of range.
+        """
+        super().__init__()
+        for name, choices in _CHOICES.items():
+            value = locals()[name]
+            if value not in choices:
+                raise ValueError(f"MODEL.KD.{name.upper()} is {value!r}: choose from {choices}.")
+        for name in ("fg_weight", "bg_weight", "gate_softness"):
+            if not locals()[name] >= 0:
+                raise ValueError(f"MODEL.KD.{name.upper()} is {locals()[name]}: it must be >= 0.")
+        if not temperature > 0:
+            raise ValueError(f"MODEL.KD.TEMPERATURE is {temperature}: it must be over 0.")
+        self.fg_weight, self.bg_weight = fg_weight, bg_weight
+        self.assign, self.normalize = assign, normalize
+        self.kl, self.temperature, self.bg_normalizer = kl, temperature, bg_normalizer
+        self.gate, self.gate_margin, self.gate_softness = gate, gate_margin, gate_softness
+        # Built only if used: parameters without a gradient would stop DistributedDataParallel.
+        self.adapters = nn.ModuleList()
+        if fg_weight > 0:
+            self.adapters = build_adapters(student_channels, teacher_channels, adapter)
+
+    @property
+    def needs_head(self) -> bool:
+        return self.bg_weight > 0 or self.gate != "off"
+
+    @property
+    def compares_logits(self) -> bool:
+        return self.bg_weight > 0
+
+    @property
+    def losses(self) -> list[str]:
+        weights = {"loss_kd_fg": self.fg_weight, "loss_kd_bg": self.bg_weight}
+        return [name for name, weight in weights.items() if weight > 0]
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """
+        Returns:
+            loss_kd_fg and loss_kd_bg, without a term of weight 0; and kd/fg_gate and kd/bg_gate,
+            the share of cells where the teacher guides.
+        """
+        student, teacher = batch.student, batch.teacher
+        cells = batch.split(self.assign, self.normalize)
+        gate = self._gate(batch, cells)  # (N, R)
+        foreground, background = cells.foreground.float(), cells.background.float()
+        num_fg, num_bg, fg_weight = world_mean(
+            torch.stack([foreground.sum(), background.sum(), cells.weight.sum()])
+        )
+        losses = {}
+        if self.fg_weight > 0:
+            adapted = [phi(f) for phi, f in zip(self.adapters, student.features)]
+            loss = cosine_loss(adapted, teacher.features, cells.weight * gate)
+            losses["loss_kd_fg"] = self.fg_weight * loss / safe(fg_weight)
+        if self.bg_weight > 0:
+            loss = kl_loss(
+                student.logits,
+                teacher.logits,
+                background * gate,
+                batch.detectors[0].num_classes,
+                self.kl,
+                self.temperature,
+            )
+            # Without any foreground the unit is missing: then the mean over the background, or a
+            # batch of empty images would weigh hundreds of times as much as any other.
+            by_fg = (num_fg > 0) & (self.bg_normalizer == "fg")
+            normalizer = torch.where(by_fg, num_fg, num_bg)
+            losses["loss_kd_bg"] = self.bg_weight * loss / safe(normalizer)
+        shares = {
+            "kd/fg_gate": (gate * foreground).sum() / safe(foreground.sum()),
+            "kd/bg_gate": (gate * background).sum() / safe(background.sum()),
+        }
+        return losses, shares
+
+    def _gate(self, batch: Batch, cells: Split) -> Tensor:
+        if self.gate == "off":  # the teacher's head may not have been run
+            return (cells.foreground | cells.background).float()
+        classes = pack(batch.gt_classes)
+        quality = [
+            prediction_quality(d, o.features, o.logits, o.deltas, cells, classes)
+            for d, o in zip(batch.detectors, (batch.student, batch.teacher))
+        ]
+        return teacher_gate(
+            *quality, cells, mode=self.gate, margin=self.gate_margin, softness=self.gate_softness
+        )
