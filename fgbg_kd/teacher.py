@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
+from omegaconf import DictConfig
 from torch import nn
 
 from .config import get_fgbg_kd_cfg, student_config
@@ -48,28 +49,50 @@ def build_teacher(config: str, weights: str = "") -> nn.Module:
     Raises:
         TeacherError: no such config, no weights, or weights that do not fill the model exactly.
     """
-    path, in_zoo = _find_config(config)
-    # The student's random numbers must not depend on what its teacher looks like.
-    with torch.random.fork_rng(devices=[]):
-        if path.endswith(".py"):
-            cfg = LazyConfig.load(path)
-            detector = instantiate(cfg.model)
-            own_weights = cfg.get("train", {}).get("init_checkpoint", "")
-        else:
-            cfg = get_fgbg_kd_cfg()
-            cfg.merge_from_file(path)
-            cfg.MODEL.DEVICE = "cpu"
-            cfg.MODEL.TIMM.WEIGHTS = ""  # what the checkpoint holds need not be read first
-            detector = build_model(student_config(cfg))
-            own_weights = cfg.MODEL.WEIGHTS
+    cfg, in_zoo = read_detector_config(config)
+    detector = build_detector(cfg)
     if not weights:
-        weights = _zoo_weights(config) if in_zoo else own_weights
+        weights = _zoo_weights(config) if in_zoo else _named_weights(cfg)
     if not weights:
         raise TeacherError(
             f"The teacher {config} has no weights: give its checkpoint as MODEL.KD.TEACHER.WEIGHTS."
         )
     _load(detector, weights, config)
     return freeze(detector)
+
+
+def read_detector_config(config: str) -> tuple[CfgNode | DictConfig, bool]:
+    """A local .yaml or .py config, or one of the model zoo, and whether it is the zoo's.
+
+    Raises:
+        TeacherError: it is neither.
+    """
+    path, in_zoo = _find_config(config)
+    if path.endswith(".py"):
+        return LazyConfig.load(path), in_zoo
+    cfg = get_fgbg_kd_cfg()
+    cfg.merge_from_file(path)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.TIMM.WEIGHTS = ""  # what the checkpoint holds need not be read first
+    return cfg, in_zoo
+
+
+def build_detector(cfg: CfgNode | DictConfig) -> nn.Module:
+    """The (student's) detector of a config, with random weights, on the CPU.
+
+    The process's random numbers go on as if it had not been built: a student's must not depend on
+    what its teacher looks like.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(cfg, CfgNode):
+            return build_model(student_config(cfg))
+        return instantiate(cfg.model)
+
+
+def _named_weights(cfg: CfgNode | DictConfig) -> str:
+    if isinstance(cfg, CfgNode):
+        return cfg.MODEL.WEIGHTS
+    return cfg.get("train", {}).get("init_checkpoint", "")
 
 
 def freeze(detector: nn.Module) -> nn.Module:
