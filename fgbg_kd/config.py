@@ -7,7 +7,7 @@ from .methods import METHOD_REGISTRY
 
 
 def add_fgbg_kd_config(cfg: CN) -> None:
-    """Adds MODEL.KD.*, MODEL.TIMM.*, SOLVER.OPTIMIZER and DATASETS.{TRAIN,TEST}_{JSON,IMAGES}."""
+    """Adds MODEL.{KD,FCOS,TIMM}.*, SOLVER.OPTIMIZER and DATASETS.{TRAIN,TEST}_{JSON,IMAGES}."""
     # Distillation is on where MODEL.META_ARCHITECTURE is "FgBgDistiller".
     kd = cfg.MODEL.KD = CN()
     # Meta-architecture of the student; the rest of MODEL.* describes it as it would alone.
@@ -65,6 +65,25 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     kd.GATE_MARGIN = 0.0
     # Over 0: a sigmoid of this width in quality instead of a step; 0 = a hard gate.
     kd.GATE_SOFTNESS = 0.0
+
+    # FCOS, for MODEL.META_ARCHITECTURE "FCOS" and MODEL.BACKBONE.NAME
+    # "build_fcos_resnet_fpn_backbone"; the defaults are those of Detectron2's lazy config.
+    fcos = cfg.MODEL.FCOS = CN()
+    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    fcos.NUM_CLASSES = 80
+    # Convolutions in each subnet of the head, and their norm ("" = none).
+    fcos.NUM_CONVS = 4
+    fcos.NORM = "GN"
+    # Score of every class before training: sets the bias of the classifier.
+    fcos.PRIOR_PROB = 0.01
+    # Cells within so many strides of a box's centre are positive.
+    fcos.CENTER_SAMPLING_RADIUS = 1.5
+    fcos.FOCAL_LOSS_ALPHA = 0.25
+    fcos.FOCAL_LOSS_GAMMA = 2.0
+    # Of sqrt(class score * centerness).
+    fcos.SCORE_THRESH_TEST = 0.2
+    fcos.TOPK_CANDIDATES_TEST = 1000
+    fcos.NMS_THRESH_TEST = 0.6
 
     # Any timm feature extractor, for MODEL.BACKBONE.NAME "build_timm_backbone",
     # "build_timm_fpn_backbone" or "build_retinanet_timm_fpn_backbone".

@@ -80,6 +80,17 @@ def tiny_cfg(coco=None, name="tiny"):
     return cfg
 
 
+def tiny_fcos_cfg(coco=None, name="tiny"):
+    """tiny_cfg's detector as an FCOS; GroupNorm's 32 groups need 32 channels."""
+    cfg = tiny_cfg(coco, name)
+    cfg.MODEL.META_ARCHITECTURE = "FCOS"
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5"]
+    cfg.MODEL.FCOS.NUM_CONVS = 1
+    cfg.MODEL.FCOS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES
+    return cfg
+
+
 def save_teacher(folder, channels=24, seed=1, edit=None):
     """Writes a teacher's config and random weights; returns their paths."""
     from detectron2.modeling import build_model

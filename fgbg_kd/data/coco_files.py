@@ -6,6 +6,8 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from ..config import student_config
+
 _registered: dict[str, tuple[str, str]] = {}
 
 
@@ -64,10 +66,11 @@ def check_num_classes(cfg, num_classes: int) -> None:
     Raises:
         ValueError: names both numbers.
     """
+    detector = student_config(cfg).MODEL.META_ARCHITECTURE
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         classes = MetadataCatalog.get(name).get("thing_classes")
         if classes is not None and len(classes) != num_classes:
             raise ValueError(
                 f"The set {name} has {len(classes)} classes ({', '.join(classes[:10])}), the "
-                f"detector {num_classes}: set MODEL.RETINANET.NUM_CLASSES {len(classes)}."
+                f"detector {num_classes}: set MODEL.{detector.upper()}.NUM_CLASSES {len(classes)}."
             )
