@@ -1,7 +1,7 @@
 """What a method of distillation is: outputs of both detectors and ground truth in, losses out."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +117,25 @@ def _adapter(student: int, teacher: int, mode: str) -> nn.Module:
             f"{teacher}: use 'auto'."
         )
     return nn.Identity()
+
+
+def aligned(adapters: nn.ModuleList, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adapted student's and teacher's features (N, C, H, W) of each level that has an adapter.
+
+    In fp32, or fp64 if given: sums over a map leave the range of fp16.
+    """
+    for phi, s, t in zip(adapters, batch.student.features, batch.teacher.features):
+        yield at_least_fp32(phi(s)), at_least_fp32(t)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_level(values: Tensor, level_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(N, R, M) values of cells, as those of :class:`Split` -> (N, M, H_l, W_l) per level."""
+    levels = values.split([h * w for h, w in level_shapes], dim=1)
+    return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, level_shapes)]
 
 
 def world_mean(sums: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""FGD: features weighted by boxes and the teacher's attention, and global context
+(Yang et al., CVPR 2022)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import METHOD_REGISTRY, Batch, Method, aligned, build_adapters, per_level, safe
+
+
+@METHOD_REGISTRY.register()
+class FGD(Method):
+    """L = weight * (L_fg + bg_ratio * L_bg + attention_ratio * L_att + global_ratio * L_global),
+    each summed over levels and divided by the number of images:
+
+    L_fg, L_bg: sum of W A_sp A_ch (phi(S) - T)^2; W = 1 / (cells of the box) on foreground (every
+        box on every level, the smallest of several), 1 / (background cells of the image) else.
+    A_sp = H W softmax over cells of mean_c |F| / tau, A_ch = C softmax over channels of
+        mean_hw |F| / tau; the teacher's own in the two terms above.
+    L_att = |A_ch(phi(S)) - A_ch(T)|_1 + |A_sp(phi(S)) - A_sp(T)|_1.
+    L_global = ||GC_s(phi(S)) - GC_t(T)||^2, with two trained context blocks.
+
+    phi: a 1x1 convolution where channels differ.
+
+    - Boxes meet cells by stride. Published, they are scaled by map over image size, which shifts
+      them where a small image is padded. Padding belongs to no box and no background here.
+    - GC_t is trained as well, as published: of the four only L_global has a moving target.
+    - Sums, not means, in fp32: the weight is that of 256 channels on COCO's image sizes, with
+      clipped gradients. The ratios are the same in all published configs of one-stage detectors.
+    """
+
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        *,
+        weight: float = 1e-3,  # RetinaNet and GFL; FCOS 1.6e-3
+        bg_ratio: float = 0.5,
+        attention_ratio: float = 0.5,
+        global_ratio: float = 0.005,
+        temperature: float = 0.5,  # FCOS 0.8
+    ):
+        super().__init__()
+        self.weight, self.temperature = weight, temperature
+        self.ratios = (1.0, bg_ratio, attention_ratio, global_ratio)
+        self.adapters = build_adapters(student_channels, teacher_channels)
+        self.student_context, self.teacher_context = (
+            nn.ModuleList(GlobalContext(c) for c in teacher_channels) for _ in range(2)
+        )
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        cells = batch.split()
+        masks = torch.stack([cells.weight, cells.background.float()], dim=2)
+        masks = per_level(masks, cells.level_shapes)  # (N, 2, H, W) each
+        contexts = zip(self.student_context, self.teacher_context)
+        loss = 0.0
+        for mask, gc, (s, t) in zip(masks, contexts, aligned(self.adapters, batch)):
+            (space_s, channel_s), (space_t, channel_t) = map(self.attention, (s, t))
+            error = (channel_t * (s - t).square()).sum(1, keepdim=True) * space_t  # (N, 1, H, W)
+            fg, bg = mask.split(1, dim=1)
+            bg = bg / safe(bg.sum((2, 3), keepdim=True))
+            terms = (
+                (fg * error).sum(),
+                (bg * error).sum(),
+                (channel_s - channel_t).abs().sum() + (space_s - space_t).abs().sum(),
+                (gc[0](s).to(t.dtype) - gc[1](t).to(t.dtype)).square().sum(),
+            )
+            loss = loss + sum(r * term for r, term in zip(self.ratios, terms))
+        return {"loss_kd": self.weight * loss / len(t)}, {}
+
+    def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 1, H, W) of the cells and (N, C, 1, 1) of the channels; each has mean 1."""
+        x = x.abs()
+        space, channel = x.mean(1, keepdim=True), x.mean((2, 3), keepdim=True)
+        softmax = (space / self.temperature).flatten(1).softmax(1).reshape(space.shape)
+        return space[0].numel() * softmax, x.shape[1] * (channel / self.temperature).softmax(1)
+
+
+class GlobalContext(nn.Module):
+    """GC(x) = x + W2 ReLU(LN(W1 sum_p softmax_p(w . x_p) x_p)); W2 starts at 0, so GC(x) = x."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = max(1, channels // 2)
+        self.score = nn.Conv2d(channels, 1, kernel_size=1)
+        self.transform = nn.Sequential(
+            nn.Linear(channels, hidden),
+            nn.LayerNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, channels),
+        )
+        nn.init.zeros_(self.transform[-1].weight)
+        nn.init.zeros_(self.transform[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.score(x).flatten(1).softmax(1)  # (N, HW)
+        context = torch.einsum("np,ncp->nc", share.to(x.dtype), x.flatten(2))
+        return x + self.transform(context)[..., None, None]
