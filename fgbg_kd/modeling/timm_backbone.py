@@ -1,12 +1,20 @@
 """timm's feature extractors as Detectron2 backbones, for light students and strong teachers."""
 
+import difflib
+import logging
+import os
+
+import numpy as np
 import timm
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from timm.layers import freeze_batch_norm_2d
+from timm.models import load_state_dict
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class TimmBackbone(Backbone):
@@ -21,16 +29,20 @@ class TimmBackbone(Backbone):
     ):
         """
         Args:
-            name: a timm model that supports ``features_only``.
+            name: a timm model that supports ``features_only``; with a tag ("resnet18.tv_in1k")
+                it says which weights, too.
             out_features: names of the maps to return.
-            weights: path of a state dict in the names of the timm model; it may hold more (the
-                classifier), not less. "" = random weights.
+            weights: path of a state dict (.pth, .safetensors) in the names of the timm model; it
+                may hold more (the classifier), not less. "" = random weights.
             freeze_bn: fix statistics and affine parameters of the batch norms.
 
         Raises:
-            ValueError: the model has no such map, or the file not all of its weights.
+            ValueError: no such model, no such map of it, or not all of its weights in the file.
         """
         super().__init__()
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models())
+            raise ValueError(f"MODEL.TIMM.NAME: timm has no {name!r}. Near it: {near}.")
         strides = {f"res{i}": 2**i for i in range(1, 7)}
         info = timm.create_model(name, features_only=True, pretrained=False).feature_info
         index = {r: i for i, r in enumerate(info.reduction())}
@@ -44,6 +56,11 @@ class TimmBackbone(Backbone):
             features_only=True,
             pretrained=False,
             out_indices=[index[strides[f]] for f in out_features],
+        )
+        pretrained = self.body.pretrained_cfg
+        # What ImageNet weights of this name take, RGB in 0..255.
+        self.pixel_mean, self.pixel_std = (
+            [round(255 * v, 3) for v in pretrained[key]] for key in ("mean", "std")
         )
         if weights:
             _load(self.body, weights, name)
@@ -65,7 +82,14 @@ class TimmBackbone(Backbone):
 
 def _load(body: torch.nn.Module, path: str, name: str) -> None:
     """timm's feature extractors flatten some names ("blocks.0" to "blocks_0"): both are taken."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"MODEL.TIMM.WEIGHTS: no file {path}. Where there is a network, this makes it:\n"
+            f"  python -c \"import timm, torch; torch.save(timm.create_model('{name}', "
+            f"pretrained=True).state_dict(), '{path}')\"\n"
+            'Where MODEL.WEIGHTS holds the whole detector, set MODEL.TIMM.WEIGHTS "".'
+        )
+    saved = load_state_dict(path)
     saved = {k.replace(".", "_"): v for k, v in saved.items()}
     state = body.state_dict()
     missing = [
@@ -87,8 +111,31 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> TimmBackbo
     if input_shape is not None and input_shape.channels != 3:
         raise ValueError(f"MODEL.PIXEL_MEAN has {input_shape.channels} values: timm takes 3.")
     timm_cfg = cfg.MODEL.TIMM
-    return TimmBackbone(
+    backbone = TimmBackbone(
         timm_cfg.NAME, tuple(timm_cfg.OUT_FEATURES), timm_cfg.WEIGHTS, timm_cfg.FREEZE_BN
+    )
+    if timm_cfg.WEIGHTS:
+        _check_input(cfg, backbone)
+    return backbone
+
+
+def _check_input(cfg, backbone: TimmBackbone) -> None:
+    """Warns of pretrained weights that see other pixels than they were trained on.
+
+    No error: weights of another origin may have been trained on these.
+    """
+    mean, std = backbone.pixel_mean, backbone.pixel_std
+    if (
+        cfg.INPUT.FORMAT == "RGB"
+        and np.allclose(cfg.MODEL.PIXEL_MEAN, mean, atol=0.5)
+        and np.allclose(cfg.MODEL.PIXEL_STD, std, atol=0.5)
+    ):
+        return
+    logger.warning(
+        f"timm's weights of {cfg.MODEL.TIMM.NAME} want other input than this config gives "
+        f"({cfg.INPUT.FORMAT}, mean {list(cfg.MODEL.PIXEL_MEAN)}, std {list(cfg.MODEL.PIXEL_STD)})."
+        f" If {cfg.MODEL.TIMM.WEIGHTS} holds those, set\n"
+        f"  INPUT: {{FORMAT: RGB}}\n  MODEL: {{PIXEL_MEAN: {mean}, PIXEL_STD: {std}}}"
     )
 
 
