@@ -5,7 +5,6 @@ import time
 import cv2
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
@@ -13,6 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
+from .checkpoint import SafeCheckpointer
 from .config import student_config
 from .distiller import run_dense
 
@@ -23,7 +23,7 @@ def load_detector(cfg, weights: str) -> torch.nn.Module:
     cfg.defrost()
     cfg.MODEL.TIMM.WEIGHTS = ""  # the checkpoint holds them
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(weights)
+    SafeCheckpointer(model).load(weights)
     return model
 
 

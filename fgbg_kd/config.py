@@ -1,5 +1,9 @@
-"""Every configuration key that this package adds to Detectron2's."""
+"""Every configuration key that this package adds to Detectron2's, and YAML that cannot run code."""
 
+from pathlib import Path
+
+import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
@@ -19,6 +23,9 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     kd.TEACHER.CONFIG = ""
     # Checkpoint: path or URL. "" = the zoo's weights, or those that a local config names.
     kd.TEACHER.WEIGHTS = ""
+    # sha256 of that file (or its first digits); "" = not checked. A download whose name carries it
+    # (name-<8 or more hex digits>.pth) is checked by its name.
+    kd.TEACHER.SHA256 = ""
     # Arithmetic of the teacher's pass: "fp32", "bf16" or "fp16" by autocast; "auto" = as the
     # student trains (SOLVER.AMP). bf16 halves the teacher's time on hardware that has it, CPUs
     # included.
@@ -105,6 +112,40 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
+
+
+def merge_yaml(cfg: CN, filename: str) -> None:
+    """``cfg.merge_from_file`` for a file of any origin: its YAML tags cannot run code.
+
+    Only the model zoo's own files may: Base-RetinaNet.yaml computes its anchors. A copy counts as
+    the zoo's file as long as nothing in it is changed.
+
+    Raises:
+        ValueError: no valid YAML, or a tag that runs code.
+    """
+    _HarmlessYaml.load_yaml_with_base(filename)
+    cfg.merge_from_file(filename)
+
+
+class _HarmlessYaml(CN):
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        try:  # comes back here for every _BASE_
+            return super().load_yaml_with_base(filename, allow_unsafe=_is_zoos(filename))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            raise ValueError(
+                f"{filename}, line {mark.line + 1 if mark else '?'}: "
+                f"{getattr(error, 'problem', error)}. Tags that run code, such as "
+                "!!python/object/apply, are for the model zoo's own files: write the value itself."
+            ) from error
+
+
+def _is_zoos(filename: str) -> bool:
+    path, zoo = Path(filename), Path(model_zoo.__file__).parent / "configs"
+    return path.is_file() and any(
+        path.read_bytes() == file.read_bytes() for file in zoo.rglob(path.name)
+    )
 
 
 def get_fgbg_kd_cfg() -> CN:

@@ -105,7 +105,7 @@ class FgBgDistiller(nn.Module):
         teacher = None
         options = method_options(cfg)
         if kd.TEACHER.CONFIG and not _is_off(kd.METHOD, options):
-            teacher = build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS)
+            teacher = build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256)
         schedule = {"warmup_iters": kd.WARMUP_ITERS, "stop_iter": kd.STOP_ITER}
         return {
             "student": student,

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
@@ -18,7 +17,8 @@ from detectron2.structures import ImageList
 from omegaconf import DictConfig
 from torch import nn
 
-from .config import get_fgbg_kd_cfg, student_config
+from .checkpoint import CheckpointError, SafeCheckpointer
+from .config import get_fgbg_kd_cfg, merge_yaml, student_config
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,14 @@ class Level(NamedTuple):
     teacher_channels: int
 
 
-def build_teacher(config: str, weights: str = "") -> nn.Module:
+def build_teacher(config: str, weights: str = "", sha256: str = "") -> nn.Module:
     """Builds, loads and freezes a teacher.
 
     Args:
         config: path of a .yaml or .py config, or a name in Detectron2's model zoo.
         weights: path or URL of its checkpoint. "": the zoo's own for a zoo name, else what the
             config names (MODEL.WEIGHTS, train.init_checkpoint).
+        sha256: hex digits of that file, or the first of them; "": not checked.
 
     Returns:
         The detector in eval mode on the CPU, without gradients.
@@ -57,7 +58,7 @@ def build_teacher(config: str, weights: str = "") -> nn.Module:
         raise TeacherError(
             f"The teacher {config} has no weights: give its checkpoint as MODEL.KD.TEACHER.WEIGHTS."
         )
-    _load(detector, weights, config)
+    _load(detector, weights, config, sha256)
     return freeze(detector)
 
 
@@ -71,7 +72,7 @@ def read_detector_config(config: str) -> tuple[CfgNode | DictConfig, bool]:
     if path.endswith(".py"):
         return LazyConfig.load(path), in_zoo
     cfg = get_fgbg_kd_cfg()
-    cfg.merge_from_file(path)
+    merge_yaml(cfg, path)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.TIMM.WEIGHTS = ""  # what the checkpoint holds need not be read first
     return cfg, in_zoo
@@ -158,7 +159,7 @@ def _zoo_weights(config: str) -> str:
         ) from None
 
 
-class _ReportingCheckpointer(DetectionCheckpointer):
+class _ReportingCheckpointer(SafeCheckpointer):
     """Keeps the load report that DetectionCheckpointer only logs."""
 
     def _load_model(self, checkpoint):
@@ -166,11 +167,13 @@ class _ReportingCheckpointer(DetectionCheckpointer):
         return self.report
 
 
-def _load(detector: nn.Module, weights: str, config: str) -> None:
-    checkpointer = _ReportingCheckpointer(detector)
+def _load(detector: nn.Module, weights: str, config: str, sha256: str) -> None:
+    checkpointer = _ReportingCheckpointer(detector, sha256=sha256)
     try:
         checkpointer.load(weights)
-    except Exception as error:  # absent, unreachable, torn: each kind of file has its own
+    except CheckpointError as error:
+        raise TeacherError(f"The teacher's weights: {error}") from error
+    except Exception as error:  # absent, unreachable: each kind of path has its own
         raise TeacherError(
             f"The teacher's weights {weights} cannot be read ({error}). If they are on the "
             "network, fetch them where there is one and give the file as "

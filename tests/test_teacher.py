@@ -208,7 +208,7 @@ def test_a_truncated_checkpoint_is_an_error(tmp_path, teacher_files):
     path = tmp_path / "torn.pth"
     shutil.copy(teacher_files[1], path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TeacherError, match="cannot be read"):
+    with pytest.raises(TeacherError, match="is damaged"):
         build_teacher(teacher_files[0], str(path))
 
 

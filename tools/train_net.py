@@ -5,12 +5,12 @@ Example:
     tools/train_net.py --config-file configs/quickstart/scenes_distilled.yaml OUTPUT_DIR output/run
 """
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from fgbg_kd import student_config
+from fgbg_kd.checkpoint import SafeCheckpointer
 from fgbg_kd.engine import FgBgTrainer, load_config
 
 
@@ -19,7 +19,7 @@ def main(args):
     default_setup(cfg, args)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(student_config(cfg))
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = FgBgTrainer.test(cfg, model)

@@ -8,14 +8,14 @@ import weakref
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import get_fgbg_kd_cfg
+from ..checkpoint import SafeCheckpointer
+from ..config import get_fgbg_kd_cfg, merge_yaml
 from ..data import check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
 from ..teacher import TeacherError, channel_order
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def load_config(config_file: str, opts: list[str] = ()):
     """Reads a YAML config and key-value overrides, and registers the data that they name."""
     cfg = get_fgbg_kd_cfg()
-    cfg.merge_from_file(config_file)
+    merge_yaml(cfg, config_file)
     cfg.merge_from_list(list(opts))
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
@@ -75,14 +75,14 @@ class FgBgTrainer(DefaultTrainer):
         # The hooks share the checkpointer, and DefaultTrainer builds both in its constructor:
         # this is the one place between the two.
         model = _unwrapped(self.model)
-        hooks = []
+        detector, adapters, hooks = model, {}, []
         if isinstance(model, FgBgDistiller):
-            adapters = {"kd": model.kd} if model.kd is not None else {}
-            self.checkpointer = DetectionCheckpointer(
-                model.student, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters
-            )
+            detector, adapters = model.student, {"kd": model.kd} if model.kd is not None else {}
             if model.teacher is not None:
                 hooks.append(TeacherCheck())
+        self.checkpointer = SafeCheckpointer(
+            detector, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters
+        )
         return hooks + super().build_hooks()
 
     # v0.6 leaves the optimizer out of its checkpoints; main has these two as they are here.
