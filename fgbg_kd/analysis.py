@@ -5,6 +5,7 @@ import time
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
@@ -15,6 +16,7 @@ from fvcore.nn import FlopCountAnalysis
 from .checkpoint import SafeCheckpointer
 from .config import student_config
 from .distiller import run_dense
+from .teacher import build_detector, read_detector_config
 
 
 def load_detector(cfg, weights: str) -> torch.nn.Module:
@@ -37,22 +39,49 @@ def read_input(cfg, path: str) -> dict:
     return {"image": tensor, "height": height, "width": width}
 
 
+def detectors_of(config: str) -> dict[str, torch.nn.Module]:
+    """The detectors that a config names, by role, with random weights, in eval mode on the CPU.
+
+    Args:
+        config: a zoo name, or a local .yaml or .py config.
+
+    Returns:
+        {"teacher": ..., "student": ...} of a config that distils, else {"detector": ...}.
+    """
+    cfg, _ = read_detector_config(config)
+    teacher = ""
+    if isinstance(cfg, CfgNode):
+        if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller":
+            teacher = cfg.MODEL.KD.TEACHER.CONFIG
+    elif "student" in cfg.model:
+        teacher = cfg.model.teacher.config
+        cfg.model = cfg.model.student
+    detector = build_detector(cfg).eval()
+    if not teacher:
+        return {"detector": detector}
+    return {"teacher": build_detector(read_detector_config(teacher)[0]).eval(), "student": detector}
+
+
 class _Network(torch.nn.Module):
-    """A dense detector from padded images to raw predictions, as a module of its own."""
+    """A detector from padded images to raw predictions per cell, as a module of its own."""
 
     def __init__(self, detector: torch.nn.Module):
         super().__init__()
         self.detector = detector
 
     def forward(self, images):
-        return run_dense(self.detector, images)[1]
+        if hasattr(self.detector, "head_in_features"):
+            return run_dense(self.detector, images)[1]
+        features, rpn = self.detector.backbone(images), self.detector.proposal_generator
+        return rpn.rpn_head([features[f] for f in rpn.in_features])
 
 
 @torch.no_grad()
 def cost(model: torch.nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
     """Parameters (millions), GFLOPs and milliseconds of one image, on the model's device.
 
-    GFLOPs are fvcore's, of backbone and head: one multiply-add is one FLOP. Milliseconds are the
+    GFLOPs are fvcore's: one multiply-add is one FLOP. They are of backbone and head; of a two-stage
+    detector of backbone and RPN, since the rest depends on what it proposes. Milliseconds are the
     median of ``runs`` calls of the whole detector, with resizing left out and NMS in.
     """
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -72,6 +101,16 @@ def cost(model: torch.nn.Module, example: dict, runs: int = 30) -> dict[str, flo
         "gflops": round(gflops, 4),
         "ms_per_image": round(float(np.median(times[3:])), 2),
     }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line a row, the columns of the first."""
+    names = {"parameters_m": "parameters (M)", "gflops": "GFLOPs", "ms_per_image": "ms / image"}
+    lines = [
+        "| " + " | ".join(names.get(k, k) for k in rows[0]) + " |",
+        "|---" * len(rows[0]) + "|",
+    ]
+    return "\n".join(lines + ["| " + " | ".join(str(v) for v in r.values()) + " |" for r in rows])
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from conftest import make_batch, tiny_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from fvcore.nn import FlopCountAnalysis
 
 from fgbg_kd import get_fgbg_kd_cfg, student_config
 from fgbg_kd.analysis import cost, draw_side_by_side, load_detector, read_input
@@ -146,3 +147,55 @@ def test_the_table_is_markdown_with_a_line_a_run():
 
     lines = quickstart.table([{"name": "a", "AP": 1.0}, {"name": "b", "AP": 2.0}]).splitlines()
     assert lines == ["| name | AP |", "|---|---|", "| a | 1.0 |", "| b | 2.0 |"]
+
+
+def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, monkeypatch, capsys):
+    import analyze
+
+    config = tmp_path / "distilled.yaml"
+    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""  # none are needed
+    config.write_text(distil_cfg.dump())
+    monkeypatch.setattr(
+        sys, "argv", ["analyze.py", str(config), "--size", "64", "80", "--runs", "1"]
+    )
+    analyze.main()
+    rows = [x.strip("| ").split(" | ") for x in capsys.readouterr().out.splitlines() if "|" in x]
+    head, _, teacher, student, ratio = rows
+    assert head == ["name", "parameters (M)", "GFLOPs", "ms / image"]
+    assert teacher[0] == f"teacher of {config}" and student[0] == f"student of {config}"
+    plain = cost(build_model(tiny_cfg()).eval(), make_batch()[0], runs=1)  # 64 x 80, too
+    assert student[1:3] == [str(plain["parameters_m"]), str(plain["gflops"])]
+    for i in (1, 2):
+        assert float(teacher[i]) > float(student[i])
+        assert ratio[i] == f"{float(student[i]) / float(teacher[i]):.2f}"
+
+
+def test_a_two_stage_detector_costs_backbone_and_rpn(tmp_path, monkeypatch, capsys):
+    import analyze
+    from detectron2 import model_zoo
+
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.FPN.OUT_CHANNELS = "cpu", 16
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    config = tmp_path / "rcnn.yaml"
+    config.write_text(cfg.dump())
+    arguments = [str(config), "--size", "64", "64", "--runs", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *arguments])
+    analyze.main()
+    text = capsys.readouterr().out
+    assert "backbone and RPN" in text
+    gflops = float(text.splitlines()[4].split(" | ")[2])
+    # RPN: 3x3 of 16 channels, then 3 anchors' scores and boxes, on P2 to P6 of 64 pixels.
+    rpn = (16 * 16 * 9 + 16 * 3 * 5) * (16**2 + 8**2 + 4**2 + 2**2 + 1) / 1e9
+    with torch.no_grad():
+        rest = FlopCountAnalysis(_Features(build_model(cfg).eval()), torch.zeros(1, 3, 64, 64))
+        assert gflops == pytest.approx(rest.total() / 1e9 + rpn, abs=6e-5)
+
+
+class _Features(torch.nn.Module):
+    def __init__(self, detector):
+        super().__init__()
+        self.backbone = detector.backbone
+
+    def forward(self, images):
+        return list(self.backbone(images).values())

@@ -32,6 +32,7 @@ from fgbg_kd.analysis import (  # noqa: E402
     draw_side_by_side,
     load_detector,
     read_input,
+    table,
 )
 from fgbg_kd.engine import load_config  # noqa: E402
 
@@ -98,15 +99,6 @@ def _show(name: str, line: str) -> None:
 def row(name: str, result: dict, model, cfg, example: str) -> dict:
     metrics = {k: round(result["bbox"][k], 2) for k in METRICS}
     return {"name": name, **metrics, **cost(model, read_input(cfg, example))}
-
-
-def table(rows: list[dict]) -> str:
-    names = {"parameters_m": "parameters (M)", "gflops": "GFLOPs", "ms_per_image": "ms / image"}
-    lines = [
-        "| " + " | ".join(names.get(k, k) for k in rows[0]) + " |",
-        "|---" * len(rows[0]) + "|",
-    ]
-    return "\n".join(lines + ["| " + " | ".join(str(v) for v in r.values()) + " |" for r in rows])
 
 
 def pick(records: list[dict], count: int) -> list[dict]:
