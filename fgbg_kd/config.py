@@ -26,12 +26,19 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     # sha256 of that file (or its first digits); "" = not checked. A download whose name carries it
     # (name-<8 or more hex digits>.pth) is checked by its name.
     kd.TEACHER.SHA256 = ""
+    # Names of its classes in the order of their numbers, for a student with some of them; [] =
+    # those of its config's DATASETS.TRAIN. The student's are those of its own DATASETS.TRAIN.
+    kd.TEACHER.CLASSES = []
     # Arithmetic of the teacher's pass: "fp32", "bf16" or "fp16" by autocast; "auto" = as the
     # student trains (SOLVER.AMP). bf16 halves the teacher's time on hardware that has it, CPUs
     # included.
     kd.TEACHER.PRECISION = "auto"
     # COCO AP (0..100) that the teacher must reach on DATASETS.TEST before training; 0 = no check.
     kd.TEACHER.MIN_AP = 0.0
+
+    # What the student takes over from the teacher before the first iteration, after MODEL.WEIGHTS,
+    # where names and shapes agree: "fpn", "head"; [] = nothing. A resumed run takes over nothing.
+    kd.INHERIT = []
 
     # How to distil: "FgBg", ours, or a peer to compare it with. A peer has its options in a node of
     # its name (KD.PKD.WEIGHT); the file of its name in fgbg_kd/methods says what they mean.

@@ -1,6 +1,7 @@
 """The meta-architecture: a student that trains beside a frozen teacher and is alone after."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +11,23 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .config import method_options, student_config
+from .data import training_classes
 from .methods import METHOD_REGISTRY, Batch, DenseOutput
-from .teacher import (
-    PRECISIONS,
-    accelerate,
-    build_teacher,
-    check_anchors,
-    check_pair,
-    precision,
+from .pair import (
+    inherited_weights,
+    is_dense,
+    level_names,
+    match_classes,
+    padded,
+    renormalized,
+    same_anchors,
     same_input,
-    teacher_images,
+    select,
+    shared_levels,
 )
+from .teacher import PRECISIONS, TeacherError, accelerate, build_teacher, precision
+
+logger = logging.getLogger(__name__)
 
 # Iterations between two readings of a method's statistics: each waits for the device. It is the
 # period of Detectron2's writers, which would not show more.
@@ -29,7 +36,7 @@ _LOG_PERIOD = 20
 
 @META_ARCH_REGISTRY.register()
 class FgBgDistiller(nn.Module):
-    """Trains a DenseDetector (RetinaNet, FCOS) under the guidance of another.
+    """Trains a DenseDetector (RetinaNet, FCOS) under the guidance of another detector.
 
     Thesis: "Distilling one-stage object detection network via decoupling foreground and background
     features" (Tamkang University). In training it returns the student's own losses and, beside
@@ -48,16 +55,23 @@ class FgBgDistiller(nn.Module):
         teacher: nn.Module | None = None,
         teacher_precision: str = "auto",
         kd: Mapping[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+        inherit: Sequence[str] = (),
     ):
         """
         Args:
             student: a DenseDetector.
-            teacher: a frozen DenseDetector (:func:`build_teacher`); None: plain training.
+            teacher: a frozen detector (:func:`build_teacher`), which the distiller keeps and
+                changes; None: plain training. One that is not dense (Faster R-CNN) teaches by its
+                features alone.
             teacher_precision: "fp32", "bf16", "fp16", or "auto": as the student trains.
             kd: "method", a name in METHOD_REGISTRY ("FgBg"), and its keyword arguments; both
                 weights of FgBg 0: the teacher is not used and training is plain training, bit for
                 bit. "warmup_iters": linear growth of the losses from 0, "stop_iter": from there
                 on they are 0; each 0 = off.
+            classes: names of the student's classes, by which those of a teacher with others are
+                found; None: not known.
+            inherit: of "fpn" and "head", what :meth:`inherit` copies from the teacher.
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -83,19 +97,20 @@ class FgBgDistiller(nn.Module):
                 f"{tuple(PRECISIONS)}."
             )
         self.teacher_precision = teacher_precision
+        self._inherited = {}
         if teacher is not None:
-            levels = check_pair(student, teacher)
-            self.strides = [level.stride for level in levels]
+            levels = self.levels = shared_levels(student, teacher)
             self.same_input = same_input(student, teacher)
+            if is_dense(teacher):
+                match_classes(student, teacher, classes)
+            else:
+                kd = _features_only(method, kd, teacher)
             # Drawn apart, so that student and data order are those of plain training.
             with torch.random.fork_rng(devices=[]):
-                self.kd = METHOD_REGISTRY.get(method)(
-                    [level.student_channels for level in levels],
-                    [level.teacher_channels for level in levels],
-                    **kd,
-                )
-            if self.kd.compares_logits:
-                check_anchors(student, teacher)
+                self.kd = METHOD_REGISTRY.get(method)(*zip(*(x.channels for x in levels)), **kd)
+            _check_predictions(method, self.kd, student, teacher, levels)
+            self.same_anchors = is_dense(teacher) and same_anchors(student, teacher, levels)
+            self._inherited = inherited_weights(student, teacher, inherit)
             accelerate(teacher)
 
     @classmethod
@@ -105,13 +120,17 @@ class FgBgDistiller(nn.Module):
         teacher = None
         options = method_options(cfg)
         if kd.TEACHER.CONFIG and not _is_off(kd.METHOD, options):
-            teacher = build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256)
+            teacher = build_teacher(
+                kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256, kd.TEACHER.CLASSES
+            )
         schedule = {"warmup_iters": kd.WARMUP_ITERS, "stop_iter": kd.STOP_ITER}
         return {
             "student": student,
             "teacher": teacher,
             "teacher_precision": kd.TEACHER.PRECISION,
             "kd": {"method": kd.METHOD, **schedule, **options},
+            "classes": training_classes(cfg) if teacher is not None else None,
+            "inherit": kd.INHERIT,
         }
 
     @property
@@ -146,17 +165,25 @@ class FgBgDistiller(nn.Module):
         with torch.no_grad(), precision(self.teacher_precision, self.device):
             inputs = images.tensor
             if not self.same_input:
-                inputs = teacher_images(self.teacher, self.student, images, batched_inputs)
+                inputs = renormalized(self.teacher, self.student, images, batched_inputs)
+            inputs = padded(self.teacher, inputs, images.image_sizes)
             features, predictions = run_dense(self.teacher, inputs, head=self.kd.needs_head)
+        teacher = DenseOutput(features, *(predictions or ())[:2])
+        index = zip(*(level.index for level in self.levels))
+        shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
+        student, teacher = (
+            select(output, i, shapes) for output, i in zip((student, teacher), index)
+        )
         losses, statistics = self.kd(
             Batch(
                 student=student,
-                teacher=DenseOutput(features, *(predictions or ())[:2]),
+                teacher=teacher,
                 detectors=(self.student, self.teacher),
                 gt_boxes=[x.gt_boxes.tensor for x in gt],
                 gt_classes=[x.gt_classes for x in gt],
                 image_sizes=images.image_sizes,
-                strides=self.strides,
+                strides=[level.stride for level in self.levels],
+                same_anchors=self.same_anchors,
             )
         )
         if (storage.iter + 1) % _LOG_PERIOD == 0:
@@ -164,6 +191,15 @@ class FgBgDistiller(nn.Module):
                 **{name: value.item() for name, value in statistics.items()}, smoothing_hint=False
             )
         return {name: scale * loss for name, loss in losses.items()}
+
+    def inherit(self) -> None:
+        """Copies what MODEL.KD.INHERIT names from the teacher into the student, once.
+
+        The engines call it after MODEL.WEIGHTS is loaded, which would overwrite it, and never in a
+        run that resumes. The teacher's weights are those of its checkpoint, not folded.
+        """
+        self.student.load_state_dict(self._inherited, strict=False)
+        self._inherited = {}
 
     def _scale_at(self, iteration: int) -> float:
         """Factor of the losses: linear warm-up, then 1, 0 from stop_iter on."""
@@ -177,8 +213,36 @@ def _is_off(method: str, options: Mapping[str, Any]) -> bool:
     return method == "FgBg" and options.get("fg_weight") == options.get("bg_weight") == 0
 
 
+def _features_only(method: str, options: dict[str, Any], teacher: nn.Module) -> dict[str, Any]:
+    """The options of a method for a teacher that is not dense."""
+    changed = METHOD_REGISTRY.get(method).without_predictions(options)
+    off = [f"{k.upper()} {v}" for k, v in changed.items() if options.get(k) != v]
+    logger.warning(
+        f"The teacher, a {type(teacher).__name__}, predicts no classes per cell: it teaches by its "
+        f"features alone{', with MODEL.KD.' if off else ''}{', '.join(off)}."
+    )
+    if _is_off(method, changed):
+        raise TeacherError("That leaves nothing to learn: set MODEL.KD.FG_WEIGHT over 0.")
+    return changed
+
+
+def _check_predictions(method, kd, student, teacher, levels) -> None:
+    if kd.needs_head and not is_dense(teacher):
+        raise TeacherError(
+            f"MODEL.KD.METHOD {method} compares predictions per cell, and the teacher, a "
+            f"{type(teacher).__name__}, has none: use a RetinaNet or FCOS, or another method."
+        )
+    if kd.compares_logits and not same_anchors(student, teacher, levels):
+        sizes = [d.anchor_generator.num_anchors[0] for d in (student, teacher)]
+        raise TeacherError(
+            f"Student and teacher have other anchors ({sizes[0]} and {sizes[1]} a cell), and "
+            f"MODEL.KD.METHOD {method} compares predictions one by one: give both the same "
+            "MODEL.ANCHOR_GENERATOR, or use another method."
+        )
+
+
 def run_dense(detector: nn.Module, images: torch.Tensor, head: bool = True):
-    """DenseDetector.forward between its preprocessing and its losses.
+    """DenseDetector.forward between its preprocessing and its losses; of others, the features.
 
     Args:
         images: (N, 3, H, W), normalised and padded.
@@ -187,5 +251,5 @@ def run_dense(detector: nn.Module, images: torch.Tensor, head: bool = True):
         Features per level, and the head's predictions (None if not asked for).
     """
     features = detector.backbone(images)
-    features = [features[name] for name in detector.head_in_features]
+    features = [features[name] for name in level_names(detector)]
     return features, detector.head(features) if head else None

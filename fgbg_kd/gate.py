@@ -19,6 +19,7 @@ def prediction_quality(
     deltas: Sequence[Tensor],
     split: Split,
     gt_classes: Tensor,
+    strides: Sequence[int],
 ) -> Tensor:
     """How good a dense detector's prediction is at each cell, in [0, 1].
 
@@ -32,12 +33,13 @@ def prediction_quality(
         logits, deltas: per level (N, A*K, H_l, W_l) and (N, A*4, H_l, W_l).
         split: of the same cells.
         gt_classes: (N, B) int64.
+        strides: per level; the detector may have more levels.
 
     Returns:
         (N, R) float32.
     """
     num_classes = detector.num_classes
-    anchors = detector.anchor_generator(list(features))  # per level (H*W*A, 4)
+    anchors = _anchors(detector.anchor_generator, features, strides)  # per level (H*W*A, 4)
     score, overlap, objectness = [], [], []
     sizes = [h * w for h, w in split.level_shapes]
     owner_class = split.owner(gt_classes).split(sizes, dim=1)
@@ -103,6 +105,13 @@ def _group_mean(value: Tensor, group: Tensor, mask: Tensor) -> Tensor:
         torch.zeros_like(value).scatter_add(1, group, x) for x in (value * mask, mask.float())
     )
     return (total / count.clamp(min=1)).gather(1, group)
+
+
+def _anchors(generator: nn.Module, features: Sequence[Tensor], strides: Sequence[int]) -> list:
+    """Anchors of some of a detector's levels: to the others the generator sees empty maps."""
+    maps = dict(zip(strides, features))
+    levels = [maps.get(s, features[0][..., :0, :0]) for s in generator.strides]
+    return [a for s, a in zip(generator.strides, generator(levels)) if s in maps]
 
 
 def _per_anchor(x: Tensor, channels: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The teacher: named by a config, loaded whole or not at all, frozen, checked against the student.
+"""The teacher: named by a config, loaded whole or not at all, frozen.
 
 Most failed distillations are teachers that were never loaded. Nothing here goes on with a warning.
 """
@@ -6,19 +6,19 @@ Most failed distillations are teachers that were never loaded. Nothing here goes
 import contextlib
 import logging
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
 from omegaconf import DictConfig
 from torch import nn
 
 from .checkpoint import CheckpointError, SafeCheckpointer
 from .config import get_fgbg_kd_cfg, merge_yaml, student_config
+from .data import training_classes
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,9 @@ class TeacherError(ValueError):
     """The teacher cannot teach: the message says why and what to do."""
 
 
-class Level(NamedTuple):
-    """A feature level that student and teacher share."""
-
-    stride: int
-    student_channels: int
-    teacher_channels: int
-
-
-def build_teacher(config: str, weights: str = "", sha256: str = "") -> nn.Module:
+def build_teacher(
+    config: str, weights: str = "", sha256: str = "", classes: Sequence[str] = ()
+) -> nn.Module:
     """Builds, loads and freezes a teacher.
 
     Args:
@@ -43,12 +37,16 @@ def build_teacher(config: str, weights: str = "", sha256: str = "") -> nn.Module
         weights: path or URL of its checkpoint. "": the zoo's own for a zoo name, else what the
             config names (MODEL.WEIGHTS, train.init_checkpoint).
         sha256: hex digits of that file, or the first of them; "": not checked.
+        classes: their names in the order of their numbers; (): those of the config's training set,
+            where they are known.
 
     Returns:
-        The detector in eval mode on the CPU, without gradients.
+        The detector in eval mode on the CPU, without gradients; its attribute ``class_names`` is
+        None where they are not known.
 
     Raises:
-        TeacherError: no such config, no weights, or weights that do not fill the model exactly.
+        TeacherError: no such config, no weights, weights that do not fill the model exactly, or
+            another number of classes.
     """
     cfg, in_zoo = read_detector_config(config)
     detector = build_detector(cfg)
@@ -59,7 +57,22 @@ def build_teacher(config: str, weights: str = "", sha256: str = "") -> nn.Module
             f"The teacher {config} has no weights: give its checkpoint as MODEL.KD.TEACHER.WEIGHTS."
         )
     _load(detector, weights, config, sha256)
+    detector.class_names = _class_names(detector, cfg, list(classes))
     return freeze(detector)
+
+
+def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | None:
+    number = getattr(detector, "num_classes", None)
+    if number is None:  # not dense: only its features are used
+        return None
+    if classes and len(classes) != number:
+        raise TeacherError(
+            f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, the teacher {number} classes."
+        )
+    names = classes or training_classes(cfg)
+    # A config of other data than the detector's, such as one whose data was given on the command
+    # line, says nothing.
+    return names if names and len(names) == number else None
 
 
 def read_detector_config(config: str) -> tuple[CfgNode | DictConfig, bool]:
@@ -209,93 +222,3 @@ def _load(detector: nn.Module, weights: str, config: str, sha256: str) -> None:
 def _listing(what: str, keys) -> str:
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
     return f"{len(keys)} {what}: {', '.join(keys[:5])}{more}"
-
-
-def check_pair(student: nn.Module, teacher: nn.Module) -> list[Level]:
-    """The levels that student and teacher share.
-
-    Raises:
-        TeacherError: a detector that is not dense, other classes or strides.
-    """
-    for name, detector in (("student", student), ("teacher", teacher)):
-        if not all(hasattr(detector, a) for a in ("head", "head_in_features", "num_classes")):
-            raise TeacherError(
-                f"The {name} is a {type(detector).__name__}: it must be a DenseDetector "
-                "(RetinaNet, FCOS)."
-            )
-    if student.num_classes != teacher.num_classes:
-        raise TeacherError(
-            f"The student has {student.num_classes} classes, the teacher {teacher.num_classes}: "
-            "train the teacher on the student's classes, or set the student's NUM_CLASSES."
-        )
-    shapes = [
-        [d.backbone.output_shape()[name] for name in d.head_in_features] for d in (student, teacher)
-    ]
-    strides = [[shape.stride for shape in levels] for levels in shapes]
-    if strides[0] != strides[1]:
-        named = [
-            ", ".join(f"{n} (stride {s})" for n, s in zip(d.head_in_features, strides[i]))
-            for i, d in enumerate((student, teacher))
-        ]
-        raise TeacherError(
-            f"The levels do not meet. Student: {named[0]}. Teacher: {named[1]}. Give both the "
-            "same strides by their IN_FEATURES."
-        )
-    divisor = [d.backbone.size_divisibility for d in (student, teacher)]
-    if divisor[1] > 1 and divisor[0] % divisor[1]:
-        raise TeacherError(
-            f"The student pads images to multiples of {divisor[0]} pixels, the teacher needs "
-            f"{divisor[1]}."
-        )
-    return [Level(s.stride, s.channels, t.channels) for s, t in zip(*shapes)]
-
-
-def check_anchors(student: nn.Module, teacher: nn.Module) -> None:
-    """Predictions can be compared one by one only if they belong to the same anchors.
-
-    Raises:
-        TeacherError: they do not.
-    """
-    anchors = [[a.tolist() for a in d.anchor_generator.cell_anchors] for d in (student, teacher)]
-    if anchors[0] != anchors[1]:
-        raise TeacherError(
-            "Student and teacher have other anchors "
-            f"({[len(a) for a in anchors[0]]} and {[len(a) for a in anchors[1]]} a cell): their "
-            "predictions cannot be compared one by one. Give both the same "
-            "MODEL.ANCHOR_GENERATOR, or set MODEL.KD.BG_WEIGHT 0."
-        )
-
-
-def same_input(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether both take the same normalised tensor: mean, std and channel order agree."""
-    return channel_order(student) == channel_order(teacher) and all(
-        torch.equal(getattr(student, name).cpu(), getattr(teacher, name).cpu())
-        for name in ("pixel_mean", "pixel_std")
-    )
-
-
-def teacher_images(
-    teacher: nn.Module, student: nn.Module, images: ImageList, batched_inputs: list[dict]
-) -> torch.Tensor:
-    """The batch as a teacher with another mean, std or channel order wants it.
-
-    It has the student's padded shape, so that the cells of both meet; padding is 0 after
-    normalisation.
-
-    Returns:
-        (N, 3, H, W), the shape of ``images.tensor``.
-    """
-    flip = channel_order(student) != channel_order(teacher)
-    out = torch.zeros_like(images.tensor)
-    for i, x in enumerate(batched_inputs):
-        image = x["image"].to(out.device)
-        image = image.flip(0) if flip else image
-        out[i, :, : image.shape[1], : image.shape[2]] = (
-            image - teacher.pixel_mean
-        ) / teacher.pixel_std
-    return out
-
-
-def channel_order(detector: nn.Module) -> str:
-    """ "RGB" or "BGR": RetinaNet knows its own, FCOS takes Detectron2's default."""
-    return getattr(detector, "input_format", "BGR")

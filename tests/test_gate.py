@@ -33,7 +33,7 @@ def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
         shapes = [f.shape[-2:] for f in features]
         owned = split(boxes, images.image_sizes, shapes, [8, 16, 32])
         classes = torch.nn.utils.rnn.pad_sequence([x.gt_classes for x in gt], batch_first=True)
-        got = prediction_quality(model, features, logits, deltas, owned, classes)
+        got = prediction_quality(model, features, logits, deltas, owned, classes, [8, 16, 32])
 
         anchors = Boxes.cat(model.anchor_generator(features)).tensor
         flat_logits, flat_deltas = (

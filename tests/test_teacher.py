@@ -210,17 +210,3 @@ def test_a_truncated_checkpoint_is_an_error(tmp_path, teacher_files):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(TeacherError, match="is damaged"):
         build_teacher(teacher_files[0], str(path))
-
-
-def test_two_stage_teachers_are_refused_with_a_reason(distil_cfg, tmp_path):
-    from detectron2 import model_zoo
-
-    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", str(tmp_path / "w.pth")
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
-    path = tmp_path / "rcnn.yaml"
-    path.write_text(cfg.dump())
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "w.pth")
-    distil_cfg.MODEL.KD.TEACHER.CONFIG, distil_cfg.MODEL.KD.TEACHER.WEIGHTS = str(path), ""
-    with pytest.raises(TeacherError, match="GeneralizedRCNN: it must be a DenseDetector"):
-        build_model(distil_cfg)

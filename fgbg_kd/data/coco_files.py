@@ -1,10 +1,13 @@
 """A user's own COCO-format data by two keys in the config, without Python."""
 
+import functools
 import json
 import os
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from omegaconf import DictConfig, OmegaConf
 
 from ..config import student_config
 
@@ -51,6 +54,7 @@ def _register(name: str, path: str, images: str, part: str) -> None:
     _registered[name] = (path, images)
 
 
+@functools.lru_cache
 def _class_names(path: str) -> list[str]:
     try:
         with open(path) as file:
@@ -58,6 +62,23 @@ def _class_names(path: str) -> list[str]:
         return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a COCO file with named categories: {error!r}") from error
+
+
+def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
+    """Names of the classes of a config's training set, in the order of their numbers.
+
+    None where neither a file nor the metadata of a registered set tells.
+    """
+    if isinstance(cfg, CfgNode):
+        if cfg.DATASETS.TRAIN_JSON:
+            path = cfg.DATASETS.TRAIN_JSON
+            return _class_names(path) if os.path.isfile(path) else None
+        names = cfg.DATASETS.TRAIN
+    else:
+        names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
+        names = (names,) if isinstance(names, str) else names
+    known = (MetadataCatalog.get(name).get("thing_classes") for name in names)
+    return next((list(classes) for classes in known if classes), None)
 
 
 def check_num_classes(cfg, num_classes: int) -> None:

@@ -18,7 +18,8 @@ from ..checkpoint import SafeCheckpointer
 from ..config import get_fgbg_kd_cfg, merge_yaml
 from ..data import check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
-from ..teacher import TeacherError, channel_order
+from ..pair import channel_order
+from ..teacher import TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class FgBgTrainer(DefaultTrainer):
         if isinstance(model, FgBgDistiller):
             detector, adapters = model.student, {"kd": model.kd} if model.kd is not None else {}
             if model.teacher is not None:
-                hooks.append(TeacherCheck())
+                hooks += [TeacherCheck(), Inheritance()]
         self.checkpointer = SafeCheckpointer(
             detector, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters
         )
@@ -122,6 +123,14 @@ class TeacherCheck(HookBase):
                 "INPUT.FORMAT and PIXEL_MEAN those of its config?"
             )
         logger.info(f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}.")
+
+
+class Inheritance(HookBase):
+    """Before the first iteration, when all weights are loaded: MODEL.KD.INHERIT."""
+
+    def before_train(self):
+        if self.trainer.iter == 0:
+            _unwrapped(self.trainer.model).inherit()
 
 
 def _unwrapped(model):

@@ -39,6 +39,7 @@ class Batch(NamedTuple):
         gt_classes: N tensors (B_i,), int64.
         image_sizes: N pairs (height, width) in pixels, before padding.
         strides: in pixels, per level.
+        same_anchors: whether both detectors have the same anchors in a cell.
     """
 
     student: DenseOutput
@@ -48,6 +49,7 @@ class Batch(NamedTuple):
     gt_classes: Sequence[Tensor]
     image_sizes: Sequence[tuple[int, int]]
     strides: Sequence[int]
+    same_anchors: bool = True
 
     def split(self, assign: str = "all", normalize: str = "object") -> Split:
         """Which box owns each cell: :func:`fgbg_kd.ops.split`."""
@@ -83,6 +85,11 @@ class Method(nn.Module):
         """Names and defaults of the constructor's keyword arguments."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @classmethod
+    def without_predictions(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options for a teacher of which only the features are known (Faster R-CNN)."""
+        return options
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """

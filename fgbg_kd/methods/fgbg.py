@@ -1,6 +1,7 @@
 """Foreground by direction, background by prediction, both only where the teacher is better."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class FgBg(Method):
     The sums go over the whole batch, of all workers: neither image nor batch nor map size changes
     the scale of a term. Cells that the gate shuts add nothing to the sums above and stay in those
     below, so a term fades as the student catches up. In a batch without any object L_bg is
-    divided by the number of background cells.
+    divided by the number of background cells. Where the detectors have other anchors (RetinaNet and
+    FCOS), the KL compares the largest logit of each class over the anchors of a cell.
 
     The keyword arguments are the keys of MODEL.KD (config.py says what each means).
     """
@@ -82,9 +84,9 @@ class FgBg(Method):
     def needs_head(self) -> bool:
         return self.bg_weight > 0 or self.gate != "off"
 
-    @property
-    def compares_logits(self) -> bool:
-        return self.bg_weight > 0
+    @classmethod
+    def without_predictions(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {**options, "bg_weight": 0.0, "gate": "off"}
 
     @property
     def losses(self) -> list[str]:
@@ -110,11 +112,14 @@ class FgBg(Method):
             loss = cosine_loss(adapted, teacher.features, cells.weight * gate)
             losses["loss_kd_fg"] = self.fg_weight * loss / safe(fg_weight)
         if self.bg_weight > 0:
+            num_classes = batch.detectors[0].num_classes
+            logits = student.logits, teacher.logits
+            if not batch.same_anchors:
+                logits = [[_largest(x, num_classes) for x in maps] for maps in logits]
             loss = kl_loss(
-                student.logits,
-                teacher.logits,
+                *logits,
                 background * gate,
-                batch.detectors[0].num_classes,
+                num_classes,
                 self.kl,
                 self.temperature,
             )
@@ -134,9 +139,14 @@ class FgBg(Method):
             return (cells.foreground | cells.background).float()
         classes = pack(batch.gt_classes)
         quality = [
-            prediction_quality(d, o.features, o.logits, o.deltas, cells, classes)
+            prediction_quality(d, o.features, o.logits, o.deltas, cells, classes, batch.strides)
             for d, o in zip(batch.detectors, (batch.student, batch.teacher))
         ]
         return teacher_gate(
             *quality, cells, mode=self.gate, margin=self.gate_margin, softness=self.gate_softness
         )
+
+
+def _largest(logits: Tensor, num_classes: int) -> Tensor:
+    """(N, A*K, H, W) -> (N, K, H, W), over anchors: a cell's score of a class, as in the gate."""
+    return logits.unflatten(1, (-1, num_classes)).amax(1)

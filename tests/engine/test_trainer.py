@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, make_batch, tiny_cfg
+from conftest import CLASSES, make_batch, save_teacher, tiny_cfg
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
@@ -214,6 +214,35 @@ def test_measuring_the_teacher_does_not_change_training(distil_cfg, tmp_path):
     assert measured[0] is trainer.model.teacher
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# --- what the student inherits ---
+
+
+def test_inherited_weights_come_after_model_weights_and_not_again_on_resume(distil_cfg, tmp_path):
+    kd = distil_cfg.MODEL.KD
+    kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS = save_teacher(tmp_path, channels=16)
+    kd.INHERIT = ("fpn", "head")
+    distil_cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    start = build_model(tiny_cfg()).state_dict()
+    torch.save({"model": start}, distil_cfg.MODEL.WEIGHTS)
+    teacher = torch.load(kd.TEACHER.WEIGHTS, weights_only=True)["model"]
+    distil_cfg.SOLVER.BASE_LR = 1e-12  # what training starts from is what it ends with
+    train(FgBgTrainer, distil_cfg, tmp_path / "kd", 1)
+    ended = weights(tmp_path / "kd")
+    for key in ("head.cls_score.weight", "backbone.fpn_output3.weight"):
+        torch.testing.assert_close(ended[key], teacher[key])
+    key = next(k for k in ended if k.startswith("backbone.bottom_up") and k.endswith("weight"))
+    torch.testing.assert_close(ended[key], start[key])
+
+    # The student has gone on; a resumed run must not throw it back.
+    last = tmp_path / "kd" / "model_final.pth"
+    saved = torch.load(last, weights_only=False)
+    saved["model"]["head.cls_score.weight"].fill_(0.125)
+    torch.save(saved, last)
+    train(FgBgTrainer, distil_cfg, tmp_path / "kd", 2, resume=True)
+    value = weights(tmp_path / "kd")["head.cls_score.weight"]
+    torch.testing.assert_close(value, torch.full_like(value, 0.125))
 
 
 # --- the user's data ---
