@@ -1,0 +1,69 @@
+"""The zoo's published figures beside those of runs, each read from the run's own files."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import zoo  # noqa: E402
+
+NAME = "retinanet_R50_3x_to_R18_1x"
+
+
+def shown(folder, monkeypatch, capsys):
+    """name -> row of what the tool prints."""
+    monkeypatch.setattr(sys, "argv", ["zoo.py", "--runs", str(folder)])
+    zoo.main()
+    head, _, *rows = (
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+    )
+    assert tuple(head) == zoo.COLUMNS
+    return {row[0]: dict(zip(head, row)) for row in rows}
+
+
+def write_run(folder, iterations=90000, done=90000, ap=33.333, data="coco_2017_val"):
+    folder.mkdir(parents=True)
+    cfg = {"SOLVER": {"MAX_ITER": iterations}, "DATASETS": {"TEST": [data]}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+    rows = [{"iteration": 19, "time": 9.0}, {"iteration": 39, "time": 0.25}]
+    rows += [{"iteration": 59, "time": 0.25}, {"iteration": 20000, "bbox/AP": 11.1}]
+    rows += [{"iteration": done, **({"bbox/AP": ap} if done == iterations else {"time": 0.25})}]
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "log.txt").write_text(
+        "iter: 19  total_loss: 1  max_mem: 3000M\niter: 39  total_loss: 1  max_mem: 4198M\n"
+        "Total inference pure compute time: 0:03:20 (0.041 s / iter per device, on 1 devices)\n"
+    )
+
+
+def test_without_runs_every_config_says_not_run(tmp_path, monkeypatch, capsys):
+    rows = shown(tmp_path, monkeypatch, capsys)
+    published = ["zoo: RetinaNet R101", "3x", "0.291", "0.054", "5.2", "40.4", "190397697"]
+    assert list(rows[published[0]].values()) == published
+    configs = {p.stem for p in zoo.CONFIGS.glob("*.*") if not p.name.startswith(("Base-", "_"))}
+    assert NAME in configs
+    assert {k for k, row in rows.items() if row["box AP"] == "not run"} == configs
+
+
+def test_a_run_gives_its_own_figures(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / NAME)
+    row = shown(tmp_path, monkeypatch, capsys)[NAME]
+    assert list(row.values()) == [NAME, "1x", "0.250", "0.041", "4.1", "33.3", ""]
+
+
+@pytest.mark.parametrize(
+    "run, ap, schedule",
+    [
+        ({"done": 60000}, "at iteration 60000 of 90000", "1x"),  # not the AP of iteration 20,000
+        ({"data": "scenes_test"}, "33.3 on scenes_test", "1x"),
+        ({"iterations": 600, "done": 600}, "33.3", "600 iterations"),
+    ],
+)
+def test_a_run_that_is_not_the_zoos_says_so(tmp_path, monkeypatch, capsys, run, ap, schedule):
+    write_run(tmp_path / NAME, **run)
+    row = shown(tmp_path, monkeypatch, capsys)[NAME]
+    assert row["box AP"] == ap and row["lr sched"] == schedule
