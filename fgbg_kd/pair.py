@@ -36,9 +36,10 @@ def is_dense(detector: nn.Module) -> bool:
 
 def level_names(detector: nn.Module) -> list[str]:
     """Of the feature maps that its head takes; without a dense head, all that its backbone has."""
+    if hasattr(detector, "head_in_features"):
+        return list(detector.head_in_features)
     shapes = detector.backbone.output_shape()
-    names = getattr(detector, "head_in_features", None)
-    return list(names or sorted(shapes, key=lambda name: shapes[name].stride))
+    return sorted(shapes, key=lambda name: shapes[name].stride)
 
 
 def shared_levels(student: nn.Module, teacher: nn.Module) -> list[Level]:
