@@ -7,9 +7,11 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import student_config
+from .validation import check_images, read_coco
 
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -19,6 +21,7 @@ def register_datasets(cfg) -> None:
 
     Raises:
         ValueError: several names for one file, a name that is taken, or a path that is not there.
+        DataError: a file that is not as COCO's format wants it, or images that do not fit it.
     """
     for part in ("TRAIN", "TEST"):
         names = cfg.DATASETS[part]
@@ -49,8 +52,12 @@ def _register(name: str, path: str, images: str, part: str) -> None:
         raise ValueError(
             f"DATASETS.{part}: the name {name!r} is taken by another set: choose another."
         )
+    content = read_coco(path, training=part == "TRAIN")
+    if comm.is_main_process():
+        check_images(content["images"], images)
     register_coco_instances(name, {}, path, images)
-    MetadataCatalog.get(name).set(thing_classes=_class_names(path))
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    MetadataCatalog.get(name).set(thing_classes=[c["name"] for c in categories])
     _registered[name] = (path, images)
 
 

@@ -8,6 +8,7 @@ import weakref
 
 import numpy as np
 import torch
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -15,8 +16,8 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import SafeCheckpointer
-from ..config import get_fgbg_kd_cfg, merge_yaml
-from ..data import check_num_classes, register_datasets
+from ..config import get_fgbg_kd_cfg, merge_overrides, merge_yaml
+from ..data import NamingMapper, check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
 from ..pair import channel_order
 from ..teacher import TeacherError
@@ -28,7 +29,7 @@ def load_config(config_file: str, opts: list[str] = ()):
     """Reads a YAML config and key-value overrides, and registers the data that they name."""
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
-    cfg.merge_from_list(list(opts))
+    merge_overrides(cfg, opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
@@ -67,6 +68,14 @@ class FgBgTrainer(DefaultTrainer):
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
             params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
         )
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=NamingMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, False))
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
