@@ -1,7 +1,5 @@
 """The quickstart's configs, what its table measures and what its picture shows."""
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 
@@ -119,27 +117,6 @@ def test_the_picture_has_a_panel_each(coco):
     assert (picture[:22] == 0).any()  # the titles
     inputs = read_input(cfg, record["file_name"])
     assert inputs["image"].shape[0] == 3 and min(inputs["image"].shape[1:]) == 64
-
-
-def test_a_finished_quickstart_run_is_not_run_again_and_other_settings_are_refused(coco, tmp_path):
-    import quickstart
-
-    config = tmp_path / "c.yaml"
-    config.write_text(tiny_cfg(coco).dump())
-    from fgbg_kd.engine import load_config
-
-    teacher = tmp_path / "teacher.pth"
-    teacher.write_bytes(b"one")
-    done = {"bbox": {"AP": 1.0}}
-    digest = hashlib.sha256(b"one").hexdigest()
-    (tmp_path / "settings.txt").write_text(f"{load_config(str(config))}\nteacher sha256: {digest}")
-    (tmp_path / "done.json").write_text(json.dumps(done))
-    assert quickstart.train("x", config, tmp_path, [], teacher) == done
-    with pytest.raises(SystemExit, match="other settings"):
-        quickstart.train("x", config, tmp_path, ["SEED", "8"], teacher)
-    teacher.write_bytes(b"another teacher")
-    with pytest.raises(SystemExit, match="other settings"):
-        quickstart.train("x", config, tmp_path, [], teacher)
 
 
 def test_the_table_is_markdown_with_a_line_a_run():

@@ -9,12 +9,9 @@ A run that was interrupted goes on where it stopped; one that is done is not run
 """
 
 import argparse
-import hashlib
 import json
-import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -35,69 +32,15 @@ from fgbg_kd.analysis import (  # noqa: E402
     table,
 )
 from fgbg_kd.engine import load_config  # noqa: E402
+from fgbg_kd.runs import RunError, Runner  # noqa: E402
 
 TOOLS = Path(__file__).parent
 CONFIGS = TOOLS.parent / "configs" / "quickstart"
 METRICS = ("AP", "AP50", "AP75")
 
 
-def train(name: str, config: Path, output: Path, opts: list[str], teacher: Path | None = None):
-    """Runs train_net.py, unless it is done already, and returns its last evaluation.
-
-    A folder belongs to one setting, the teacher's checkpoint included, from the start.
-    """
-    done, kept = output / "done.json", output / "settings.txt"
-    settings = str(load_config(str(config), opts))
-    if teacher:
-        settings += f"\nteacher sha256: {hashlib.sha256(teacher.read_bytes()).hexdigest()}"
-    if kept.is_file() and kept.read_text() != settings:
-        sys.exit(f"{output} holds a run of other settings: move it away, or give --output.")
-    if done.is_file():
-        result = json.loads(done.read_text())
-        print(f"{name}: done already, {result['bbox']['AP']:.1f} AP ({output})")
-        return result
-    output.mkdir(parents=True, exist_ok=True)
-    kept.write_text(settings)
-    start = time.time()
-    command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", str(config)]
-    command += ["--resume", *opts]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    with open(output / "train.txt", "a", buffering=1) as log:
-        for line in process.stdout:
-            log.write(line)
-            _show(name, line)
-    if process.wait():
-        tail = (output / "train.txt").read_text().splitlines()[-15:]
-        sys.exit("\n".join(["", *tail, f"{name}: training failed, see {output / 'train.txt'}"]))
-    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    bbox = next(
-        {k: row.get(f"bbox/{k}", float("nan")) for k in METRICS}
-        for row in reversed(rows)
-        if "bbox/AP" in row
-    )
-    result = {"bbox": bbox, "minutes": round((time.time() - start) / 60, 2)}
-    done.write_text(json.dumps(result))
-    print(f"\r{name}: {bbox['AP']:.1f} AP after {result['minutes']:.1f} minutes{' ' * 40}")
-    return result
-
-
-def _show(name: str, line: str) -> None:
-    """One line that overwrites itself on a terminal, a line a while elsewhere."""
-    step = re.search(r"eta: (\S+)\s+iter: (\d+)\s+total_loss: (\S+)", line)
-    test = re.search(r"Inference done (\d+/\d+)", line)
-    if step:
-        eta, iteration, loss = step.groups()
-        text = f"{name}: iteration {int(iteration) + 1}, loss {loss}, {eta} to go"
-        if sys.stdout.isatty() or (int(iteration) + 1) % 100 == 0:
-            print(f"{text:<70}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
-    elif test and sys.stdout.isatty():
-        print(f"{f'{name}: evaluating, image {test[1]}':<70}", end="\r", flush=True)
-
-
 def row(name: str, result: dict, model, cfg, example: str) -> dict:
-    metrics = {k: round(result["bbox"][k], 2) for k in METRICS}
+    metrics = {k: round(result[k], 2) for k in METRICS}
     return {"name": name, **metrics, **cost(model, read_input(cfg, example))}
 
 
@@ -123,20 +66,21 @@ def main() -> None:
     weights = output / "teacher" / "model_final.pth"
 
     def run(title: str, config: str, folder: Path, *opts: str) -> tuple[str, dict, Path]:
-        opts = [*opts, "OUTPUT_DIR", str(folder)]
         teacher = weights if config == "distilled" else None
-        result = train(title, configs[config], folder, opts, teacher)
+        result = runner.run(title, configs[config], folder, list(opts), teacher)
+        runner.say(f"{title}: {result['AP']:.1f} AP ({folder})")
         return title, result, folder / "model_final.pth"
 
-    runs = [("teacher", *run("teacher", "teacher", output / "teacher"))]
-    for seed in args.seeds:
-        suffix = f", seed {seed}" if len(args.seeds) > 1 else ""
-        opts = ("SEED", str(seed))
-        folder = output / f"student_seed{seed}"
-        runs.append(("student", *run(f"plain student{suffix}", "student", folder, *opts)))
-        folder, opts = output / f"distilled_seed{seed}", (*opts, "MODEL.KD.TEACHER.WEIGHTS")
-        title = f"distilled student{suffix}"
-        runs.append(("distilled", *run(title, "distilled", folder, *opts, str(weights))))
+    with Runner() as runner:
+        runs = [("teacher", *run("teacher", "teacher", output / "teacher"))]
+        for seed in args.seeds:
+            suffix = f", seed {seed}" if len(args.seeds) > 1 else ""
+            opts = ("SEED", str(seed))
+            folder = output / f"student_seed{seed}"
+            runs.append(("student", *run(f"plain student{suffix}", "student", folder, *opts)))
+            folder, opts = output / f"distilled_seed{seed}", (*opts, "MODEL.KD.TEACHER.WEIGHTS")
+            title = f"distilled student{suffix}"
+            runs.append(("distilled", *run(title, "distilled", folder, *opts, str(weights))))
 
     cfg = load_config(str(configs["student"]))
     records = pick(DatasetCatalog.get(cfg.DATASETS.TEST[0]), 4)
@@ -162,3 +106,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped; run it again to go on")
+    except RunError as error:
+        sys.exit(f"\n{error}")

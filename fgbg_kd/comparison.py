@@ -1,0 +1,177 @@
+"""Methods side by side: rows of runs to means, paired differences, a table and a plot."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from .methods import METHOD_REGISTRY
+from .runs import METRICS, flat
+
+PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
+
+# 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom, then for many.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+      2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+      2.052, 2.048, 2.045, 2.042, 1.96)  # fmt: skip
+
+
+def method_overrides(cfg, spec: str) -> list[str]:
+    """Config overrides of a method as the command line names it.
+
+    Args:
+        cfg: config that distils.
+        spec: "plain", or a name in METHOD_REGISTRY; then any number of KEY=VALUE, where KEY is an
+            option of the method, or a key of MODEL.KD, or a whole one: "PKD WEIGHT=2".
+
+    Raises:
+        ValueError: no such method or key.
+    """
+    name, *options = spec.split()
+    keys = flat(cfg)
+    if name == PLAIN:
+        overrides, prefixes = ["MODEL.META_ARCHITECTURE", cfg.MODEL.KD.STUDENT], [""]
+    elif name in METHOD_REGISTRY:
+        overrides = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD", name]
+        prefixes = [f"MODEL.KD.{name.upper()}.", "MODEL.KD.", ""]
+    else:
+        names = sorted(n for n, _ in METHOD_REGISTRY)
+        raise ValueError(f"No method {name!r}: choose from {[PLAIN, *names]}.")
+    for option in options:
+        key, equals, value = option.partition("=")
+        found = [prefix + key for prefix in prefixes if prefix + key in keys]
+        if not equals or not found:
+            raise ValueError(f"{spec!r}: {option!r} is not KEY=VALUE with a key of {name}.")
+        if isinstance(keys[found[0]], float):
+            value = str(float(value))  # the config takes no 2 for 2.0
+        overrides += [found[0], value]
+    return overrides
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half width of its 95 % confidence interval by Student's t; None for one value."""
+    n = len(values)
+    if n < 2:
+        return statistics.fmean(values), None
+    t = _T[min(n - 1, len(_T)) - 1]
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float | None] | None:
+    """:func:`interval` of a - b over the seeds that both have; None where there is none."""
+    seeds = sorted(a.keys() & b.keys())
+    return interval([a[s] - b[s] for s in seeds]) if seeds else None
+
+
+def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """Rows by comparison (config and its overrides), then method, then seed.
+
+    Of rows with one key the last counts. Rows of a method whose options have other values by now
+    (a default changed) are left out.
+    """
+    groups: dict = {}
+    for row in rows:
+        title = " ".join([row["config"], *row["overrides"]])
+        groups.setdefault(title, {}).setdefault(row["method"], {})[row["seed"]] = row
+    for methods in groups.values():
+        for name, by_seed in methods.items():
+            newest = max(by_seed.values(), key=lambda r: r["finished"])["options"]
+            methods[name] = {
+                seed: row
+                for seed, row in sorted(by_seed.items(), key=lambda item: item[0] or 0)
+                if all(newest.get(k, v) == v for k, v in row["options"].items())
+            }
+    return groups
+
+
+def markdown(methods: dict[str, dict]) -> str:
+    """The table of one comparison: every seed, means, costs; then paired differences."""
+    aps = {m: {s: r["AP"] for s, r in by_seed.items()} for m, by_seed in methods.items()}
+    teacher = next(iter(aps.get(TEACHER, {}).values()), None)
+    lines = [
+        "| method | AP | sd | each seed | AP50 | AP75 | APs | APm | APl | s / step | memory (MB) |",
+        "|---" * 11 + "|",
+    ]
+    for name, by_seed in methods.items():
+        rows = list(by_seed.values())
+        ap = [r["AP"] for r in rows]
+        sd = f"{statistics.stdev(ap):.2f}" if len(ap) > 1 else "–"
+        means = [_number(_mean(rows, m), 1) for m in METRICS[1:]]
+        memory = "gpu_memory_mb" if rows[0]["gpu_memory_mb"] else "memory_mb"
+        cost = [_number(_median(rows, "seconds_per_step"), 3), _number(_median(rows, memory), 0)]
+        seeds = ", ".join(f"{v:.1f}" for v in ap) if len(ap) > 1 else "–"
+        cells = [name, f"**{statistics.fmean(ap):.2f}**", sd, seeds, *means, *cost]
+        lines.append("| " + " | ".join(cells) + " |")
+    students = {m: v for m, v in aps.items() if m != TEACHER}
+    if PLAIN in students and len(students) > 1:
+        plain = statistics.fmean(students[PLAIN].values())
+        lines += [
+            "",
+            f"| method | AP − {PLAIN} | {OURS} − method | gap to teacher closed |",
+            "|---|---|---|---|",
+        ]
+        for name, values in students.items():
+            if name == PLAIN:
+                continue
+            gain = paired(values, students[PLAIN])
+            ours = paired(students[OURS], values) if OURS in students and name != OURS else None
+            closed = "–"
+            if gain and teacher and teacher > plain:
+                closed = f"{100 * gain[0] / (teacher - plain):.0f} %"
+            lines.append(f"| {name} | {_signed(gain)} | {_signed(ours)} | {closed} |")
+    lines += ["", _footnote([r for by_seed in methods.values() for r in by_seed.values()])]
+    return "\n".join(lines)
+
+
+def _footnote(rows: list[dict]) -> str:
+    def each(key):
+        return ", ".join(dict.fromkeys(str(r[key]) for r in rows))
+
+    return (
+        f"± is the 95 % confidence interval of the mean difference, paired by seed. "
+        f"{each('hardware')}; threads {each('threads')}, runs at a time {each('jobs')}; "
+        f"{each('versions')}; commit {each('commit')}."
+    )
+
+
+def _mean(rows: list[dict], key: str) -> float | None:
+    values = [r[key] for r in rows if r[key] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _median(rows: list[dict], key: str) -> float | None:
+    values = [r[key] for r in rows if r[key] is not None]
+    return statistics.median(values) if values else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(difference: tuple[float, float | None] | None) -> str:
+    if difference is None:
+        return "–"
+    mean, half = difference
+    return f"{mean:+.2f}" + (f" ± {half:.2f}" if half is not None else "")
+
+
+def plot(methods: dict[str, dict], path: Path) -> None:
+    """A dot for every seed's AP, a line for the mean, one row a method; the teacher dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [m for m in methods if m != TEACHER][::-1]
+    figure, axes = pyplot.subplots(figsize=(6, 0.8 + 0.35 * len(names)))
+    for y, name in enumerate(names):
+        ap = [r["AP"] for r in methods[name].values()]
+        color = "C1" if name == OURS else "C0"
+        axes.plot(ap, [y] * len(ap), "o", color=color, alpha=0.6, markersize=5)
+        axes.plot([statistics.fmean(ap)] * 2, [y - 0.3, y + 0.3], color=color)
+    for row in methods.get(TEACHER, {}).values():
+        axes.axvline(row["AP"], color="0.5", linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("COCO AP (dot: a seed, bar: the mean, dashed: the teacher)")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,264 @@
+"""Trainings as child processes: not repeated when done, gone on with when interrupted."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from .config import get_fgbg_kd_cfg
+from .engine import load_config
+from .methods import METHOD_REGISTRY, FgBg
+
+TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
+
+
+class RunError(RuntimeError):
+    """A run cannot start or has failed; the message says why, or where to look."""
+
+
+class Runner:
+    """Runs tools/train_net.py in child processes, from any number of threads, and shows progress.
+
+    Left by whatever way, as a context manager, it takes its children with it.
+
+    Args:
+        threads: OMP_NUM_THREADS of a child; None: as the environment has it.
+    """
+
+    def __init__(self, threads: int | None = None):
+        self.environment = dict(os.environ)
+        if threads:
+            self.environment["OMP_NUM_THREADS"] = str(threads)
+        self._lock = threading.Lock()
+        self._children: set[subprocess.Popen] = set()
+        self._stopped = False
+        self._progress: dict[str, str] = {}
+        self._noted: dict[str, float] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends all children, data loaders included; no other starts after it."""
+        with self._lock:
+            self._stopped = True
+            for process in self._children:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+    def run(
+        self,
+        name: str,
+        config: str | Path,
+        output: Path,
+        opts: list[str],
+        reads: Path | None = None,
+        eval_only: bool = False,
+    ) -> dict:
+        """Trains and evaluates, unless that is done already; goes on with what was interrupted.
+
+        A folder belongs to one setting from the start: a run of other settings is refused.
+
+        Args:
+            name: for the progress.
+            config, opts: YAML file and KEY VALUE overrides, for train_net.py.
+            output: folder of the run. Of its checkpoints model_final.pth stays.
+            reads: a checkpoint that the run depends on; its content is a part of the settings.
+            eval_only: evaluates MODEL.WEIGHTS instead.
+
+        Returns:
+            COCO's metrics by name (None where undefined), "seconds_per_step" (the median),
+            "memory_mb" (peak of a process) and "gpu_memory_mb" (of tensors; None without a GPU).
+
+        Raises:
+            RunError: other settings, already running, or the training failed.
+        """
+        output.mkdir(parents=True, exist_ok=True)
+        opts = [*opts, "OUTPUT_DIR", str(output)]
+        with open(output / "train.txt", "a", buffering=1) as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{output}: another process is running this.") from None
+            _claim(output, settings_of(load_config(str(config), opts), reads))
+            done = output / "done.json"
+            if done.is_file():
+                return json.loads(done.read_text())
+            command = [sys.executable, str(TRAIN_NET), "--config-file", str(config)]
+            command += ["--eval-only" if eval_only else "--resume", *opts]
+            memory = self._follow(name, command, log)
+        result = {**_measured(output), "memory_mb": memory}
+        _tidy(output)
+        done.write_text(json.dumps(result))
+        return result
+
+    def _follow(self, name: str, command: list[str], log) -> int:
+        """Runs a child to its end; its peak memory in MB."""
+        with self._lock:
+            if self._stopped:
+                raise RunError("stopped")
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=self.environment,
+                start_new_session=True,  # Ctrl-C is ours: a child would answer with a traceback
+            )
+            self._children.add(process)
+        try:
+            for line in process.stdout:
+                log.write(line)
+                self._show(name, line)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:
+            self.stop()
+            process.wait()
+            raise
+        finally:
+            with self._lock:
+                self._children.discard(process)
+                self._progress.pop(name, None)
+        if process.returncode:
+            tail = Path(log.name).read_text(errors="replace").splitlines()[-15:]
+            raise RunError("\n".join([*tail, f"{name}: failed, see {log.name}"]))
+        return usage.ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+    def _show(self, name: str, line: str) -> None:
+        """One line that overwrites itself on a terminal, a line a minute and run elsewhere."""
+        step = re.search(r"eta: (\S+)\s+iter: (\d+)\s+total_loss: (\S+)", line)
+        test = re.search(r"Inference done (\d+/\d+)", line)
+        if step:
+            eta, iteration, loss = step.groups()
+            text = f"{name}: iteration {int(iteration) + 1}, loss {loss}, {eta} to go"
+        elif test:
+            text = f"{name}: evaluating, image {test[1]}"
+        else:
+            return
+        with self._lock:
+            self._progress[name] = text
+            if sys.stdout.isatty():
+                self._rewrite(" | ".join(self._progress.values()))
+            elif time.monotonic() - self._noted.get(name, -_NOTE_EVERY) >= _NOTE_EVERY:
+                self._noted[name] = time.monotonic()
+                print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays, above the progress."""
+        with self._lock:
+            if sys.stdout.isatty():
+                self._rewrite("")
+            print(text, flush=True)
+
+    @staticmethod
+    def _rewrite(text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        print("\r" + text[:width].ljust(width), end="\r", flush=True)
+
+
+def settings_of(cfg, reads: Path | None = None) -> dict:
+    """What the result of a run depends on: its config as {"A.B.C": value}, and a checkpoint's hash.
+
+    Keys that the run does not read are left out: MODEL.KD of a plain detector, the options of
+    other methods, and OUTPUT_DIR.
+    """
+    settings = flat(cfg)
+    unread = ["OUTPUT_DIR"]
+    if cfg.MODEL.META_ARCHITECTURE != "FgBgDistiller":
+        unread.append("MODEL.KD.")
+    else:
+        method = cfg.MODEL.KD.METHOD
+        peers = [name for name, _ in METHOD_REGISTRY if name not in ("FgBg", method)]
+        unread += [f"MODEL.KD.{name.upper()}." for name in peers]
+        if method != "FgBg":
+            unread += [f"MODEL.KD.{key.upper()}" for key in FgBg.options()]
+    settings = {k: v for k, v in settings.items() if not _named(k, unread)}
+    if reads:
+        settings["sha256 of the checkpoint"] = hashlib.sha256(reads.read_bytes()).hexdigest()
+    return json.loads(json.dumps(settings))  # tuples become lists, as in a file
+
+
+def _named(key: str, names: list[str]) -> bool:
+    """Whether the key is one of the names, or below one that ends in a dot."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
+def flat(node, prefix: str = "") -> dict:
+    """A config as {"A.B.C": value}."""
+    values = {}
+    for key, value in node.items():
+        values |= (
+            flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+        )
+    return values
+
+
+def _claim(output: Path, settings: dict) -> None:
+    """Writes the settings into a new folder, or checks that an old one has the same.
+
+    A key that has been added since is no difference where it is at its default.
+    """
+    kept = output / "settings.json"
+    if not kept.is_file():
+        if (output / "metrics.json").exists():
+            raise RunError(f"{output} holds a run of unknown settings: move it away.")
+        kept.write_text(json.dumps(settings, indent=1))
+        return
+    old, default = json.loads(kept.read_text()), json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
+    changes = [
+        f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
+        for key, value in settings.items()
+        if old.get(key, default.get(key)) != value
+    ]
+    if changes:
+        raise RunError(
+            f"{output} holds a run of other settings: {'; '.join(changes)}. Move it away, or give "
+            "another --output."
+        )
+
+
+def _measured(output: Path) -> dict:
+    """What train_net.py wrote about metrics, time and GPU memory."""
+    text = (output / "train.txt").read_text(errors="replace")
+    found = re.findall(r"copypaste: ([\d.,nan-]+)$", text, flags=re.MULTILINE)
+    if not found:
+        raise RunError(f"{output / 'train.txt'} tells of no evaluation: is DATASETS.TEST empty?")
+    values = {k: float(v) for k, v in zip(METRICS, found[-1].split(","))}
+    values = {k: None if math.isnan(v) else v for k, v in values.items()}
+    if values["AP"] is None:  # Detectron2's answer where nothing at all was detected
+        values |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
+    metrics = output / "metrics.json"
+    rows = metrics.read_text().splitlines() if metrics.is_file() else []
+    times = [r["time"] for r in map(json.loads, rows) if "time" in r]
+    gpu = [int(v) for v in re.findall(r"max_mem: (\d+)M", text)]
+    return {
+        **values,
+        "seconds_per_step": statistics.median(times) if times else None,
+        "gpu_memory_mb": max(gpu, default=None),
+    }
+
+
+def _tidy(output: Path) -> None:
+    """Removes what only an interrupted run needs, and detections that are there twice."""
+    for path in [*output.glob("model_*.pth"), output / "inference" / "instances_predictions.pth"]:
+        if path.name != "model_final.pth":
+            path.unlink(missing_ok=True)

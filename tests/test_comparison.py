@@ -1,0 +1,138 @@
+"""Comparisons: what a method's name means, the arithmetic of the table, and the tool itself."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_cfg
+
+from fgbg_kd.comparison import group, interval, markdown, method_overrides, paired, plot
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("plain", ["MODEL.META_ARCHITECTURE", "RetinaNet"]),
+        ("PKD WEIGHT=2", ["MODEL.KD.PKD.WEIGHT", "2.0"]),
+        ("PKD WARMUP_ITERS=5", ["MODEL.KD.WARMUP_ITERS", "5"]),
+        ("FgBg GATE=off BG_WEIGHT=0", ["MODEL.KD.GATE", "off", "MODEL.KD.BG_WEIGHT", "0.0"]),
+        ("FgBg SOLVER.BASE_LR=1", ["SOLVER.BASE_LR", "1.0"]),
+        ("plain SEED=3", ["SEED", "3"]),
+    ],
+)
+def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
+    overrides = method_overrides(distil_cfg, spec)
+    assert overrides[-len(expected) :] == expected
+    distil_cfg.merge_from_list(overrides)
+    assert spec.startswith("plain") or distil_cfg.MODEL.KD.METHOD == spec.split()[0]
+
+
+@pytest.mark.parametrize(
+    "spec", ["Magic", "PKD MAGIC=1", "PKD WEIGHT", "plain WEIGHT=1", "PKD KD=1"]
+)
+def test_what_is_no_method_or_option_is_named(distil_cfg, spec):
+    with pytest.raises(ValueError, match=spec.split()[-1]):
+        method_overrides(distil_cfg, spec)
+
+
+def test_interval_by_hand():
+    mean, half = interval([1.0, 2.0, 3.0])  # sd 1; t of 2 degrees of freedom
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert interval([5.0]) == (5.0, None)
+    assert interval([0.0, 1.0] * 50)[1] == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
+
+
+def test_differences_are_paired_by_seed():
+    a, b = {0: 10.0, 1: 20.0, 2: 99.0}, {0: 9.0, 1: 17.0, 3: 0.0}
+    mean, half = paired(a, b)  # 1 and 3
+    assert mean == 2 and half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
+    return {
+        "method": method,
+        "seed": seed,
+        "config": "c.yaml",
+        "overrides": [],
+        "options": options or {},
+        **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), ap),
+        "APl": None,
+        "seconds_per_step": 0.5,
+        "memory_mb": 100,
+        "gpu_memory_mb": None,
+        "finished": finished,
+        **dict.fromkeys(("hardware", "threads", "jobs", "versions", "commit"), "x"),
+        **changes,
+    }
+
+
+def test_of_two_rows_the_later_counts_and_rows_of_old_defaults_do_not():
+    rows = [
+        row("FgBg", 0, 1.0, "2026-01-01", {"gate": "cell"}),
+        row("FgBg", 1, 2.0, "2026-01-01", {"gate": "cell"}),
+        row("FgBg", 0, 3.0, "2026-01-02", {"gate": "off", "new": 1}),
+        row("FgBg", 2, 4.0, "2026-01-01", {"gate": "off"}),
+        row("FgBg", 0, 5.0, "2026-01-03", overrides=["SEED", "1"]),
+    ]
+    groups = group(rows)
+    assert list(groups) == ["c.yaml", "c.yaml SEED 1"]
+    assert {s: r["AP"] for s, r in groups["c.yaml"]["FgBg"].items()} == {0: 3.0, 2: 4.0}
+
+
+def test_the_table_by_hand(tmp_path):
+    rows = [row("teacher", None, 30.0)]
+    for seed, (plain, ours, pkd) in enumerate([(10, 16, 12), (10, 18, 12), (10, 20, 12)]):
+        rows += [row("plain", seed, plain), row("FgBg", seed, ours), row("PKD", seed, pkd)]
+    methods = group(rows)["c.yaml"]
+    lines = markdown(methods).splitlines()
+    assert "| teacher | **30.00** | – | – | 30.0 | 30.0 | 30.0 | 30.0 | – | 0.500 | 100 |" in lines
+    assert any(x.startswith("| FgBg | **18.00** | 2.00 | 16.0, 18.0, 20.0 |") for x in lines)
+    half = f"{4.303 * 2 / math.sqrt(3):.2f}"
+    assert f"| FgBg | +8.00 ± {half} | – | 40 % |" in lines
+    assert f"| PKD | +2.00 ± 0.00 | +6.00 ± {half} | 10 % |" in lines
+    plot(methods, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_tool_trains_compares_and_does_nothing_twice(
+    coco, teacher_files, tmp_path, monkeypatch, capsys
+):
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import compare
+
+    def tool(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        compare.main()
+        return capsys.readouterr().out
+
+    arguments = ["--config-file", "c.yaml", "--seeds", "1", "--jobs", "2", "--output", "out"]
+    arguments += ["--methods", "plain", "PKD  WEIGHT=1", "--set", "SOLVER.MAX_ITER", "2"]
+    text = tool(*arguments)
+    rows = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert sorted((r["method"], r["seed"]) for r in rows if r["seed"] == 0) == [
+        ("PKD WEIGHT=1", 0),
+        ("plain", 0),
+    ]
+    assert [r["method"] for r in rows if r["seed"] is None] == ["teacher"]
+    pkd = next(r for r in rows if r["method"].startswith("PKD"))
+    assert pkd["options"]["weight"] == 1.0 and pkd["overrides"] == ["SOLVER.MAX_ITER", "2"]
+    assert pkd["memory_mb"] > 100 and pkd["threads"] and pkd["hardware"] and pkd["versions"]
+    trained = yaml.safe_load(Path(pkd["folder"], "config.yaml").read_text())
+    assert trained["SEED"] == 0 and trained["MODEL"]["KD"]["METHOD"] == "PKD"
+    assert "| PKD WEIGHT=1 | **0" in text
+
+    monkeypatch.setattr("fgbg_kd.runs.TRAIN_NET", "gone")
+    tool(*arguments)
+    assert len(Path("out/results.jsonl").read_text().splitlines()) == len(rows)
+    assert "| PKD WEIGHT=1 |" in tool("--table-only", "out/results.jsonl")

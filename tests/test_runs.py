@@ -1,0 +1,166 @@
+"""Runs as child processes: done once, gone on with, refused where they do not fit, ended."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import tiny_cfg
+
+from fgbg_kd import runs
+from fgbg_kd.engine import load_config
+from fgbg_kd.runs import RunError, Runner, settings_of
+
+# Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
+CHILD = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[-1])
+with open(out / "calls.txt", "a") as calls: print(*sys.argv[1:], file=calls)
+if (out / "fail").exists(): sys.exit("the loss is NaN")
+if (out / "hang").exists():
+    import subprocess
+    subprocess.Popen(["sleep", "600"]); (out / "started").touch(); time.sleep(600)
+(out / "inference").mkdir()
+for name in ("model_0000001.pth", "model_final.pth", "inference/instances_predictions.pth"):
+    (out / name).touch()
+with open(out / "metrics.json", "w") as f:
+    for t in (9.0, 1.0, 2.0): print(json.dumps({"time": t}), file=f)
+print("eta: 0:01  iter: 19  total_loss: 1.5  max_mem: 120M")
+print("[11/24] d2: copypaste: AP,AP50,AP75,APs,APm,APl")
+print("[11/24] d2: copypaste: 10.5,20.0,5.0,1.0,2.0,nan")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, coco, monkeypatch):
+    """A folder with a config, an empty run and a train_net.py of a few lines."""
+    (tmp_path / "train_net.py").write_text(CHILD)
+    monkeypatch.setattr(runs, "TRAIN_NET", tmp_path / "train_net.py")
+    cfg = tiny_cfg(coco)
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    (tmp_path / "teacher.pth").write_bytes(b"one")
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def run(folder, *opts, **kwargs):
+    with Runner() as runner:
+        return runner.run("x", folder / "c.yaml", folder / "run", list(opts), **kwargs)
+
+
+def calls(folder):
+    return (folder / "run" / "calls.txt").read_text().splitlines()
+
+
+def test_metrics_time_and_memory_are_read_and_only_the_final_checkpoint_stays(folder):
+    result = run(folder)
+    assert (result["AP"], result["AP50"], result["APl"]) == (10.5, 20.0, None)
+    assert result["seconds_per_step"] == 2.0 and result["gpu_memory_mb"] == 120
+    assert 1 < result["memory_mb"] < 10**5
+    assert [p.name for p in (folder / "run").rglob("*.pth")] == ["model_final.pth"]
+
+
+def test_nothing_detected_is_an_ap_of_zero(folder):
+    child = (folder / "train_net.py").read_text()
+    (folder / "train_net.py").write_text(
+        child.replace("10.5,20.0,5.0,1.0,2.0", "nan,nan,nan,nan,nan")
+    )
+    result = run(folder)
+    assert (result["AP"], result["AP75"], result["APs"]) == (0.0, 0.0, None)
+
+
+def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
+    (folder / "run" / "fail").touch()
+    with pytest.raises(RunError, match="the loss is NaN\n.*train.txt"):
+        run(folder)
+    (folder / "run" / "fail").unlink()
+    first, second = run(folder), run(folder)
+    assert first == second and len(calls(folder)) == 2
+    assert all("--resume" in line for line in calls(folder))
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_lost(folder):
+    run(folder, reads=folder / "teacher.pth")
+    with pytest.raises(RunError, match="SEED was 7, is 8"):
+        run(folder, "SEED", "8", reads=folder / "teacher.pth")
+    (folder / "teacher.pth").write_bytes(b"another teacher")
+    with pytest.raises(RunError, match="sha256 of the checkpoint"):
+        run(folder, reads=folder / "teacher.pth")
+    assert len(calls(folder)) == 1 and (folder / "run" / "done.json").is_file()
+
+
+def test_a_key_that_is_new_since_is_no_difference_at_its_default(folder):
+    run(folder)
+    kept = folder / "run" / "settings.json"
+    old = json.loads(kept.read_text())
+    del old["SOLVER.OPTIMIZER"]
+    kept.write_text(json.dumps(old))
+    run(folder)
+    with pytest.raises(RunError, match="SOLVER.OPTIMIZER was 'SGD', is 'AdamW'"):
+        run(folder, "SOLVER.OPTIMIZER", "AdamW")
+
+
+def test_settings_are_those_that_the_run_reads(folder):
+    def settings(*opts):
+        return settings_of(load_config(str(folder / "c.yaml"), list(opts)))
+
+    kd = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD"]
+    other_pkd, other_ours = ("MODEL.KD.PKD.WEIGHT", "3.0"), ("MODEL.KD.FG_WEIGHT", "9.0")
+    assert settings() == settings(*other_pkd, *other_ours, "OUTPUT_DIR", "elsewhere")
+    assert settings(*kd, "PKD") == settings(*kd, "PKD", *other_ours)
+    assert settings(*kd, "PKD") != settings(*kd, "PKD", *other_pkd)
+    assert settings(*kd, "FgBg") == settings(*kd, "FgBg", *other_pkd)
+    assert settings(*kd, "FgBg") != settings(*kd, "FgBg", *other_ours)
+
+
+def test_a_folder_is_run_by_one_process_at_a_time(folder):
+    (folder / "run" / "hang").touch()
+    with Runner() as runner:
+        arguments = ("x", folder / "c.yaml", folder / "run", [])
+        thread = threading.Thread(target=lambda: pytest.raises(RunError, runner.run, *arguments))
+        thread.start()
+        wait_for(folder / "run" / "started")
+        with pytest.raises(RunError, match="another process"):
+            run(folder)
+        runner.stop()
+        thread.join()
+    assert not (folder / "run" / "done.json").exists()
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+PARENT = """
+import sys, signal
+from pathlib import Path
+from fgbg_kd import runs
+runs.TRAIN_NET = Path(sys.argv[1]) / "train_net.py"
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path(sys.argv[1])
+try:
+    with runs.Runner() as runner:
+        runner.run("x", folder / "c.yaml", folder / "run", [])
+except KeyboardInterrupt:
+    sys.exit("stopped")
+"""
+
+
+def test_ctrl_c_ends_the_children_and_their_children_without_a_trace(folder):
+    (folder / "run" / "hang").touch()
+    command = [sys.executable, "-c", PARENT, str(folder)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(folder / "run" / "started")
+    parent.send_signal(signal.SIGINT)
+    # The pipe closes when all that hold it are gone: the grandchild has its end as well.
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 1 and "Traceback" not in errors and "stopped" in errors
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(folder) not in left

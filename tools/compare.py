@@ -1,0 +1,226 @@
+#!/usr/bin/env python
+"""Trains a student in several ways, over seeds, and shows what each of them gains.
+
+Example:
+    tools/compare.py --config-file configs/quickstart/scenes_distilled.yaml --seeds 5 \\
+        --methods plain FgBg PKD "PKD WEIGHT=2" "FgBg GATE=off" --set SOLVER.MAX_ITER 1000
+
+A method is `plain` (no distillation) or a name of MODEL.KD.METHOD, and options of its own after it.
+A run that was interrupted goes on where it stopped; one that is done is not run again. Every run
+adds a line to results.jsonl, from which the tables (results.md) and plots are made. Evaluated are
+the weights after the last iteration, once: to choose options, name a validation set by
+--set DATASETS.TEST_JSON.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+# TorchScript's notices about what Detectron2 calls would hide the progress.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+
+import detectron2  # noqa: E402
+import torch  # noqa: E402
+
+from fgbg_kd.comparison import PLAIN, TEACHER, group, markdown, method_overrides, plot  # noqa: E402
+from fgbg_kd.config import method_options  # noqa: E402
+from fgbg_kd.engine import load_config  # noqa: E402
+from fgbg_kd.methods import METHOD_REGISTRY  # noqa: E402
+from fgbg_kd.runs import RunError, Runner  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+def folder_name(text: str) -> str:
+    """`text` as the name of a folder, unlike that of any other text."""
+    name = re.sub(r"[^\w.=+-]+", "_", text)
+    return name if name == text else f"{name[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def commit() -> str:
+    """Commit of this package, with a + where tracked files differ from it; "" outside git."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+
+
+def surroundings(threads: int, jobs: int) -> dict:
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        models = re.findall(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
+        hardware = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+    versions = (
+        f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+    return {"hardware": hardware, "threads": threads, "jobs": jobs, "versions": versions}
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""
+
+
+def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
+    """The teacher's checkpoint; trains it if it is what its config would make and is not there."""
+    kd = cfg.MODEL.KD.TEACHER
+    if not kd.CONFIG:
+        raise RunError("MODEL.KD.TEACHER.CONFIG is empty: give a config that distils.")
+    if not kd.WEIGHTS:
+        return None
+    weights = Path(kd.WEIGHTS)
+    if not weights.is_file() and Path(kd.CONFIG).is_file() and kd.CONFIG.endswith(".yaml"):
+        output = Path(load_config(kd.CONFIG).OUTPUT_DIR)
+        if output / "model_final.pth" == weights:
+            runner.run("teacher", kd.CONFIG, output, [])
+    if not weights.is_file() and "://" not in kd.WEIGHTS:
+        raise RunError(f"MODEL.KD.TEACHER.WEIGHTS is {kd.WEIGHTS}: there is no such file.")
+    return weights if weights.is_file() else None
+
+
+def compare(args, output: Path) -> None:
+    cfg = load_config(args.config_file, args.set)
+    overrides = {spec: [*args.set, *method_overrides(cfg, spec)] for spec in args.methods}
+    options = {spec: {} for spec in overrides}
+    for spec, opts in overrides.items():
+        if spec.split()[0] != PLAIN:
+            changed = load_config(args.config_file, opts)
+            options[spec] = method_options(changed)
+            # What is wrong with a value shows now, not after hours.
+            METHOD_REGISTRY.get(changed.MODEL.KD.METHOD)([1], [1], **options[spec])
+    results = output / "results.jsonl"
+    output.mkdir(parents=True, exist_ok=True)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs))
+    about = {"commit": commit(), **surroundings(threads, args.jobs)}
+    base = output / (folder_name(" ".join(args.set)) if args.set else "as_configured")
+
+    def record(method: str, seed: int | None, folder: Path, result: dict) -> dict:
+        """Adds the run's row, if it is not there yet."""
+        row = {
+            "method": method,
+            "seed": seed,
+            "config": args.config_file,
+            "overrides": args.set,
+            "options": options.get(method, {}),
+            **result,
+            "folder": str(folder),
+            "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+            **about,
+        }
+        key = ("config", "overrides", "method", "seed", "options", *result)
+        if not any(all(old.get(k) == row[k] for k in key) for old in read_rows([results])):
+            with open(results, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        write_tables(read_rows([results]), output)
+        return row
+
+    failures = []
+    with Runner(threads) as runner, ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            teacher = train_or_find_teacher(runner, cfg)
+            if teacher and cfg.MODEL.KD.TEACHER.CONFIG.endswith(".yaml"):
+                test = ["DATASETS.TEST", str(tuple(cfg.DATASETS.TEST))]
+                for key in ("TEST_JSON", "TEST_IMAGES"):
+                    test += [f"DATASETS.{key}", cfg.DATASETS[key]]
+                opts = ["MODEL.WEIGHTS", str(teacher), *test]
+                config, folder = cfg.MODEL.KD.TEACHER.CONFIG, base / TEACHER
+                result = runner.run(TEACHER, config, folder, opts, teacher, eval_only=True)
+                record(TEACHER, None, folder, {**result, "seconds_per_step": None})
+            jobs = {}
+            for seed in range(args.seeds):  # seed by seed: pairs are there early
+                for spec, opts in overrides.items():
+                    folder = base / folder_name(spec) / f"seed{seed}"
+                    opts = [*opts, "SEED", str(seed), "TEST.EVAL_PERIOD", "0"]
+                    reads = None if spec.split()[0] == PLAIN else teacher
+                    title = f"{spec}, seed {seed}"
+                    job = pool.submit(runner.run, title, args.config_file, folder, opts, reads)
+                    jobs[job] = (spec, seed, folder)
+            for number, job in enumerate(as_completed(jobs), 1):
+                spec, seed, folder = jobs[job]
+                try:
+                    row = record(spec, seed, folder, job.result())
+                    done = f"{row['AP']:.2f} AP"
+                except RunError as error:
+                    failures.append(f"{spec}, seed {seed}: {error}")
+                    done = "FAILED"
+                runner.say(f"{number}/{len(jobs)} {spec}, seed {seed}: {done} ({folder})")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runner.stop()
+            raise
+    if failures:
+        raise RunError("\n\n".join([*failures, f"{len(failures)} of {len(jobs)} runs failed"]))
+
+
+def read_rows(files: list[Path]) -> list[dict]:
+    return [json.loads(x) for f in files if f.is_file() for x in f.read_text().splitlines()]
+
+
+def write_tables(rows: list[dict], output: Path) -> str:
+    """results.md and a plot a comparison; the text of the former."""
+    parts = []
+    for title, methods in group(rows).items():
+        picture = output / f"{folder_name(title)}.png"
+        plot(methods, picture)
+        parts.append(f"### {title}\n\n{markdown(methods)}\n\n![every seed]({picture.name})\n")
+    text = "\n".join(parts)
+    (output / "results.md").write_text(text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="a config that distils")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help='such as plain FgBg "PKD WEIGHT=2"'
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="0 to one less; default: %(default)s")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="for all methods")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, threads shared")
+    parser.add_argument("--output", type=Path, help="default: output/compare/<name of the config>")
+    parser.add_argument(
+        "--table-only", type=Path, nargs="+", metavar="FILE", help="results.jsonl: run nothing"
+    )
+    args = parser.parse_args()
+    if args.table_only:
+        for title, methods in group(read_rows(args.table_only)).items():
+            print(f"### {title}\n\n{markdown(methods)}\n")
+        return
+    if not args.config_file or not args.methods:
+        parser.error("give --config-file and --methods, or --table-only")
+    if args.seeds < 1 or args.jobs < 1 or len(args.set) % 2:
+        parser.error("--seeds and --jobs: at least 1; --set: pairs of KEY VALUE")
+    args.methods = list(dict.fromkeys(" ".join(spec.split()) for spec in args.methods))
+    output = args.output or Path("output", "compare", Path(args.config_file).stem)
+    compare(args, output)
+    print((output / "results.md").read_text())
+    print(f"{output / 'results.jsonl'}\n{output / 'results.md'}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
+    logging.getLogger("fgbg_kd").setLevel(logging.ERROR)  # each run's own log has its notices
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; run it again to go on")
+    except (RunError, ValueError) as error:
+        sys.exit(f"compare: {error}")
