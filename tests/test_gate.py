@@ -4,8 +4,8 @@ from conftest import make_batch, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
 
-from fgbg_kd.gate import prediction_quality, teacher_gate
-from fgbg_kd.ops import split
+from fgbg_kd.gate import teacher_gate
+from fgbg_kd.ops import DenseOutput, prediction_quality, split
 
 
 def cells():
@@ -33,7 +33,9 @@ def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
         shapes = [f.shape[-2:] for f in features]
         owned = split(boxes, images.image_sizes, shapes, [8, 16, 32])
         classes = torch.nn.utils.rnn.pad_sequence([x.gt_classes for x in gt], batch_first=True)
-        got = prediction_quality(model, features, logits, deltas, owned, classes, [8, 16, 32])
+        got = prediction_quality(
+            model, DenseOutput(features, logits, deltas), owned, classes, [8, 16, 32]
+        )
 
         anchors = Boxes.cat(model.anchor_generator(features)).tensor
         flat_logits, flat_deltas = (
@@ -48,8 +50,9 @@ def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
                 if b >= 0:
                     expected[n, r] = (p[r, :, gt[n].gt_classes[b]] * iou[r, :, b]).max()
                 else:
-                    expected[n, r] = 1 - p[r].max()
+                    expected[n, r] = 1 - p[r].max() if b == -1 else 0
     assert owned.foreground.any(1).all() and owned.background.any(1).all()
+    assert (owned.box_index == -2).any()
     torch.testing.assert_close(got, expected)
 
 

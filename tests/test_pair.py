@@ -11,9 +11,8 @@ from detectron2.utils.events import EventStorage
 
 from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
 from fgbg_kd.distiller import run_dense
-from fgbg_kd.gate import prediction_quality
 from fgbg_kd.methods import DenseOutput
-from fgbg_kd.ops import split
+from fgbg_kd.ops import prediction_quality, split
 from fgbg_kd.pair import padded, select, shared_levels
 
 
@@ -152,7 +151,7 @@ def test_quality_on_some_levels_is_that_of_all_levels_there():
         maps = [x[first:] for x in (features, logits, deltas)]
         shapes, strides = [f.shape[-2:] for f in maps[0]], [8, 16, 32][first:]
         cells = split(boxes, images.image_sizes, shapes, strides)
-        return prediction_quality(model, *maps, cells, classes, strides)
+        return prediction_quality(model, DenseOutput(*maps), cells, classes, strides)
 
     some = quality(1)
     torch.testing.assert_close(quality(0)[:, -some.shape[1] :], some)

@@ -1,6 +1,7 @@
 """Ways to distil: ours, :class:`FgBg`, and its peers, chosen by MODEL.KD.METHOD."""
 
-from .base import METHOD_REGISTRY, Batch, DenseOutput, Method
+from ..ops import DenseOutput
+from .base import METHOD_REGISTRY, Batch, Method
 from .cwd import CWD
 from .defeat import DeFeat
 from .fgbg import FgBg

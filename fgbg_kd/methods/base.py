@@ -9,24 +9,10 @@ from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import Split, split
+from ..ops import DenseOutput, Split, split
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
-
-
-class DenseOutput(NamedTuple):
-    """What a dense detector computes for a batch, per level.
-
-    Attributes:
-        features: (N, C, H_l, W_l).
-        logits: (N, A*K, H_l, W_l) class logits; None where the head was not needed.
-        deltas: (N, A*4, H_l, W_l) box deltas; None likewise.
-    """
-
-    features: Sequence[Tensor]
-    logits: Sequence[Tensor] | None = None
-    deltas: Sequence[Tensor] | None = None
 
 
 class Batch(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gate import prediction_quality, teacher_gate
-from ..ops import Split, cosine_loss, kl_loss, pack
+from ..gate import teacher_gate
+from ..ops import compare_predictions, cosine_loss, pack
 from .base import METHOD_REGISTRY, Batch, Method, build_adapters, safe, world_mean
 
 _CHOICES = {
@@ -101,7 +101,29 @@ class FgBg(Method):
         """
         student, teacher = batch.student, batch.teacher
         cells = batch.split(self.assign, self.normalize)
-        gate = self._gate(batch, cells)  # (N, R)
+        gate = (cells.foreground | cells.background).float()  # (N, R)
+        if self.needs_head:
+            compared = compare_predictions(
+                student,
+                teacher,
+                batch.detectors,
+                cells,
+                pack(batch.gt_classes),
+                batch.strides,
+                same_anchors=batch.same_anchors,
+                kl=self.kl if self.bg_weight > 0 else None,
+                temperature=self.temperature,
+                quality=self.gate != "off",
+            )
+        if self.gate != "off":
+            gate = teacher_gate(
+                compared.student_quality,
+                compared.teacher_quality,
+                cells,
+                mode=self.gate,
+                margin=self.gate_margin,
+                softness=self.gate_softness,
+            )
         foreground, background = cells.foreground.float(), cells.background.float()
         num_fg, num_bg, fg_weight = world_mean(
             torch.stack([foreground.sum(), background.sum(), cells.weight.sum()])
@@ -112,17 +134,7 @@ class FgBg(Method):
             loss = cosine_loss(adapted, teacher.features, cells.weight * gate)
             losses["loss_kd_fg"] = self.fg_weight * loss / safe(fg_weight)
         if self.bg_weight > 0:
-            num_classes = batch.detectors[0].num_classes
-            logits = student.logits, teacher.logits
-            if not batch.same_anchors:
-                logits = [[_largest(x, num_classes) for x in maps] for maps in logits]
-            loss = kl_loss(
-                *logits,
-                background * gate,
-                num_classes,
-                self.kl,
-                self.temperature,
-            )
+            loss = (gate * compared.kl).sum()
             # Without any foreground the unit is missing: then the mean over the background, or a
             # batch of empty images would weigh hundreds of times as much as any other.
             by_fg = (num_fg > 0) & (self.bg_normalizer == "fg")
@@ -133,20 +145,3 @@ class FgBg(Method):
             "kd/bg_gate": (gate * background).sum() / safe(background.sum()),
         }
         return losses, shares
-
-    def _gate(self, batch: Batch, cells: Split) -> Tensor:
-        if self.gate == "off":  # the teacher's head may not have been run
-            return (cells.foreground | cells.background).float()
-        classes = pack(batch.gt_classes)
-        quality = [
-            prediction_quality(d, o.features, o.logits, o.deltas, cells, classes, batch.strides)
-            for d, o in zip(batch.detectors, (batch.student, batch.teacher))
-        ]
-        return teacher_gate(
-            *quality, cells, mode=self.gate, margin=self.gate_margin, softness=self.gate_softness
-        )
-
-
-def _largest(logits: Tensor, num_classes: int) -> Tensor:
-    """(N, A*K, H, W) -> (N, K, H, W), over anchors: a cell's score of a class, as in the gate."""
-    return logits.unflatten(1, (-1, num_classes)).amax(1)

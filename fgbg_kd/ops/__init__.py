@@ -1,15 +1,26 @@
-"""The three operators of the method: the split, the cosine term and the KL term."""
+"""The three operators of the method: split, cosine term, comparison of predictions."""
 
 from .cosine import cosine_loss, cosine_similarity
-from .kl import kl_divergence, kl_loss
-from .split import Split, pack, split
+from .predictions import (
+    Comparison,
+    DenseOutput,
+    compare_predictions,
+    kl_divergence,
+    prediction_quality,
+)
+from .split import BACKGROUND, PADDING, Split, pack, split
 
 __all__ = [
+    "BACKGROUND",
+    "PADDING",
+    "Comparison",
+    "DenseOutput",
     "Split",
+    "compare_predictions",
     "cosine_loss",
     "cosine_similarity",
     "kl_divergence",
-    "kl_loss",
     "pack",
+    "prediction_quality",
     "split",
 ]

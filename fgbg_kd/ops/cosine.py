@@ -43,14 +43,12 @@ def cosine_loss(
     Returns:
         Scalar in fp32 or better, in [0, 2 * weight.sum()].
     """
-    weights = weight.detach().split([s.shape[2] * s.shape[3] for s in student], dim=1)
+    weight = weight.detach()
     if use_triton(impl, student[0]):
         from .cosine_triton import weighted_cosine  # compiled by whoever uses it, on first use
 
-        terms = [weighted_cosine(s, t, w)[0] for s, t, w in zip(student, teacher, weights)]
-    else:
-        terms = [
-            (w * (1 - cosine_similarity(s, t.detach()).flatten(1))).sum()
-            for s, t, w in zip(student, teacher, weights)
-        ]
-    return torch.stack(terms).sum()
+        return weighted_cosine(list(student), list(teacher), weight)[0]
+    cosine = torch.cat(
+        [cosine_similarity(s, t.detach()).flatten(1) for s, t in zip(student, teacher)], dim=1
+    )  # (N, R)
+    return (weight * (1 - cosine)).sum()

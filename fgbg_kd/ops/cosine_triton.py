@@ -5,13 +5,15 @@ Backward writes the gradient once. Cells of weight 0 are not read in either. Sum
 taken by PyTorch, in a fixed order: the same input gives the same bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .cosine import MIN_SQUARE
-from .dispatch import accumulation_dtype, on_device_of, triton_dtype
+from .dispatch import accumulation_dtype, levels, on_device_of, triton_dtype
 
 # A tile. Cells are neighbours in memory in NCHW, channels in channels_last.
 CELLS, CHANNELS = 64, 32
@@ -21,11 +23,13 @@ CELLS, CHANNELS = 64, 32
 def cosine_forward_kernel(
     student,  # (N, C, H, W), any strides
     teacher,  # likewise
-    weight,  # (N, HW) contiguous
-    out,  # (3, N, HW): dot, |s|^2, |t|^2
+    weight,  # (N, R) contiguous
+    out,  # (3, N, R): dot, |s|^2, |t|^2
     channels,
     width,
-    num_cells,
+    num_cells,  # HW of this level
+    first,  # cell of this level in R
+    all_cells,  # R
     s_n, s_c, s_h, s_w,
     t_n, t_c, t_h, t_w,
     ACC: tl.constexpr,
@@ -35,7 +39,7 @@ def cosine_forward_kernel(
     n = tl.program_id(1).to(tl.int64)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     exists = cell < num_cells
-    at = n * num_cells + cell
+    at = n * all_cells + first + cell
     used = tl.load(weight + at, mask=exists, other=0.0) != 0
     row, column = cell // width, cell % width
     s_at = student + n * s_n + row * s_h + column * s_w
@@ -49,7 +53,7 @@ def cosine_forward_kernel(
         dot += tl.sum(s * t, 0)
         ss += tl.sum(s * s, 0)
         tt += tl.sum(t * t, 0)
-    plane = tl.num_programs(1).to(tl.int64) * num_cells
+    plane = tl.num_programs(1).to(tl.int64) * all_cells
     tl.store(out + at, dot, mask=exists)
     tl.store(out + plane + at, ss, mask=exists)
     tl.store(out + 2 * plane + at, tt, mask=exists)
@@ -59,11 +63,13 @@ def cosine_forward_kernel(
 def cosine_backward_kernel(
     student,  # (N, C, H, W), any strides
     teacher,  # likewise
-    factors,  # (2, N, HW) contiguous: of t and of s in the gradient; both 0: cell not read
+    factors,  # (2, N, R) contiguous: of t and of s in the gradient; both 0: cell not read
     grad,  # (N, C, H, W), any strides
     channels,
     width,
     num_cells,
+    first,
+    all_cells,
     s_n, s_c, s_h, s_w,
     t_n, t_c, t_h, t_w,
     g_n, g_c, g_h, g_w,
@@ -75,8 +81,8 @@ def cosine_backward_kernel(
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = cell < num_cells
-    at = n * num_cells + cell
-    plane = tl.num_programs(2).to(tl.int64) * num_cells
+    at = n * all_cells + first + cell
+    plane = tl.num_programs(2).to(tl.int64) * all_cells
     of_t = tl.load(factors + at, mask=exists, other=0.0)
     of_s = tl.load(factors + plane + at, mask=exists, other=0.0)
     row, column = cell // width, cell % width
@@ -91,43 +97,42 @@ def cosine_backward_kernel(
     tl.store(g_at[None, :] + c[:, None] * g_c, value.to(grad.dtype.element_ty), mask=whole)
 
 
-def _cosine_sums(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    """(3, N, HW): dot product and squared lengths of each cell of weight other than 0."""
-    n, c, h, w = student.shape
-    out = student.new_empty(3, n, h * w, dtype=accumulation_dtype(student, teacher))
-    with on_device_of(student):
-        cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
-            student, teacher, weight.contiguous(), out, c, w, h * w,
-            *student.stride(), *teacher.stride(),
-            ACC=triton_dtype(out.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
-        )  # fmt: skip
-    return out
-
-
 @torch.library.custom_op("fgbg_kd::cosine_grad", mutates_args=())
-def cosine_grad(student: Tensor, teacher: Tensor, factors: Tensor) -> Tensor:
+def cosine_grad(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], factors: Tensor
+) -> list[Tensor]:
     """Gradient of the student's features: factors[0] * teacher + factors[1] * student."""
-    n, c, h, w = student.shape
-    grad = torch.empty_like(student)
-    grid = (triton.cdiv(h * w, CELLS), triton.cdiv(c, CHANNELS), n)
-    with on_device_of(student):
-        cosine_backward_kernel[grid](
-            student, teacher, factors.contiguous(), grad, c, w, h * w,
-            *student.stride(), *teacher.stride(), *grad.stride(),
-            ACC=triton_dtype(factors.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
-        )  # fmt: skip
-    return grad
+    grads, factors = [torch.empty_like(s) for s in student], factors.contiguous()
+    with on_device_of(factors):
+        for (first, n, c, h, w), s, t, grad in zip(levels(student), student, teacher, grads):
+            grid = (triton.cdiv(h * w, CELLS), triton.cdiv(c, CHANNELS), n)
+            cosine_backward_kernel[grid](
+                s, t, factors, grad, c, w, h * w, first, factors.shape[2],
+                *s.stride(), *t.stride(), *grad.stride(),
+                ACC=triton_dtype(factors.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
+            )  # fmt: skip
+    return grads
 
 
 @cosine_grad.register_fake
 def _(student, teacher, factors):
-    return torch.empty_like(student)
+    return [torch.empty_like(s) for s in student]
 
 
 @torch.library.custom_op("fgbg_kd::weighted_cosine", mutates_args=())
-def weighted_cosine(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of weight * (1 - cos) over the cells of one level, and the sums its gradient needs."""
-    sums = _cosine_sums(student, teacher, weight)
+def weighted_cosine(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of weight * (1 - cos) over all cells, and the (3, N, R) sums its gradient needs."""
+    weight = weight.contiguous()
+    sums = weight.new_empty(3, *weight.shape, dtype=accumulation_dtype(student[0], teacher[0]))
+    with on_device_of(weight):
+        for (first, n, c, h, w), s, t in zip(levels(student), student, teacher):
+            cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
+                s, t, weight, sums, c, w, h * w, first, weight.shape[1],
+                *s.stride(), *t.stride(),
+                ACC=triton_dtype(sums.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
+            )  # fmt: skip
     cosine, *_ = _cosine(sums)
     used = weight != 0  # the other cells were not read
     return torch.where(used, weight * (1 - cosine), 0).sum(), sums
@@ -135,9 +140,8 @@ def weighted_cosine(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[T
 
 @weighted_cosine.register_fake
 def _(student, teacher, weight):
-    n, _, h, w = student.shape
-    dtype = accumulation_dtype(student, teacher)
-    sums = student.new_empty(3, n, h * w, dtype=dtype)
+    dtype = accumulation_dtype(student[0], teacher[0])
+    sums = weight.new_empty(3, *weight.shape, dtype=dtype)
     return sums.new_empty((), dtype=torch.promote_types(dtype, weight.dtype)), sums
 
 
@@ -152,16 +156,17 @@ def _cosine(sums: Tensor):
 
 def _setup(ctx, inputs, output):
     student, teacher, weight = inputs
-    ctx.save_for_backward(student, teacher, weight, output[1])
+    ctx.save_for_backward(*student, *teacher, weight, output[1])
 
 
 def _backward(ctx, grad_loss, _grad_sums):
-    student, teacher, weight, sums = ctx.saved_tensors
+    *maps, weight, sums = ctx.saved_tensors
+    student, teacher = maps[: len(maps) // 2], maps[len(maps) // 2 :]
     cosine, inverse, ss, valid = _cosine(sums)
     # d(1 - cos)/ds = -(t / (|s||t|) - cos s / |s|^2)
     scale = torch.where(valid, -grad_loss * weight.to(sums.dtype), 0)
     factors = torch.stack([scale * inverse, -scale * cosine / ss])
-    return cosine_grad(student, teacher, factors), None, None
+    return cosine_grad(student, teacher, factors), [None] * len(teacher), None
 
 
 weighted_cosine.register_autograd(_backward, setup_context=_setup)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ def on_device_of(tensor: Tensor):
 def accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """fp32, or fp64 if either is given so."""
     return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def levels(maps: Sequence[Tensor]) -> list[tuple[int, int, int, int, int]]:
+    """Per level (N, C, H_l, W_l): its first cell among all R cells of an image, N, C, H_l, W_l."""
+    rows, first = [], 0
+    for x in maps:
+        rows.append((first, *x.shape))
+        first += x.shape[2] * x.shape[3]
+    return rows
 
 
 def triton_dtype(dtype: torch.dtype):

@@ -13,10 +13,15 @@ import os, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fgbg_kd.ops import cosine_triton, kl_triton, split_triton
+from fgbg_kd.ops import cosine_triton, predictions_triton, split_triton
 
-STRIDES = dict.fromkeys("s_n s_c s_h s_w t_n t_c t_h t_w".split(), "i32")
-INTS = dict.fromkeys("channels width num_cells".split(), "i32")
+def ints(names):
+    return dict.fromkeys(names.split(), "i32")
+
+
+STRIDES = ints("s_n s_c s_h s_w t_n t_c t_h t_w")
+INTS = ints("channels width num_cells first all_cells")
+BOX, LINEAR = (0.5, 1.0, 1.0, 1.0, 1.0, 4.0), (0.5, 1.0)
 
 
 def cases():
@@ -26,28 +31,33 @@ def cases():
         types |= {"num_cells": "i32", "num_boxes": "i32"}
         constants = {"LEVELS": 5, "SCALE": scale, "BLOCK": split_triton.BLOCK}
         yield f"split scale={scale}", split_triton.box_index_kernel, types, constants
-    for dtype in ("fp32", "fp16", "bf16"):
+    for dtype in ("fp32", "bf16"):
         maps = {"student": f"*{dtype}", "teacher": f"*{dtype}"}
         tile = {"CELLS": cosine_triton.CELLS, "CHANNELS": cosine_triton.CHANNELS}
         types = maps | {"weight": "*fp32", "out": "*fp32"} | INTS | STRIDES
         constants = {"ACC": tl.float32, **tile}
         yield f"cosine forward {dtype}", cosine_triton.cosine_forward_kernel, types, constants
         types = maps | {"factors": "*fp32", "grad": f"*{dtype}"} | INTS | STRIDES
-        types |= dict.fromkeys("g_n g_c g_h g_w".split(), "i32")
+        types |= ints("g_n g_c g_h g_w")
         yield f"cosine backward {dtype}", cosine_triton.cosine_backward_kernel, types, constants
-        for softmax in (False, True):
-            for backward in (False, True):
-                out = dtype if backward else "fp32"
-                types = maps | {"weight": "*fp32", "out": f"*{out}"} | INTS
-                types |= {"classes": "i32"} | STRIDES
-                types |= dict.fromkeys("o_n o_c o_h o_w".split(), "i32")
-                for classes in (1, 128) if softmax else (kl_triton.GROUP,):
-                    cells = max(1, min(64, kl_triton.TILE // classes))
-                    constants = {"SOFTMAX": softmax, "BACKWARD": backward, "ACC": tl.float32}
-                    constants |= {"INVERSE_T": 0.5}
-                    constants |= {"CLASSES": classes, "CELLS": cells}
-                    name = f"kl {dtype} softmax={softmax} backward={backward} classes={classes}"
-                    yield name, kl_triton.kl_kernel, types, constants
+        for classes in (1, 80, None):  # of a softmax; None: sigmoid
+            group, block, cells = predictions_triton._tile(classes or 80, classes is not None)
+            tile = {"CLASSES": block, "CELLS": cells, "ACC": tl.float32}
+            kind = {"SOFTMAX": classes is not None, "INVERSE_T": 0.5}
+            types = maps | {"weight": "*fp32", "grad": f"*{dtype}"} | INTS | STRIDES
+            types |= ints("group g_n g_c g_h g_w")
+            name = f"kl backward {dtype} softmax of {classes}"
+            yield name, predictions_triton.kl_backward_kernel, types, tile | kind
+            types = maps | {"s_deltas": f"*{dtype}", "t_deltas": f"*{dtype}", "out": "*fp32"}
+            types |= {"s_anchors": "*fp32", "t_anchors": "*fp32", "boxes": "*fp32"}
+            types |= {"box_index": "*i32", "box_classes": "*i64", "stride": "fp32"}
+            types |= STRIDES | ints("s_channels t_channels classes group width num_cells first")
+            types |= ints("all_cells num_boxes sd_n sd_c sd_h sd_w td_n td_c td_h td_w")
+            for kl, quality, coding in ((1, 1, BOX), (1, 0, BOX), (0, 1, LINEAR)):
+                constants = tile | kind | {"KL": bool(kl), "QUALITY": bool(quality)}
+                constants |= {"S_CODING": coding, "T_CODING": coding}
+                name = f"compare {dtype} softmax of {classes}, kl={kl} quality={quality}"
+                yield name, predictions_triton.compare_kernel, types, constants
 
 
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
@@ -78,7 +88,7 @@ def test_kernels_compile_without_register_spills(arch):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = done.stdout.split("KERNEL ")[1:]
-    assert len(kernels) == 2 + 3 * (2 + 6)
+    assert len(kernels) == 2 + 2 * (2 + 3 * 4)
     for kernel in kernels:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", kernel)
         assert spills and set(spills) == {"0"}, kernel

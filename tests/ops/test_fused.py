@@ -1,10 +1,23 @@
 """The fused operators against a float64 reference, on a GPU or in Triton's interpreter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch.autograd import gradcheck
 
-from fgbg_kd.ops import cosine_loss, kl_loss
+from fgbg_kd.ops import (
+    BACKGROUND,
+    PADDING,
+    DenseOutput,
+    Split,
+    compare_predictions,
+    cosine_loss,
+    kl_divergence,
+    split,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (N, C, level shapes): ones, primes, neither a multiple of a tile.
@@ -31,6 +44,26 @@ def make_weight(kind, n, cells):
 
 def layout(x, channels_last):
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
+    """Sum of weight * KL; cells of weight 0 are padding, all others background."""
+    shapes = tuple(tuple(s.shape[2:]) for s in student)
+    index = torch.where(weight != 0, BACKGROUND, PADDING).int()
+    boxes = torch.zeros(len(weight), 1, 4, device=weight.device)
+    found = compare_predictions(
+        DenseOutput([], student),
+        DenseOutput([], teacher),
+        (SimpleNamespace(num_classes=num_classes),) * 2,
+        Split(index, weight, boxes, shapes),
+        torch.zeros(len(weight), 1, dtype=torch.long, device=weight.device),
+        [8] * len(student),
+        kl=kind,
+        temperature=temperature,
+        quality=False,
+        impl=impl,
+    )
+    return (weight * found.kl).sum()
 
 
 def run(function, student, upstream=0.7):
@@ -104,26 +137,13 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(results[0][1][0], results[1][1][0])
 
 
-def test_the_losses_compile_without_a_graph_break():
-    student, teacher = randn(2, 6, 2, 2, seed=1).float(), randn(2, 6, 2, 2, seed=2).float()
-    weight = make_weight("mixed", 2, 4)
-
-    def loss(features):
-        cosine = cosine_loss(features, [teacher], weight, "triton")
-        return cosine + kl_loss(features, [teacher], weight, 3, impl="triton")
-
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    for a, b in zip(run(loss, [student]), run(compiled, [student])):
-        torch.testing.assert_close(a, b)
-
-
 def test_cosine_operator_is_registered_soundly():
     """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
     from fgbg_kd.ops.cosine_triton import weighted_cosine
 
     arguments = (
-        randn(2, 3, 2, 2, seed=1).float().requires_grad_(),
-        randn(2, 3, 2, 2, seed=2).float(),
+        [randn(2, 3, 2, 2, seed=1).float().requires_grad_()],
+        [randn(2, 3, 2, 2, seed=2).float()],
         make_weight("all", 2, 4),
     )
     torch.library.opcheck(weighted_cosine, arguments)
@@ -148,7 +168,7 @@ def test_kl(n, c, shapes, dtype, weights, kind, temperature, channels_last):
     def function(logits, impl, wide=False):
         target = [t.double() for t in teacher] if wide else teacher
         w = weight.double() if wide else weight
-        return kl_loss(logits, target, w, c, kind, temperature, impl)
+        return kl_sum(logits, target, w, c, kind, temperature, impl)
 
     check(function, student, [s.double() for s in student])
 
@@ -161,7 +181,7 @@ def test_kl_gradcheck_through_the_kernels(kind):
     ]
     teacher = [randn(2, 6, 2, 1, seed=3), randn(2, 6, 1, 1, seed=4)]
     weight = make_weight("mixed", 2, 3).double()
-    assert gradcheck(lambda *s: kl_loss(s, teacher, weight, 3, kind, 2.0, "triton"), student)
+    assert gradcheck(lambda *s: kl_sum(s, teacher, weight, 3, kind, 2.0, "triton"), student)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
@@ -169,13 +189,182 @@ def test_fused_kl_of_huge_logits_and_unread_nan_stays_finite(kind):
     student = torch.tensor([1e4, -1e4, 1e4, float("nan")], device=DEVICE).reshape(1, 1, 1, 4)
     teacher = torch.tensor([-1e4, 1e4, 1e4, 0.0], device=DEVICE).reshape(1, 1, 1, 4)
     weight = torch.tensor([[1.0, 1, 1, 0]], device=DEVICE)
-    loss, (grad,) = run(lambda s: kl_loss(s, [teacher], weight, 1, kind, impl="triton"), [student])
+    loss, (grad,) = run(lambda s: kl_sum(s, [teacher], weight, 1, kind, impl="triton"), [student])
     assert loss.isfinite() and grad.isfinite().all() and grad[..., 3] == 0
 
 
-def test_kl_operator_is_registered_soundly():
-    from fgbg_kd.ops.kl_triton import weighted_kl
+def detector(kind, sizes, num_classes):
+    """What the comparison reads of a DenseDetector."""
+    if kind == "RetinaNet":
+        aspect, transform = [0.5, 1.0, 2.0], Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+    else:  # FCOS
+        aspect, transform = [1.0], Box2BoxTransformLinear(normalize_by_size=kind == "FCOS")
+    generator = DefaultAnchorGenerator(
+        sizes=[[s] for s in sizes], aspect_ratios=[aspect], strides=[8, 16], offset=0.5
+    )
+    return SimpleNamespace(
+        num_classes=num_classes,
+        box2box_transform=transform,
+        anchor_generator=generator.to(DEVICE),
+        num_anchors=len(aspect),
+    )
 
-    student, teacher = randn(2, 6, 2, 2, seed=1).float(), randn(2, 6, 2, 2, seed=2).float()
-    arguments = (student.requires_grad_(), teacher, make_weight("all", 2, 4), 3, True, 1.5)
-    torch.library.opcheck(weighted_kl, arguments)
+
+def predictions(like, shapes, channels_last, dtype, seed):
+    """Random outputs; deltas that make boxes near the anchors."""
+    a, k = like.num_anchors, like.num_classes
+    maps = [
+        [layout(randn(2, c, h, w, seed=seed + i + c, scale=2).to(dtype), channels_last)
+         for i, (h, w) in enumerate(shapes)]
+        for c in (1, a * k, a * 4)
+    ]  # fmt: skip
+    return DenseOutput(*maps)
+
+
+SCENE = {
+    "boxes": [[[3, 3, 30, 40], [20, 10, 70, 55], [41, 41, 44, 43]], []],
+    "all foreground": [[[-9, -9, 99, 99]], [[-9, -9, 99, 99]]],
+    "nothing": [[], []],
+}
+
+
+@pytest.mark.parametrize("kinds", [("RetinaNet", "RetinaNet"), ("FCOS", "FCOS of pixels")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("scene", SCENE)
+@pytest.mark.parametrize("kl", ["sigmoid", "softmax", None])
+def test_one_pass_gives_the_qualities_and_the_kl(kinds, dtype, channels_last, scene, kl):
+    """The second image is smaller than the batch: it has padding."""
+    shapes, sizes = [(7, 9), (4, 5)], [(56, 72), (37, 50)]
+    detectors = [detector(kind, [32, 64], 5) for kind in kinds]
+    boxes = [
+        torch.tensor(b, dtype=torch.float32, device=DEVICE).reshape(-1, 4) for b in SCENE[scene]
+    ]
+    cells = split(boxes, sizes, shapes, [8, 16], impl="torch")
+    classes = torch.tensor([[0, 4, 2], [1, 0, 0]], device=DEVICE)[:, : cells.boxes.shape[1]]
+    outputs = [
+        predictions(d, shapes, channels_last, dtype, 100 * i) for i, d in enumerate(detectors)
+    ]
+    plain, fused = (
+        compare_predictions(*outputs, detectors, cells, classes, [8, 16], kl=kl, impl=impl)
+        for impl in ("torch", "triton")
+    )
+    for name, expected in plain._asdict().items():
+        got = getattr(fused, name)
+        if name == "kl" and kl is None:
+            assert got is None and expected is None
+            continue
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert (fused.student_quality[cells.box_index == -2] == 0).all()
+
+
+def test_heads_that_differ_are_compared_by_the_best_anchor_of_each_class():
+    shapes = [(5, 6), (3, 3)]
+    detectors = [detector(kind, [32, 64], 5) for kind in ("RetinaNet", "FCOS")]
+    box = torch.tensor([[3.0, 3, 30, 40]], device=DEVICE)
+    cells = split([box, box], [(40, 48)] * 2, shapes, [8, 16], impl="torch")
+    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    outputs = [
+        predictions(d, shapes, False, torch.float32, 50 * i) for i, d in enumerate(detectors)
+    ]
+    plain, fused = (
+        compare_predictions(
+            *outputs, detectors, cells, classes, [8, 16], same_anchors=False, impl=impl
+        )
+        for impl in ("torch", "triton")
+    )
+    best = outputs[0].logits[0].unflatten(1, (3, 5)).amax(1)
+    by_hand = kl_divergence(best, outputs[1].logits[0], 5, "sigmoid").flatten(1)
+    inside = cells.background[:, :30]
+    assert plain.student_quality.max() > 0 and inside.any()
+    torch.testing.assert_close(plain.kl[:, :30], torch.where(inside, by_hand, 0))
+    for expected, got in zip(plain, fused):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_box_coding_that_the_kernel_does_not_know_is_decoded_by_the_detector():
+    class Halved:
+        def apply_deltas(self, deltas, boxes):
+            return boxes + deltas / 2
+
+    shapes, known = [(2, 3), (1, 2)], detector("RetinaNet", [32, 64], 3)
+    unknown = SimpleNamespace(**{**vars(known), "box2box_transform": Halved()})
+    box = torch.tensor([[3.0, 3, 20, 14]], device=DEVICE)
+    cells = split([box, box], [(16, 24)] * 2, shapes, [8, 16], impl="torch")
+    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    outputs = [predictions(known, shapes, False, torch.float32, seed) for seed in (0, 50)]
+    plain, fused = (
+        compare_predictions(*outputs, (unknown, known), cells, classes, [8, 16], impl=impl)
+        for impl in ("torch", "triton")
+    )
+    for expected, got in zip(plain, fused):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_kl_on_background_has_a_gradient():
+    shapes, one = [(2, 3), (1, 2)], detector("FCOS", [8, 16], 3)
+    box = torch.tensor([[0.0, 0, 12, 16]], device=DEVICE)
+    cells = split([box, box], [(16, 24)] * 2, shapes, [8, 16], impl="torch")
+    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    outputs = [predictions(one, shapes, False, torch.float32, seed) for seed in (0, 50)]
+    for impl in ("torch", "triton"):
+        leaf = outputs[0].logits[0].clone().requires_grad_()
+        student = outputs[0]._replace(logits=[leaf, outputs[0].logits[1]])
+        found = compare_predictions(
+            student, outputs[1], (one, one), cells, classes, [8, 16], impl=impl
+        )
+        assert not found.student_quality.requires_grad and not found.teacher_quality.requires_grad
+        found.kl.sum().backward()  # weight 1 also where the KL is masked
+        touched = (leaf.grad != 0).any(1).flatten(1)
+        assert torch.equal(touched, cells.background[:, :6])
+
+
+def test_the_losses_compile_without_a_graph_break():
+    shapes, one = [(2, 3), (1, 2)], detector("RetinaNet", [8, 16], 3)
+    box = torch.tensor([[0.0, 0, 12, 16]], device=DEVICE)
+    cells = split([box, box], [(16, 24)] * 2, shapes, [8, 16], impl="torch")
+    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    student, teacher = (predictions(one, shapes, False, torch.float32, seed) for seed in (0, 50))
+
+    def loss(maps):
+        cosine = cosine_loss(maps, teacher.logits, cells.weight, "triton")
+        found = compare_predictions(
+            student._replace(logits=maps),
+            teacher,
+            (one, one),
+            cells,
+            classes,
+            [8, 16],
+            impl="triton",
+        )
+        gate = (found.teacher_quality > found.student_quality).float()
+        return cosine + (gate * found.kl).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected, grads = run(loss, student.logits)
+    got, compiled_grads = run(compiled, student.logits)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(compiled_grads, grads):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b)
+
+
+def test_the_comparison_is_registered_soundly():
+    from fgbg_kd.ops import predictions_triton
+
+    shapes, one = [(2, 2), (1, 1)], detector("RetinaNet", [8, 16], 3)
+    student, teacher = (predictions(one, shapes, False, torch.float32, seed) for seed in (0, 50))
+    arguments = (
+        [s.requires_grad_() for s in student.logits],
+        teacher.logits,
+        [*student.deltas, *teacher.deltas],
+        [*one.anchor_generator.cell_anchors] * 2,
+        *(predictions_triton.box_coding(one),) * 2,
+        [8, 16],
+        torch.full((2, 5), BACKGROUND, dtype=torch.int32, device=DEVICE),
+        torch.zeros(2, 1, 4, device=DEVICE),
+        torch.zeros(2, 1, dtype=torch.long, device=DEVICE),
+        3, True, True, 1.5,
+    )  # fmt: skip
+    torch.library.opcheck(predictions_triton._compare, arguments)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from fgbg_kd.ops import cosine_loss, cosine_similarity, kl_divergence, kl_loss
+from fgbg_kd.ops import cosine_loss, cosine_similarity, kl_divergence
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -100,10 +100,8 @@ def test_kl_is_torchs(kind):
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_kl_gradient(kind, temperature):
-    s = [randn(2, 6, 2, 1).requires_grad_(), randn(2, 6, 1, 1, seed=2).requires_grad_()]
-    t = [randn(2, 6, 2, 1, seed=1), randn(2, 6, 1, 1, seed=3)]
-    weight = randn(2, 3, seed=4).abs()
-    assert gradcheck(lambda *x: kl_loss(x, t, weight, 3, kind, temperature), s)
+    s, t = randn(2, 6, 2, 1).requires_grad_(), randn(2, 6, 2, 1, seed=1)
+    assert gradcheck(lambda x: kl_divergence(x, t, 3, kind, temperature), s)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
@@ -117,7 +115,7 @@ def test_kl_of_equal_predictions_is_zero_and_else_positive(kind):
 def test_huge_logits_stay_finite(kind):
     s = torch.tensor([1e4, -1e4, 1e4, 0.0]).reshape(1, 1, 1, 4).requires_grad_()
     t = torch.tensor([-1e4, 1e4, 1e4, 1e4]).reshape(1, 1, 1, 4)
-    loss = kl_loss([s], [t], torch.ones(1, 4), 1, kind)
+    loss = kl_divergence(s, t, 1, kind).sum()
     loss.backward()
     assert loss.isfinite() and s.grad.isfinite().all()
     assert (s.grad.flatten()[:2] * torch.tensor([1, -1]) > 0).all()
@@ -134,8 +132,3 @@ def test_small_kl_can_hide_a_large_angle():
     kl = F.kl_div(s.log_softmax(0), t.log_softmax(0), log_target=True, reduction="sum")
     cosine = cosine_similarity(s.reshape(1, 4, 1, 1), t.reshape(1, 4, 1, 1)).item()
     assert kl < 0.01 and math.degrees(math.acos(cosine)) > 45
-
-
-def test_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="'gaussian'"):
-        kl_divergence(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 1, "gaussian")

@@ -1,0 +1,414 @@
+"""Comparing predictions in two kernels: the logits of both are read once forward, once back.
+
+Forward takes KL and both qualities from one pass and keeps three numbers a cell; padding is not
+read, and of a foreground cell only the logits of its own class. The gradient of the KL is known in
+closed form: backward reads the background cells whose upstream gradient is not 0 and writes once.
+Computed in fp32 (fp64 if given).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
+from torch import Tensor, nn
+
+from .dispatch import accumulation_dtype, levels, on_device_of, triton_dtype
+from .predictions import Comparison, DenseOutput
+from .split import BACKGROUND, Split
+
+TILE = 1024  # values of a tile; more spill registers on sm_80
+# The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
+# which leaves the tile wide in cells (neighbours in memory). A softmax needs its anchor whole.
+GROUP = 16
+
+
+@triton.jit
+def _log1p_exp(x):
+    """log(1 + exp(x)), exact to rounding also where exp(x) is under the rounding of 1."""
+    e = tl.exp(-tl.abs(x))
+    u = 1 + e
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))  # Kahan
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1, e) / (1 + e)
+
+
+@triton.jit
+def _log_softmax(x, mask):
+    """Over axis 0 and an implicit background of logit 0 -> log p, log p(background)."""
+    x = tl.where(mask, x, float("-inf"))
+    top = tl.maximum(tl.max(x, 0), 0.0)
+    total = tl.sum(tl.exp(x - top[None, :]), 0) + tl.exp(-top)
+    norm = top + tl.log(total)
+    return x - norm[None, :], -norm
+
+
+@triton.jit
+def _highest(logits_at, z_c, channels, mask, ACC: tl.constexpr, CLASSES: tl.constexpr):
+    """The largest logit of each cell."""
+    highest = tl.zeros([mask.shape[0]], ACC) + float("-inf")
+    for start in range(0, channels, CLASSES):
+        channel = start + tl.arange(0, CLASSES)[:, None]
+        read = (channel < channels) & mask[None, :]
+        z = tl.load(logits_at[None, :] + channel * z_c, mask=read, other=float("-inf"))
+        highest = tl.maximum(highest, tl.max(z.to(ACC), 0))
+    return highest
+
+
+@triton.jit
+def _box_quality(
+    logits_at, z_c,  # of class 0 of anchor 0 of each cell
+    deltas_at, d_c,
+    anchors,  # (A, 4) XYXY around the cell's corner
+    num_anchors, classes, own_class,
+    corner_x, corner_y,  # pixels, without the offset
+    stride,
+    x0, y0, x1, y1,  # the owner
+    mask,
+    CODING: tl.constexpr,  # of box_coding
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The largest, over anchors, of sigmoid(logit of own_class) * IoU(decoded box, owner)."""
+    LINEAR: tl.constexpr = len(CODING) == 2
+    offset = CODING[0] * stride
+    own_area = tl.maximum(x1 - x0, 0.0) * tl.maximum(y1 - y0, 0.0)
+    best = tl.zeros([mask.shape[0]], ACC)
+    for a in range(num_anchors):
+        z = tl.load(logits_at + (a * classes + own_class) * z_c, mask=mask, other=0.0).to(ACC)
+        at = deltas_at + a * 4 * d_c
+        d0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        d1 = tl.load(at + d_c, mask=mask, other=0.0).to(tl.float32)
+        d2 = tl.load(at + 2 * d_c, mask=mask, other=0.0).to(tl.float32)
+        d3 = tl.load(at + 3 * d_c, mask=mask, other=0.0).to(tl.float32)
+        a0, a1 = tl.load(anchors + a * 4), tl.load(anchors + a * 4 + 1)
+        a2, a3 = tl.load(anchors + a * 4 + 2), tl.load(anchors + a * 4 + 3)
+        width, height = a2 - a0, a3 - a1
+        centre_x = corner_x + offset + 0.5 * (a0 + a2)
+        centre_y = corner_y + offset + 0.5 * (a1 + a3)
+        if LINEAR:  # Box2BoxTransformLinear: distances to the four sides
+            unit = width * CODING[1] + (1 - CODING[1])  # the anchor's size or a pixel
+            p0, p1 = centre_x - tl.maximum(d0, 0.0) * unit, centre_y - tl.maximum(d1, 0.0) * unit
+            p2, p3 = centre_x + tl.maximum(d2, 0.0) * unit, centre_y + tl.maximum(d3, 0.0) * unit
+        else:  # Box2BoxTransform: shift and log scale of the anchor
+            centre_x += d0 / CODING[1] * width
+            centre_y += d1 / CODING[2] * height
+            half_w = 0.5 * tl.exp(tl.minimum(d2 / CODING[3], CODING[5])) * width
+            half_h = 0.5 * tl.exp(tl.minimum(d3 / CODING[4], CODING[5])) * height
+            p0, p1 = centre_x - half_w, centre_y - half_h
+            p2, p3 = centre_x + half_w, centre_y + half_h
+        inter_w = tl.maximum(tl.minimum(p2, x1) - tl.maximum(p0, x0), 0.0)
+        inter = inter_w * tl.maximum(tl.minimum(p3, y1) - tl.maximum(p1, y0), 0.0)
+        area = tl.maximum(p2 - p0, 0.0) * tl.maximum(p3 - p1, 0.0)
+        iou = inter / tl.maximum(own_area + area - inter, 1e-6)
+        best = tl.maximum(best, _sigmoid(z) * iou)
+    return best
+
+
+@triton.jit
+def compare_kernel(
+    student,  # logits (N, A*K, H, W), any strides
+    teacher,  # likewise; without KL the anchors may differ
+    s_deltas,  # (N, A*4, H, W), any strides
+    t_deltas,
+    s_anchors,  # (A, 4)
+    t_anchors,
+    box_index,  # (N, R) contiguous
+    boxes,  # (N, B, 4) contiguous
+    box_classes,  # (N, B) contiguous
+    out,  # (3, N, R): KL, quality of student, of teacher
+    s_channels,
+    t_channels,
+    classes,  # K
+    group,  # channels of a tile: K of a softmax, else GROUP
+    width,
+    num_cells,  # HW of this level
+    first,  # cell of this level in R
+    all_cells,  # R
+    num_boxes,  # B
+    stride,  # pixels
+    s_n, s_c, s_h, s_w,
+    t_n, t_c, t_h, t_w,
+    sd_n, sd_c, sd_h, sd_w,
+    td_n, td_c, td_h, td_w,
+    INVERSE_T: tl.constexpr,  # a constant, since an argument would be rounded to fp32
+    KL: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    QUALITY: tl.constexpr,
+    S_CODING: tl.constexpr,
+    T_CODING: tl.constexpr,
+    ACC: tl.constexpr,
+    CLASSES: tl.constexpr,
+    CELLS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1).to(tl.int64)
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    exists = cell < num_cells
+    at = n * all_cells + first + cell
+    owner = tl.load(box_index + at, mask=exists, other=-2)
+    background = owner == -1
+    row, column = cell // width, cell % width
+    s_at = student + n * s_n + row * s_h + column * s_w
+    t_at = teacher + n * t_n + row * t_h + column * t_w
+    plane = tl.num_programs(1).to(tl.int64) * all_cells
+    s_highest = tl.zeros([CELLS], ACC) + float("-inf")
+    t_highest = s_highest
+    if KL:
+        k = tl.arange(0, CLASSES)
+        total = tl.zeros([CELLS], ACC)
+        for start in range(0, s_channels, group):
+            channel = (start + k)[:, None]
+            real = ((k < group) & (start + k < s_channels))[:, None] & (cell >= 0)[None, :]
+            mask = real & background[None, :]
+            s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC)
+            t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC)
+            if QUALITY:
+                s_highest = tl.maximum(s_highest, tl.max(tl.where(mask, s, float("-inf")), 0))
+                t_highest = tl.maximum(t_highest, tl.max(tl.where(mask, t, float("-inf")), 0))
+            s, t = s * INVERSE_T, t * INVERSE_T
+            if SOFTMAX:
+                log_s, rest_s = _log_softmax(s, real)
+                log_t, rest_t = _log_softmax(t, real)
+                apart = tl.exp(log_t) * tl.where(real, log_t - log_s, 0)
+                total += tl.sum(apart, 0) + tl.exp(rest_t) * (rest_t - rest_s)
+            else:
+                apart = _log1p_exp(s) - _log1p_exp(t) - _sigmoid(t) * (s - t)
+                total += tl.sum(tl.where(mask, apart, 0), 0)
+        total = tl.where(background, total / (INVERSE_T * INVERSE_T), 0)
+        tl.store(out + at, total, mask=exists)
+    elif QUALITY:
+        s_highest = _highest(s_at, s_c, s_channels, background, ACC, CLASSES)
+        t_highest = _highest(t_at, t_c, t_channels, background, ACC, CLASSES)
+    if QUALITY:
+        foreground = owner >= 0
+        box = n * num_boxes + tl.where(foreground, owner, 0)
+        own_class = tl.load(box_classes + box, mask=foreground, other=0)
+        x0 = tl.load(boxes + box * 4, mask=foreground, other=0.0)
+        y0 = tl.load(boxes + box * 4 + 1, mask=foreground, other=0.0)
+        x1 = tl.load(boxes + box * 4 + 2, mask=foreground, other=0.0)
+        y1 = tl.load(boxes + box * 4 + 3, mask=foreground, other=0.0)
+        x, y = column * stride, row * stride
+        s_good = _box_quality(
+            s_at, s_c, s_deltas + n * sd_n + row * sd_h + column * sd_w, sd_c, s_anchors,
+            s_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
+            S_CODING, ACC,
+        )  # fmt: skip
+        t_good = _box_quality(
+            t_at, t_c, t_deltas + n * td_n + row * td_h + column * td_w, td_c, t_anchors,
+            t_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
+            T_CODING, ACC,
+        )  # fmt: skip
+        s_good = tl.where(background, 1 - _sigmoid(s_highest), s_good)
+        t_good = tl.where(background, 1 - _sigmoid(t_highest), t_good)
+        tl.store(out + plane + at, s_good, mask=exists)
+        tl.store(out + 2 * plane + at, t_good, mask=exists)
+
+
+@triton.jit
+def kl_backward_kernel(
+    student,  # (N, A*K, H, W), any strides
+    teacher,  # likewise
+    weight,  # (N, R) contiguous: upstream gradient of the KL; 0: cell not read
+    grad,  # (N, A*K, H, W), any strides
+    channels,
+    group,
+    width,
+    num_cells,
+    first,
+    all_cells,
+    s_n, s_c, s_h, s_w,
+    t_n, t_c, t_h, t_w,
+    g_n, g_c, g_h, g_w,
+    INVERSE_T: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    ACC: tl.constexpr,
+    CLASSES: tl.constexpr,
+    CELLS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1).to(tl.int64)
+    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
+    exists = cell < num_cells
+    w = tl.load(weight + n * all_cells + first + cell, mask=exists, other=0.0).to(ACC)
+    used = exists & (w != 0)
+    row, column = cell // width, cell % width
+    s_at = student + n * s_n + row * s_h + column * s_w
+    t_at = teacher + n * t_n + row * t_h + column * t_w
+    g_at = grad + n * g_n + row * g_h + column * g_w
+    k = tl.arange(0, CLASSES)
+    for start in range(0, channels, group):
+        channel = (start + k)[:, None]
+        real = ((k < group) & (start + k < channels))[:, None] & (cell >= 0)[None, :]
+        mask = real & used[None, :]
+        s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
+        t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
+        if SOFTMAX:
+            log_s, _ = _log_softmax(s, real)
+            log_t, _ = _log_softmax(t, real)
+            value = tl.exp(log_s) - tl.exp(log_t)
+        else:
+            value = _sigmoid(s) - _sigmoid(t)
+        # T^2 KL has 1/T from the logits: T (p_s - p_t)
+        value = tl.where(mask, value * (w / INVERSE_T)[None, :], 0)
+        at = g_at[None, :] + channel * g_c
+        tl.store(at, value.to(grad.dtype.element_ty), mask=real & exists[None, :])
+
+
+def _tile(classes: int, softmax: bool) -> tuple[int, int, int]:
+    """Channels that are read at a time, the same as a power of two, and cells."""
+    group = classes if softmax else GROUP
+    block = triton.next_power_of_2(group)
+    return group, block, max(1, min(64, TILE // block))
+
+
+@torch.library.custom_op("fgbg_kd::compare_predictions", mutates_args=())
+def _compare(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    s_coding: Sequence[float],
+    t_coding: Sequence[float],
+    strides: Sequence[int],
+    box_index: Tensor,
+    boxes: Tensor,
+    box_classes: Tensor,
+    num_classes: int,
+    kl: bool,
+    softmax: bool,
+    temperature: float,
+) -> Tensor:
+    """(3, N, R): KL, quality of the student, of the teacher; what is not asked for is not written.
+
+    deltas and anchors: of all levels of the student, then of the teacher; empty: no qualities.
+    """
+    quality, num_levels = len(deltas) > 0, len(student)
+    acc = accumulation_dtype(student[0], teacher[0])
+    out = box_index.new_empty(3, *box_index.shape, dtype=acc)
+    group, block, cells = _tile(num_classes, softmax)
+    box_index, boxes, box_classes = (x.contiguous() for x in (box_index, boxes, box_classes))
+    with on_device_of(out):
+        for i, (first, n, channels, h, w) in enumerate(levels(student)):
+            s, t = student[i], teacher[i]
+            ds, dt = (deltas[i], deltas[num_levels + i]) if quality else (s, t)
+            compare_kernel[(triton.cdiv(h * w, cells), n)](
+                s, t, ds, dt,
+                *((anchors[i], anchors[num_levels + i]) if quality else (boxes, boxes)),
+                box_index, boxes, box_classes, out,
+                channels, t.shape[1], num_classes, group, w, h * w, first, out.shape[2],
+                boxes.shape[1], float(strides[i]),
+                *s.stride(), *t.stride(), *ds.stride(), *dt.stride(),
+                INVERSE_T=1 / temperature, KL=kl, SOFTMAX=softmax, QUALITY=quality,
+                S_CODING=tuple(s_coding), T_CODING=tuple(t_coding),
+                ACC=triton_dtype(acc), CLASSES=block, CELLS=cells,
+            )  # fmt: skip
+    return out
+
+
+@_compare.register_fake
+def _(student, teacher, deltas, anchors, s_coding, t_coding, strides, box_index, *options):
+    dtype = accumulation_dtype(student[0], teacher[0])
+    return box_index.new_empty(3, *box_index.shape, dtype=dtype)
+
+
+@torch.library.custom_op("fgbg_kd::kl_grad", mutates_args=())
+def kl_grad(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor,
+    num_classes: int,
+    softmax: bool,
+    temperature: float,
+) -> list[Tensor]:
+    """Gradient of the sum of weight * T^2 * KL(teacher || student) in the student's logits."""
+    grads, weight = [torch.empty_like(s) for s in student], weight.contiguous()
+    group, block, cells = _tile(num_classes, softmax)
+    acc = triton_dtype(accumulation_dtype(student[0], teacher[0]))
+    with on_device_of(weight):
+        for (first, n, c, h, w), s, t, grad in zip(levels(student), student, teacher, grads):
+            kl_backward_kernel[(triton.cdiv(h * w, cells), n)](
+                s, t, weight, grad, c, group, w, h * w, first, weight.shape[1],
+                *s.stride(), *t.stride(), *grad.stride(),
+                INVERSE_T=1 / temperature, SOFTMAX=softmax, ACC=acc, CLASSES=block, CELLS=cells,
+            )  # fmt: skip
+    return grads
+
+
+@kl_grad.register_fake
+def _(student, teacher, weight, num_classes, softmax, temperature):
+    return [torch.empty_like(s) for s in student]
+
+
+def _setup(ctx, inputs, output):
+    student, teacher, deltas, anchors, *_, box_index, _, _, num_classes, kl, softmax, t = inputs
+    ctx.options = (num_classes, softmax, t)
+    ctx.kl, ctx.num_deltas, ctx.num_anchors = kl, len(deltas), len(anchors)
+    ctx.save_for_backward(*student, *teacher, box_index)
+
+
+def _backward(ctx, grad):
+    *maps, box_index = ctx.saved_tensors
+    student, teacher = maps[: len(maps) // 2], maps[len(maps) // 2 :]
+    grads = [None] * len(student)
+    if ctx.kl:
+        weight = torch.where(box_index == BACKGROUND, grad[0], 0)
+        grads = kl_grad(student, teacher, weight, *ctx.options)
+    lists = ([None] * size for size in (len(teacher), ctx.num_deltas, ctx.num_anchors))
+    return grads, *lists, *[None] * 10
+
+
+_compare.register_autograd(_backward, setup_context=_setup)
+
+
+def compare(
+    student: DenseOutput,
+    teacher: DenseOutput,
+    detectors: tuple[nn.Module, nn.Module],
+    cells: Split,
+    gt_classes: Tensor,
+    strides: Sequence[int],
+    kl: str | None,
+    temperature: float,
+    quality: bool,
+) -> Comparison:
+    """:func:`fgbg_kd.ops.compare_predictions`, for codings that :func:`box_coding` knows."""
+    anchors = []
+    for generator in [d.anchor_generator for d in detectors] if quality else []:
+        at = dict(zip(generator.strides, generator.cell_anchors))
+        anchors += [at[s] for s in strides]
+    out = _compare(
+        list(student.logits),
+        list(teacher.logits),
+        [*student.deltas, *teacher.deltas] if quality else [],
+        anchors,
+        *(box_coding(d) if quality else (0.0,) for d in detectors),
+        [int(s) for s in strides],
+        cells.box_index,
+        cells.boxes,
+        gt_classes,
+        detectors[0].num_classes,
+        kl is not None,
+        kl == "softmax",
+        float(temperature),
+    )
+    return Comparison(out[0] if kl else None, *(out[1:].detach() if quality else ()))
+
+
+def box_coding(detector: nn.Module) -> tuple[float, ...] | None:
+    """How a DenseDetector places and codes its boxes.
+
+    Returns:
+        (offset of the anchors in strides, whether in units of the anchor) for distances to the
+        four sides; (offset, four weights, clamp) for shift and log scale; None for what is neither
+        of Detectron2's two.
+    """
+    transform, offset = detector.box2box_transform, detector.anchor_generator.offset
+    if isinstance(transform, Box2BoxTransformLinear):
+        return float(offset), float(transform.normalize_by_size)
+    if isinstance(transform, Box2BoxTransform):
+        return tuple(float(v) for v in (offset, *transform.weights, transform.scale_clamp))
+    return None
