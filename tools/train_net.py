@@ -5,17 +5,17 @@ Example:
     tools/train_net.py --config-file configs/quickstart/scenes_distilled.yaml OUTPUT_DIR output/run
 """
 
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from fgbg_kd import student_config
 from fgbg_kd.checkpoint import SafeCheckpointer
-from fgbg_kd.engine import FgBgTrainer, load_config
+from fgbg_kd.engine import FgBgTrainer, launch, load_config
 
 
 def main(args):
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, args.resume)
     default_setup(cfg, args)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(student_config(cfg))
@@ -33,11 +33,4 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser(epilog=__doc__.split("\n\n")[1]).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, args)

@@ -1,38 +1,48 @@
-"""DefaultTrainer with three differences: student checkpoints, AdamW, and checks of the teacher."""
+"""DefaultTrainer, and beyond: student checkpoints, exact resume, AdamW, checks of the teacher."""
 
-import contextlib
 import logging
 import os
-import random
 import weakref
 
-import numpy as np
 import torch
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import SafeCheckpointer
 from ..config import get_fgbg_kd_cfg, merge_overrides, merge_yaml
 from ..data import NamingMapper, check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
 from ..pair import channel_order
 from ..teacher import TeacherError
+from .loader import ResumableLoader
+from .resume import IterationState, RunCheckpointer, rewind_metrics, run_seed, warm_up
 
 logger = logging.getLogger(__name__)
 
 
-def load_config(config_file: str, opts: list[str] = ()):
-    """Reads a YAML config and key-value overrides, and registers the data that they name."""
+def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
+    """Reads a YAML config and key-value overrides, and registers the data that they name.
+
+    Where they leave SEED open (-1) it is drawn, or on resume that of the run (:func:`run_seed`).
+    """
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
+    cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
     cfg.freeze()
     register_datasets(cfg)
     return cfg
@@ -42,14 +52,55 @@ class FgBgTrainer(DefaultTrainer):
     """Trains a plain detector as DefaultTrainer does, and a student under FgBgDistiller.
 
     Checkpoints hold the student under the plain detector's own names; the adapters lie beside it
-    under the key "kd".
+    under the key "kd". A run that is killed and resumed ends as one that is not, if SEED is set
+    (:func:`load_config` sees to it).
     """
+
+    def __init__(self, cfg):
+        # DefaultTrainer's own constructor cannot distribute a model on CPUs, and checkpoints the
+        # whole of it.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg.defrost()
+        if cfg.SEED < 0:
+            cfg.SEED = comm.shared_random_seed()
+        cfg.freeze()
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        loader = self.build_train_loader(cfg)
+        self._trainer = trainer(distributed(model), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = RunCheckpointer(
+            _detector(model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **_adapters(model)
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume=True):
+        super().resume_or_load(resume=resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise RuntimeError(
+                f"The processes would go on from iterations {sorted(set(starts))}: OUTPUT_DIR "
+                f"({self.cfg.OUTPUT_DIR}) must be on a file system that all machines share."
+            )
+        if isinstance(self.data_loader, ResumableLoader):
+            self.data_loader.start = self.start_iter
+        elif self.start_iter:
+            logger.warning("The data loader is no ResumableLoader: the data begins anew.")
+        warm_up(self.start_iter)
+        metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+        if resume and comm.is_main_process() and os.path.isfile(metrics):
+            rewind_metrics(metrics, self.start_iter)
 
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
-        detector = model.student if isinstance(model, FgBgDistiller) else model
-        check_num_classes(cfg, detector.num_classes)
+        check_num_classes(cfg, _detector(model).num_classes)
         return model
 
     @classmethod
@@ -71,7 +122,8 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=NamingMapper(cfg, True))
+        parts = build_detection_train_loader.from_config(cfg, mapper=NamingMapper(cfg, True))
+        return ResumableLoader(**parts, seed=cfg.SEED)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -82,17 +134,10 @@ class FgBgTrainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self):
-        # The hooks share the checkpointer, and DefaultTrainer builds both in its constructor:
-        # this is the one place between the two.
-        model = _unwrapped(self.model)
-        detector, adapters, hooks = model, {}, []
-        if isinstance(model, FgBgDistiller):
-            detector, adapters = model.student, {"kd": model.kd} if model.kd is not None else {}
-            if model.teacher is not None:
-                hooks += [TeacherCheck(), Inheritance()]
-        self.checkpointer = SafeCheckpointer(
-            detector, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters
-        )
+        model, cfg = _unwrapped(self.model), self.cfg
+        hooks = [IterationState(_detector(model), cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)]
+        if getattr(model, "teacher", None) is not None:
+            hooks += [TeacherCheck(), Inheritance()]
         return hooks + super().build_hooks()
 
     # v0.6 leaves the optimizer out of its checkpoints; main has these two as they are here.
@@ -121,8 +166,7 @@ class TeacherCheck(HookBase):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.FORMAT = channel_order(teacher)
-        with _random_states_kept():  # reading data draws numbers that training should draw
-            results = trainer.test(cfg, teacher)
+        results = trainer.test(cfg, teacher)
         # Only the first worker has the results, and all of them have to stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if not ap >= minimum:
@@ -142,14 +186,21 @@ class Inheritance(HookBase):
             _unwrapped(self.trainer.model).inherit()
 
 
+def distributed(model):
+    """The model under DistributedDataParallel where there are several processes."""
+    # On a CPU, DDP wants no device, which create_ddp_model would give.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    devices = {"device_ids": None} if on_cpu else {}
+    return create_ddp_model(model, broadcast_buffers=False, **devices)
+
+
 def _unwrapped(model):
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-@contextlib.contextmanager
-def _random_states_kept():
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+def _detector(model):
+    return model.student if isinstance(model, FgBgDistiller) else model
+
+
+def _adapters(model):
+    return {"kd": model.kd} if getattr(model, "kd", None) is not None else {}

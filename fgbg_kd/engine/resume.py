@@ -1,0 +1,199 @@
+"""Exact resume: a run that was killed at any moment ends as if it had not been.
+
+The data (loader.py) and the random numbers of an iteration are functions of the seed and of the
+iteration. Weights, adapters, optimizer, schedule and GradScaler are in Detectron2's checkpoints.
+What those leave out is here: checkpoints that are whole, and the losses' normaliser.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import zipfile
+
+import numpy as np
+import torch
+import yaml
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from fvcore.nn import sigmoid_focal_loss_jit
+from torch import nn
+
+from ..checkpoint import CheckpointError, SafeCheckpointer
+from .loader import derived_seed
+
+logger = logging.getLogger(__name__)
+
+
+class RunCheckpointer(SafeCheckpointer):
+    """Writes a checkpoint whole or not at all, and resumes from the last one that is whole."""
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
+        super().__init__(model, save_dir, **kwargs)
+        self.path_manager = _AtomicWrites(self.path_manager)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """
+        Raises:
+            CheckpointError: there are checkpoints to resume from, and each is damaged.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.last_whole_checkpoint())
+        return super().resume_or_load(path, resume=False)
+
+    def last_whole_checkpoint(self) -> str:
+        last = self.get_checkpoint_file()
+        others = [
+            path
+            for path in self.get_all_checkpoint_files()
+            if re.fullmatch(r"model_(\d{7}|final)\.pth", os.path.basename(path)) and path != last
+        ]
+        for path in [last, *sorted(others, key=os.path.getmtime, reverse=True)]:
+            damage = _damage(path)
+            if damage is None:
+                return path
+            logger.warning(f"{path} is damaged ({damage}): the checkpoint before it is taken.")
+        raise CheckpointError(
+            f"No checkpoint in {self.save_dir} is whole. Without --resume the run starts anew."
+        )
+
+
+def _damage(path: str) -> str | None:
+    """What is wrong with a .pth file, which is a zip archive with a checksum for each tensor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # a damaged archive can raise anything
+        return str(error)
+    return bad and f"checksum of {bad}"
+
+
+class _AtomicWrites:
+    """A path manager that puts a file in its place when all of it is on the disk."""
+
+    def __init__(self, path_manager):
+        self._path_manager = path_manager
+
+    def __getattr__(self, name):
+        return getattr(self._path_manager, name)
+
+    def open(self, path: str, mode: str = "r", **kwargs):
+        if "w" not in mode or "://" in path:
+            return self._path_manager.open(path, mode, **kwargs)
+        return _atomic_write(path, mode)
+
+
+@contextlib.contextmanager
+def _atomic_write(path: str, mode: str):
+    folder = os.path.dirname(path) or "."
+    partial = os.path.join(folder, ".partial")  # what a kill leaves is overwritten next time
+    try:
+        with open(partial, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+    os.replace(partial, path)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name, too
+    finally:
+        os.close(directory)
+
+
+class IterationState(HookBase):
+    """Seeds every iteration, and keeps the losses' normaliser of each process in checkpoints.
+
+    A seed per iteration, rather than saved states: what runs between two iterations (an evaluation,
+    a measurement of the teacher) may draw numbers without changing the training.
+    """
+
+    def __init__(self, detector: nn.Module, seed: int, checkpoint_period: int):
+        """
+        Args:
+            detector: a DenseDetector, which keeps the running mean of its positives per batch as
+                a plain attribute.
+            seed: of the run.
+            checkpoint_period: in iterations.
+        """
+        self.detector, self.seed, self.period = detector, seed, checkpoint_period
+        self.normalizers = []
+
+    def before_step(self):
+        seed = derived_seed(self.seed, self.trainer.iter, comm.get_rank())
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done == self.trainer.max_iter:
+            # All processes are here; later only the first one saves.
+            self.normalizers = comm.gather(getattr(self.detector, "loss_normalizer", None))
+
+    def state_dict(self):
+        return {"loss_normalizers": self.normalizers}
+
+    def load_state_dict(self, state):
+        normalizers = [n for n in state["loss_normalizers"] if n is not None]
+        if len(normalizers) == comm.get_world_size():
+            self.detector.loss_normalizer = normalizers[comm.get_rank()]
+        elif normalizers:  # other processes, the same positives in all
+            self.detector.loss_normalizer = sum(normalizers) / comm.get_world_size()
+
+
+def run_seed(seed: int, output_dir: str, resume: bool) -> int:
+    """The seed of a run. A config that leaves it open (SEED -1) gets one, and keeps it on resume.
+
+    Args:
+        output_dir: the run's folder, whose config.yaml is the record of its seed.
+    """
+    record = os.path.join(output_dir, "config.yaml")
+    if seed < 0 and resume and os.path.isfile(record):
+        with open(record) as file:
+            seed = yaml.safe_load(file)["SEED"]
+    if seed < 0:
+        seed = int.from_bytes(os.urandom(3), "big")
+    return comm.all_gather(seed)[0]
+
+
+def warm_up(iterations: int) -> None:
+    """Brings TorchScript to the state in which so many iterations leave it.
+
+    It runs the first calls of a function in a process as they are written, and optimises it then;
+    the two round differently. fvcore's focal loss is what Detectron2's detectors script.
+    """
+    for _ in range(min(iterations, 4)):
+        logits = torch.zeros(2, 2, requires_grad=True)
+        sigmoid_focal_loss_jit(
+            logits, torch.zeros(2, 2), alpha=0.25, gamma=2.0, reduction="sum"
+        ).backward()
+
+
+def rewind_metrics(path: str, iteration: int) -> None:
+    """Cuts from metrics.json what the last run wrote from an iteration on, for it comes again.
+
+    The file keeps its identity: Detectron2's writer holds it open, to append.
+    """
+    cut, offset, last = None, 0, -1
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                at = json.loads(line)["iteration"] if line.endswith(b"\n") else None
+            except ValueError:
+                at = None
+            if at is None:  # torn by the kill
+                cut = offset if cut is None else cut
+                break
+            if at < last:  # another run began
+                cut = None
+            if at >= iteration and cut is None:
+                cut = offset
+            offset, last = offset + len(line), at
+    if cut is not None:
+        os.truncate(path, cut)

@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Tries a training run: does it survive being killed, and does its memory stay flat?
+
+Examples:
+    tools/chaos.py kill --config-file my_distilled.yaml --kills 20 SOLVER.MAX_ITER 100
+    tools/chaos.py soak --config-file my_distilled.yaml SOLVER.MAX_ITER 2000
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+TRAIN = Path(__file__).with_name("train_net.py")
+
+
+def start(args, folder: Path) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(TRAIN), "--config-file", args.config_file, "--resume"]
+    with open(folder / "stdout.txt", "a") as log:
+        return subprocess.Popen(
+            [*command, *args.opts, "OUTPUT_DIR", str(folder)], stdout=log, stderr=log
+        )
+
+
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    if process.wait() != 0:
+        sys.exit(f"Training failed, see {folder / 'stdout.txt'}.")
+
+
+# --- kill ---
+
+
+def kill(args) -> None:
+    """Compares a run that is killed and resumed again and again with one that is not."""
+    whole, killed = args.output_dir / "whole", args.output_dir / "killed"
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    process = start(args, whole)
+    starting = wait_for(process, lambda: begun(whole))
+    training = wait_for(process, lambda: False)
+    finish(process, whole)
+    print(f"Never killed: {starting:.1f} s to start, {training:.1f} s to train.")
+
+    rng = random.Random(args.seed)
+    kills = writing = runs = 0
+    while kills < args.kills:
+        shutil.rmtree(killed, ignore_errors=True)
+        while kills < args.kills:
+            process, starts = start(args, killed), begun(killed)
+            moment = rng.choices(("starting", "training", "saving"), (1, 4, 5))[0]
+            if moment == "starting":
+                wait_for(process, lambda: False, rng.uniform(0, starting))
+            elif moment == "training":
+                wait_for(process, lambda before=starts: begun(killed) > before)
+                wait_for(process, lambda: False, rng.uniform(0, 2 * training / args.kills))
+            else:
+                wait_for_save(process, killed / ".partial", rng.randint(0, 2))
+            process.kill()
+            if process.wait() != -signal.SIGKILL:  # it came to its end before
+                break
+            kills += 1
+            partial = (killed / ".partial").exists()
+            writing += partial
+            print(f"kill {kills:2}, {moment}: {last(killed)}{', a partial file' * partial}")
+        finish(start(args, killed), killed)
+        compare(whole, killed)
+        runs += 1
+        print(f"Run {runs} ends as the run that was never killed, bit for bit.")
+    print(f"{kills} kills, {writing} of them in the middle of writing a checkpoint, {runs} runs.")
+
+
+def begun(folder: Path) -> int:
+    """How often training began."""
+    return (folder / "stdout.txt").read_text().count("Starting training from iteration")
+
+
+def wait_for(process: subprocess.Popen, happened, timeout: float = float("inf")) -> float:
+    """Waits for an event, the process's end or the time, and says how many seconds it took."""
+    began = time.perf_counter()
+    while process.poll() is None and not happened() and time.perf_counter() - began < timeout:
+        time.sleep(0.0005)
+    return time.perf_counter() - began
+
+
+def wait_for_save(process: subprocess.Popen, partial: Path, saves: int) -> None:
+    """Lets so many files be written, and waits until the next one is."""
+    partial.unlink(missing_ok=True)  # of the kill before
+    for _ in range(saves):
+        wait_for(process, partial.exists)
+        wait_for(process, lambda: not partial.exists())
+    wait_for(process, partial.exists)
+
+
+def last(folder: Path) -> str:
+    mark = folder / "last_checkpoint"
+    return mark.read_text() if mark.exists() else "no checkpoint yet"
+
+
+def compare(a: Path, b: Path) -> None:
+    ends = [torch.load(x / "model_final.pth", weights_only=True) for x in (a, b)]
+    differing = list(differences(*ends))
+    if differing:
+        sys.exit(f"{len(differing)} values of {a} and {b} differ: {', '.join(differing[:5])}")
+
+
+def differences(a, b, name: str = ""):
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for k in a:
+            yield from differences(a[k], b[k], f"{name}.{k}")
+    elif isinstance(a, (list, tuple)) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b)):
+            yield from differences(x, y, f"{name}.{i}")
+    elif not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b):
+        yield name
+
+
+# --- soak ---
+
+
+def soak(args) -> None:
+    """Samples the memory of a run and of its loading processes."""
+    folder = args.output_dir / "soak"
+    shutil.rmtree(folder, ignore_errors=True)
+    process, samples = start(args, folder), []
+    while process.poll() is None:
+        time.sleep(args.interval)
+        step = iteration(folder / "metrics.json")
+        if step and process.poll() is None and (not samples or step > samples[-1][0]):
+            samples.append((step, memory(process.pid)))
+    finish(process, folder)
+    if len(samples) < 8:
+        sys.exit("The run was too short: fewer than 8 samples.")
+    print("| iteration | MiB |\n|---|---|")
+    for step, size in samples[:: max(len(samples) // 10, 1)]:
+        print(f"| {step} | {size:.1f} |")
+    # The first quarter fills caches.
+    quarter = len(samples) // 4
+    early, late = (
+        sum(size for _, size in part) / quarter
+        for part in (samples[quarter : 2 * quarter], samples[-quarter:])
+    )
+    print(f"Second quarter {early:.1f} MiB, last quarter {late:.1f} MiB: {late / early - 1:+.2%}")
+    if late > 1.02 * early:
+        sys.exit("Memory grows.")
+
+
+def iteration(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    try:
+        return json.loads(lines[-1])["iteration"]
+    except (IndexError, ValueError):  # none yet, or half a line
+        return 0
+
+
+def memory(pid: int) -> float:
+    """MiB of a process and its children, pages that they share counted once (Linux)."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0
+    own = next((int(x.split()[1]) for x in lines if x.startswith("Pss:")), 0) / 1024
+    return own + sum(memory(int(child)) for child in children)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in (kill, soak):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(function=function)
+        command.add_argument("--config-file", required=True)
+        command.add_argument(
+            "--output-dir", type=Path, default=Path("output/chaos"), help="is emptied first"
+        )
+        if function is kill:
+            command.add_argument("--kills", type=int, default=20)
+            command.add_argument("--seed", type=int, default=0, help="of the moments")
+        else:
+            command.add_argument("--interval", type=float, default=1.0, help="seconds")
+        command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
