@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -167,7 +169,9 @@ class FgBgDistiller(nn.Module):
             if not self.same_input:
                 inputs = renormalized(self.teacher, self.student, images, batched_inputs)
             inputs = padded(self.teacher, inputs, images.image_sizes)
-            features, predictions = run_dense(self.teacher, inputs, head=self.kd.needs_head)
+            features, predictions = run_dense(
+                self.teacher, inputs, logits=self.kd.needs_logits, boxes=self.kd.needs_boxes
+            )
         teacher = DenseOutput(features, *(predictions or ())[:2])
         index = zip(*(level.index for level in self.levels))
         shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
@@ -227,7 +231,7 @@ def _features_only(method: str, options: dict[str, Any], teacher: nn.Module) -> 
 
 
 def _check_predictions(method, kd, student, teacher, levels) -> None:
-    if kd.needs_head and not is_dense(teacher):
+    if kd.needs_logits and not is_dense(teacher):
         raise TeacherError(
             f"MODEL.KD.METHOD {method} compares predictions per cell, and the teacher, a "
             f"{type(teacher).__name__}, has none: use a RetinaNet or FCOS, or another method."
@@ -241,15 +245,24 @@ def _check_predictions(method, kd, student, teacher, levels) -> None:
         )
 
 
-def run_dense(detector: nn.Module, images: torch.Tensor, head: bool = True):
+def run_dense(
+    detector: nn.Module, images: torch.Tensor, *, logits: bool = True, boxes: bool = True
+):
     """DenseDetector.forward between its preprocessing and its losses; of others, the features.
 
     Args:
         images: (N, 3, H, W), normalised and padded.
+        logits: False: the head is not run.
+        boxes: False: its box branch, half of it, is not run where it can be left out.
 
     Returns:
-        Features per level, and the head's predictions (None if not asked for).
+        Features per level, and the head's predictions (None if not asked for), the logits first.
     """
     features = detector.backbone(images)
     features = [features[name] for name in level_names(detector)]
-    return features, detector.head(features) if head else None
+    if not logits:
+        return features, None
+    head = detector.head
+    if not boxes and type(head) in (RetinaNetHead, FCOSHead):
+        return features, ([head.cls_score(head.cls_subnet(f)) for f in features],)
+    return features, head(features)

@@ -6,6 +6,8 @@ from conftest import make_batch, save_teacher, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from fgbg_kd.distiller import run_dense
+
 
 def losses_of(model, batch, iteration=0):
     with EventStorage(iteration):
@@ -148,6 +150,18 @@ def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
     model.teacher.head.register_forward_hook(lambda *_: calls.append(1))
     assert losses_of(model, make_batch())["loss_kd_fg"] > 0
     assert not calls
+
+
+def test_without_the_gate_the_box_branch_is_not_run_and_the_logits_are_the_same(distil_cfg):
+    distil_cfg.MODEL.KD.GATE = "off"
+    model, runs, batch = build_model(distil_cfg), [], make_batch()
+    images = model.teacher.preprocess_image(batch).tensor
+    expected = run_dense(model.teacher, images)[1][0]
+    model.teacher.head.bbox_subnet.register_forward_hook(lambda *_: runs.append(1))
+    got = run_dense(model.teacher, images, boxes=False)[1][0]
+    assert losses_of(model, batch)["loss_kd_bg"] > 0 and not runs
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])

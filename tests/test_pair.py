@@ -210,7 +210,7 @@ def test_the_teacher_gets_the_padding_it_wants_and_its_cells_stay_in_place(cls, 
     assert images.shape[-2:] == (96, 96) and inputs[0].shape[-2:] == size
     assert torch.equal(inputs[0][..., :96, :96], images)
     assert inputs[0][..., 96:, :].abs().sum() == inputs[0][..., 96:].abs().sum() == 0
-    expected, _ = run_dense(teacher, inputs[0], head=False)
+    expected, _ = run_dense(teacher, inputs[0], logits=False)
     for got, mine, full in zip(batch.teacher.features, batch.student.features, expected):
         assert got.shape == mine.shape
         assert torch.equal(got, full[..., : got.shape[-2], : got.shape[-1]])

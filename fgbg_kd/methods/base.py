@@ -59,8 +59,10 @@ class Method(nn.Module):
     with the student and are no part of it; each must get a gradient in every batch.
     """
 
-    # Whether the teacher's predictions are needed, not its features alone.
-    needs_head = False
+    # Whether the teacher's class logits are needed, and its box deltas: beside its features, and
+    # boxes beside logits.
+    needs_logits = False
+    needs_boxes = False
     # Whether it compares logits one by one, for which both must have the same anchors.
     compares_logits = False
     # Names of the losses that it returns.

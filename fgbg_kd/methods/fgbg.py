@@ -81,8 +81,12 @@ class FgBg(Method):
             self.adapters = build_adapters(student_channels, teacher_channels, adapter)
 
     @property
-    def needs_head(self) -> bool:
-        return self.bg_weight > 0 or self.gate != "off"
+    def needs_logits(self) -> bool:
+        return self.bg_weight > 0 or self.needs_boxes
+
+    @property
+    def needs_boxes(self) -> bool:
+        return self.gate != "off"
 
     @classmethod
     def without_predictions(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +106,7 @@ class FgBg(Method):
         student, teacher = batch.student, batch.teacher
         cells = batch.split(self.assign, self.normalize)
         gate = (cells.foreground | cells.background).float()  # (N, R)
-        if self.needs_head:
+        if self.needs_logits:
             compared = compare_predictions(
                 student,
                 teacher,
@@ -113,9 +117,9 @@ class FgBg(Method):
                 same_anchors=batch.same_anchors,
                 kl=self.kl if self.bg_weight > 0 else None,
                 temperature=self.temperature,
-                quality=self.gate != "off",
+                quality=self.needs_boxes,
             )
-        if self.gate != "off":
+        if self.needs_boxes:
             gate = teacher_gate(
                 compared.student_quality,
                 compared.teacher_quality,

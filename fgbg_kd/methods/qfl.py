@@ -20,7 +20,7 @@ class QFL(Method):
     worker's own), so it is never 0.
     """
 
-    needs_head = True
+    needs_logits = True
     compares_logits = True
 
     def __init__(

@@ -249,7 +249,7 @@ def test_autocast_keeps_the_loss_in_fp32(distil_cfg, name):
 
 
 def test_only_qfl_runs_the_teachers_head(distil_cfg):
-    assert {n for n in PEERS if METHOD_REGISTRY.get(n).needs_head} == {"QFL"}
+    assert {n for n in PEERS if METHOD_REGISTRY.get(n).needs_logits} == {"QFL"}
     distil_cfg.MODEL.KD.METHOD = "PKD"
     model = build_model(distil_cfg).train()
     calls = []
