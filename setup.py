@@ -22,7 +22,7 @@ setup(
         "setuptools",
         "tabulate",
         "tensorboard",
-        "timm",
+        "timm>=1.0.9",
     ],
     extras_require={
         # Apart from the rest: each OpenCV wheel owns the same `cv2` folder, so installing this one

@@ -14,7 +14,7 @@ from .methods import METHOD_REGISTRY
 
 
 def add_fgbg_kd_config(cfg: CN) -> None:
-    """Adds MODEL.{KD,FCOS,TIMM}.*, SOLVER.OPTIMIZER and DATASETS.{TRAIN,TEST}_{JSON,IMAGES}."""
+    """Adds MODEL.{KD,FCOS,TIMM}.*, SOLVER.{OPTIMIZER,EMA_DECAY}, DATASETS.*_{JSON,IMAGES}."""
     # Distillation is on where MODEL.META_ARCHITECTURE is "FgBgDistiller".
     kd = cfg.MODEL.KD = CN()
     # Meta-architecture of the student; the rest of MODEL.* describes it as it would alone.
@@ -115,6 +115,9 @@ def add_fgbg_kd_config(cfg: CN) -> None:
 
     # "SGD": Detectron2's own; "AdamW": with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Exponential moving average of the weights, such as 0.9998, which is evaluated and saved in
+    # their place; 0 = off.
+    cfg.SOLVER.EMA_DECAY = 0.0
 
     # Your own COCO-format data under the one name in DATASETS.TRAIN (TEST), no Python needed;
     # "" = the name is registered already.

@@ -25,6 +25,7 @@ from ..data import NamingMapper, check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
 from ..pair import channel_order
 from ..teacher import TeacherError
+from .ema import WeightAverage
 from .loader import ResumableLoader
 from .resume import IterationState, RunCheckpointer, rewind_metrics, run_seed, warm_up
 
@@ -42,6 +43,9 @@ def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is set off.")
+        cfg.SOLVER.AMP.ENABLED = False
     cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
     cfg.freeze()
     register_datasets(cfg)
@@ -138,6 +142,8 @@ class FgBgTrainer(DefaultTrainer):
         hooks = [IterationState(_detector(model), cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)]
         if getattr(model, "teacher", None) is not None:
             hooks += [TeacherCheck(), Inheritance()]
+        if cfg.SOLVER.EMA_DECAY != 0:
+            hooks.append(WeightAverage(_detector(model), cfg.SOLVER.EMA_DECAY))
         return hooks + super().build_hooks()
 
     # v0.6 leaves the optimizer out of its checkpoints; main has these two as they are here.

@@ -89,7 +89,7 @@ def _load(body: torch.nn.Module, path: str, name: str) -> None:
             f"pretrained=True).state_dict(), '{path}')\"\n"
             'Where MODEL.WEIGHTS holds the whole detector, set MODEL.TIMM.WEIGHTS "".'
         )
-    saved = load_state_dict(path)
+    saved = load_state_dict(path, weights_only=True)
     saved = {k.replace(".", "_"): v for k, v in saved.items()}
     state = body.state_dict()
     missing = [
