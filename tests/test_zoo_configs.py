@@ -132,7 +132,7 @@ def test_the_distilled_r50_is_the_zoos_r50(schedule):
     ours = student_config(ours).clone()
     ours.defrost()
     ours.OUTPUT_DIR, ours.MODEL.DEVICE = zoos.OUTPUT_DIR, zoos.MODEL.DEVICE
-    ours.MODEL.KD = zoos.MODEL.KD
+    ours.MODEL.KD, ours.SEED = zoos.MODEL.KD, zoos.SEED
     assert ours == zoos
 
 

@@ -140,15 +140,14 @@ def test_a_resumed_run_ends_with_the_same_average(cfg, tmp_path):
     train(FgBgTrainer, cfg, tmp_path / "whole", 4)
     train(FgBgTrainer, cfg, tmp_path / "parts", 2)
     train(FgBgTrainer, cfg, tmp_path / "parts", 4, resume=True)
-    whole, parts = (
+    saved = [
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)
         for name in ("whole", "parts")
-    )
-    for a, b in (
-        (whole["model"], parts["model"]),
-        *((x["trainer"]["hooks"]["WeightAverage"]["weights"] for x in (whole, parts)),),
-    ):
-        assert all(torch.equal(v, b[k]) for k, v in a.items())
+    ]
+    averages = [x["model"] for x in saved]
+    trained = [x["trainer"]["hooks"]["WeightAverage"]["weights"] for x in saved]
+    for whole, parts in (averages, trained):
+        assert all(torch.equal(v, parts[k]) for k, v in whole.items())
 
 
 def test_a_run_without_an_average_can_go_on_with_one(cfg, tmp_path):
