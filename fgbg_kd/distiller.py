@@ -12,6 +12,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .cache import TeacherCache, check_fixed_input
 from .config import method_options, student_config
 from .data import training_classes
 from .methods import METHOD_REGISTRY, Batch, DenseOutput
@@ -59,6 +60,7 @@ class FgBgDistiller(nn.Module):
         kd: Mapping[str, Any] | None = None,
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
+        cache: bool = False,
     ):
         """
         Args:
@@ -74,6 +76,7 @@ class FgBgDistiller(nn.Module):
             classes: names of the student's classes, by which those of a teacher with others are
                 found; None: not known.
             inherit: of "fpn" and "head", what :meth:`inherit` copies from the teacher.
+            cache: keep the teacher's outputs: for images that come the same every time.
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -93,6 +96,7 @@ class FgBgDistiller(nn.Module):
             teacher = None
         self.__dict__["teacher"] = teacher
         self.kd = None
+        self.cache = TeacherCache() if cache else None
         if teacher_precision not in PRECISIONS:
             raise ValueError(
                 f"MODEL.KD.TEACHER.PRECISION is {teacher_precision!r}: choose from "
@@ -122,6 +126,8 @@ class FgBgDistiller(nn.Module):
         teacher = None
         options = method_options(cfg)
         if kd.TEACHER.CONFIG and not _is_off(kd.METHOD, options):
+            if kd.TEACHER.CACHE:
+                check_fixed_input(cfg)
             teacher = build_teacher(
                 kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256, kd.TEACHER.CLASSES
             )
@@ -133,6 +139,7 @@ class FgBgDistiller(nn.Module):
             "kd": {"method": kd.METHOD, **schedule, **options},
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
+            "cache": kd.TEACHER.CACHE,
         }
 
     @property
@@ -169,10 +176,7 @@ class FgBgDistiller(nn.Module):
             if not self.same_input:
                 inputs = renormalized(self.teacher, self.student, images, batched_inputs)
             inputs = padded(self.teacher, inputs, images.image_sizes)
-            features, predictions = run_dense(
-                self.teacher, inputs, logits=self.kd.needs_logits, boxes=self.kd.needs_boxes
-            )
-        teacher = DenseOutput(features, *(predictions or ())[:2])
+            teacher = self._teach(inputs, batched_inputs)
         index = zip(*(level.index for level in self.levels))
         shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
         student, teacher = (
@@ -195,6 +199,15 @@ class FgBgDistiller(nn.Module):
                 **{name: value.item() for name, value in statistics.items()}, smoothing_hint=False
             )
         return {name: scale * loss for name, loss in losses.items()}
+
+    def _teach(self, inputs: torch.Tensor, batched_inputs: list[dict]) -> DenseOutput:
+        def run(x):
+            features, predictions = run_dense(
+                self.teacher, x, logits=self.kd.needs_logits, boxes=self.kd.needs_boxes
+            )
+            return DenseOutput(features, *(predictions or ())[:2])
+
+        return self.cache(run, inputs, batched_inputs) if self.cache else run(inputs)
 
     def inherit(self) -> None:
         """Copies what MODEL.KD.INHERIT names from the teacher into the student, once.

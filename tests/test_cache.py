@@ -1,0 +1,78 @@
+"""The teacher's cache: the same losses, a teacher that rests, and no use where images change."""
+
+import pytest
+import torch
+from conftest import make_batch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+
+def build(cfg, cache):
+    cfg = cfg.clone()
+    cfg.MODEL.KD.TEACHER.CACHE = cache
+    torch.manual_seed(3)
+    model = build_model(cfg).train()
+    seen = []
+    model.teacher.backbone.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    return model, seen
+
+
+def losses_of(model, batch):
+    with EventStorage(0):
+        return model(batch)
+
+
+@pytest.mark.parametrize("method", ["FgBg", "PKD"])
+def test_losses_are_the_same_and_the_second_epoch_runs_no_teacher(distil_cfg, method):
+    distil_cfg.MODEL.KD.METHOD = method
+    (plain, all_seen), (cached, seen) = build(distil_cfg, False), build(distil_cfg, True)
+    batches = [make_batch(seed=s) for s in (0, 1)]  # images of two sizes, padded
+    for batch in (*batches, *batches):
+        expected, got = losses_of(plain, batch), losses_of(cached, batch)
+        assert any(value > 0 for name, value in got.items() if "kd" in name)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert all_seen == [2, 2, 2, 2] and seen == [2, 2]
+
+
+def test_only_what_is_not_known_is_computed_and_the_order_does_not_matter(distil_cfg):
+    (plain, _), (cached, seen) = build(distil_cfg, False), build(distil_cfg, True)
+    first, second = make_batch(seed=0), make_batch(seed=1)
+    losses_of(cached, first)
+    losses_of(plain, first)
+    mixed = [second[0], first[1]]
+    for batch in (mixed, mixed[::-1]):
+        expected, got = losses_of(plain, batch), losses_of(cached, batch)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert seen == [2, 1]
+
+
+def test_other_pixels_or_another_padding_are_not_taken_for_the_same_image(distil_cfg):
+    (plain, _), (cached, seen) = build(distil_cfg, False), build(distil_cfg, True)
+    small = make_batch(sizes=((64, 64),), boxes=(((8, 8, 40, 40),),))
+    flipped = [{**small[0], "image": small[0]["image"].flip(2)}]
+    large = make_batch(sizes=((128, 128),), boxes=((),))
+    for batch in (small, flipped, small + large):
+        expected, got = losses_of(plain, batch), losses_of(cached, batch)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert seen == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("RANDOM_FLIP", "horizontal"), ("CROP.ENABLED", True), ("MIN_SIZE_TRAIN", (64, 80))],
+)
+def test_a_cache_where_images_change_is_refused(distil_cfg, key, value):
+    distil_cfg.INPUT.RANDOM_FLIP = "none"
+    build(distil_cfg, True)
+    distil_cfg.merge_from_list([f"INPUT.{key}", value])
+    with pytest.raises(ValueError, match=f"TEACHER.CACHE .*INPUT.{key} is"):
+        build(distil_cfg, True)
+
+
+@pytest.fixture
+def distil_cfg(distil_cfg):
+    distil_cfg.INPUT.RANDOM_FLIP = "none"
+    return distil_cfg
