@@ -19,7 +19,8 @@ from .config import get_fgbg_kd_cfg
 from .engine import load_config
 from .methods import METHOD_REGISTRY, FgBg
 
-TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
+ROOT = Path(__file__).parents[1]
+TRAIN_NET = ROOT / "tools" / "train_net.py"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
 
@@ -85,7 +86,8 @@ class Runner:
 
         Returns:
             COCO's metrics by name (None where undefined), "seconds_per_step" (the median),
-            "memory_mb" (peak of a process) and "gpu_memory_mb" (of tensors; None without a GPU).
+            "memory_mb" (peak of a process), "gpu_memory_mb" (of tensors; None without a GPU) and
+            "commit" (:func:`commit`).
 
         Raises:
             RunError: other settings, already running, or the training failed.
@@ -101,10 +103,11 @@ class Runner:
             done = output / "done.json"
             if done.is_file():
                 return json.loads(done.read_text())
+            about = {"commit": commit()}  # now: it may be another when the run ends
             command = [sys.executable, str(TRAIN_NET), "--config-file", str(config)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
             memory = self._follow(name, command, log)
-        result = {**_measured(output), "memory_mb": memory}
+        result = {**_measured(output), "memory_mb": memory, **about}
         _tidy(output)
         done.write_text(json.dumps(result))
         return result
@@ -173,6 +176,16 @@ class Runner:
     def _rewrite(text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         print("\r" + text[:width].ljust(width), end="\r", flush=True)
+
+
+def commit() -> str:
+    """Commit of this package, with a + where tracked files differ from it; "" outside git."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
 
 
 def settings_of(cfg, reads: Path | None = None) -> dict:

@@ -21,7 +21,6 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -40,23 +39,11 @@ from fgbg_kd.engine import load_config  # noqa: E402
 from fgbg_kd.methods import METHOD_REGISTRY  # noqa: E402
 from fgbg_kd.runs import RunError, Runner  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-
 
 def folder_name(text: str) -> str:
     """`text` as the name of a folder, unlike that of any other text."""
     name = re.sub(r"[^\w.=+-]+", "_", text)
     return name if name == text else f"{name[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def commit() -> str:
-    """Commit of this package, with a + where tracked files differ from it; "" outside git."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
 
 
 def surroundings(threads: int, jobs: int) -> dict:
@@ -106,7 +93,7 @@ def compare(args, output: Path) -> None:
     results = output / "results.jsonl"
     output.mkdir(parents=True, exist_ok=True)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs))
-    about = {"commit": commit(), **surroundings(threads, args.jobs)}
+    about = surroundings(threads, args.jobs)
     base = output / (folder_name(" ".join(args.set)) if args.set else "as_configured")
 
     def record(method: str, seed: int | None, folder: Path, result: dict) -> dict:
