@@ -9,6 +9,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from omegaconf import DictConfig
 
 from .methods import METHOD_REGISTRY
 
@@ -253,3 +254,10 @@ def student_config(cfg: CN) -> CN:
     cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
     cfg.freeze()
     return cfg
+
+
+def student_model(model: DictConfig) -> DictConfig:
+    """The same of a Python config's ``model``."""
+    target = model._target_
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return model.student if name.endswith("FgBgDistiller") else model

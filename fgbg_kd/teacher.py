@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .checkpoint import CheckpointError, SafeCheckpointer
-from .config import get_fgbg_kd_cfg, merge_yaml, student_config
+from .config import get_fgbg_kd_cfg, merge_yaml, student_config, student_model
 from .data import training_classes
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def build_detector(cfg: CfgNode | DictConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if isinstance(cfg, CfgNode):
             return build_model(student_config(cfg))
-        return instantiate(cfg.model)
+        return instantiate(student_model(cfg.model))
 
 
 def _named_weights(cfg: CfgNode | DictConfig) -> str:

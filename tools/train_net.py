@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Trains and evaluates a detector, plain or distilled.
 
-Example:
+Examples:
     tools/train_net.py --config-file configs/quickstart/scenes_distilled.yaml OUTPUT_DIR output/run
+    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=2
 """
 
 from detectron2.engine import default_argument_parser, default_setup
@@ -11,10 +12,30 @@ from detectron2.utils import comm
 
 from fgbg_kd import student_config
 from fgbg_kd.checkpoint import SafeCheckpointer
-from fgbg_kd.engine import FgBgTrainer, launch, load_config
+from fgbg_kd.engine import (
+    FgBgTrainer,
+    evaluate_lazy,
+    launch,
+    load_config,
+    load_lazy_config,
+    load_lazy_student,
+    train_lazy,
+)
 
 
 def main(args):
+    return main_lazy(args) if args.config_file.endswith(".py") else main_yaml(args)
+
+
+def main_lazy(args):
+    cfg = load_lazy_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    if args.eval_only:
+        return evaluate_lazy(cfg, load_lazy_student(cfg, args.resume))
+    return train_lazy(cfg, args.resume)
+
+
+def main_yaml(args):
     cfg = load_config(args.config_file, args.opts, args.resume)
     default_setup(cfg, args)
     if args.eval_only:  # the student alone: no teacher is built

@@ -1,6 +1,15 @@
 """Training and evaluation, on Detectron2's own engine."""
 
 from .launch import launch
+from .lazy import evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
 from .trainer import FgBgTrainer, load_config
 
-__all__ = ["FgBgTrainer", "launch", "load_config"]
+__all__ = [
+    "FgBgTrainer",
+    "evaluate_lazy",
+    "launch",
+    "load_config",
+    "load_lazy_config",
+    "load_lazy_student",
+    "train_lazy",
+]

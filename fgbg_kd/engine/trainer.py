@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from collections.abc import Callable
 
 import torch
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
@@ -18,6 +19,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import get_fgbg_kd_cfg, merge_overrides, merge_yaml
@@ -79,7 +81,7 @@ class FgBgTrainer(DefaultTrainer):
         self._trainer = trainer(distributed(model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
-            _detector(model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **_adapters(model)
+            detector_of(model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters_of(model)
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -104,7 +106,7 @@ class FgBgTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
-        check_num_classes(cfg, _detector(model).num_classes)
+        check_num_classes(cfg, detector_of(model).num_classes)
         return model
 
     @classmethod
@@ -139,12 +141,28 @@ class FgBgTrainer(DefaultTrainer):
 
     def build_hooks(self):
         model, cfg = _unwrapped(self.model), self.cfg
-        hooks = [IterationState(_detector(model), cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)]
+        hooks = [IterationState(detector_of(model), cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)]
         if getattr(model, "teacher", None) is not None:
-            hooks += [TeacherCheck(), Inheritance()]
+            trainer = weakref.proxy(self)
+            hooks += [
+                TeacherCheck(cfg.MODEL.KD.TEACHER.MIN_AP, lambda x: trainer.test_teacher(x)),
+                Inheritance(),
+            ]
         if cfg.SOLVER.EMA_DECAY != 0:
-            hooks.append(WeightAverage(_detector(model), cfg.SOLVER.EMA_DECAY))
+            hooks.append(WeightAverage(detector_of(model), cfg.SOLVER.EMA_DECAY))
         return hooks + super().build_hooks()
+
+    def test_teacher(self, teacher: nn.Module) -> dict:
+        """Results on DATASETS.TEST, read in the channel order that the teacher takes."""
+        cfg = self.cfg.clone()
+        if len(cfg.DATASETS.TEST) != 1:
+            raise TeacherError(
+                f"MODEL.KD.TEACHER.MIN_AP needs one set to measure on, DATASETS.TEST names "
+                f"{tuple(cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
+            )
+        cfg.defrost()
+        cfg.INPUT.FORMAT = channel_order(teacher)
+        return self.test(cfg, teacher)
 
     # v0.6 leaves the optimizer out of its checkpoints; main has these two as they are here.
     def state_dict(self):
@@ -156,32 +174,29 @@ class FgBgTrainer(DefaultTrainer):
 
 
 class TeacherCheck(HookBase):
-    """Before the first iteration, measures the teacher if MODEL.KD.TEACHER.MIN_AP asks for it."""
+    """Before the first iteration, measures the teacher and stops the run if it is too weak."""
+
+    def __init__(self, min_ap: float, test: Callable[[nn.Module], dict]):
+        """
+        Args:
+            min_ap: COCO AP (0..100) that it must reach; 0: it is not measured.
+            test: from a detector to its results, as those of DefaultTrainer.test.
+        """
+        self.min_ap, self.test = min_ap, test
 
     def before_train(self):
-        cfg, trainer = self.trainer.cfg, self.trainer
-        minimum = cfg.MODEL.KD.TEACHER.MIN_AP
-        if minimum <= 0 or trainer.iter > 0:
+        if self.min_ap <= 0 or self.trainer.iter > 0:
             return
-        if len(cfg.DATASETS.TEST) != 1:
-            raise TeacherError(
-                f"MODEL.KD.TEACHER.MIN_AP needs one set to measure on, DATASETS.TEST names "
-                f"{tuple(cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
-            )
-        teacher = _unwrapped(trainer.model).teacher
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.INPUT.FORMAT = channel_order(teacher)
-        results = trainer.test(cfg, teacher)
+        results = self.test(_unwrapped(self.trainer.model).teacher)
         # Only the first worker has the results, and all of them have to stop.
-        ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
-        if not ap >= minimum:
+        ap = comm.all_gather(results.get("bbox", {}).get("AP", 0.0))[0]
+        if not ap >= self.min_ap:
             raise TeacherError(
-                f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}, less than "
-                f"MODEL.KD.TEACHER.MIN_AP {minimum}: is it trained on these classes, and are its "
-                "INPUT.FORMAT and PIXEL_MEAN those of its config?"
+                f"The teacher reaches {ap:.1f} AP on the test set, less than "
+                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}: is it trained on these classes, and are "
+                "its INPUT.FORMAT and PIXEL_MEAN those of its config?"
             )
-        logger.info(f"The teacher reaches {ap:.1f} AP on {cfg.DATASETS.TEST}.")
+        logger.info(f"The teacher reaches {ap:.1f} AP on the test set.")
 
 
 class Inheritance(HookBase):
@@ -192,21 +207,21 @@ class Inheritance(HookBase):
             _unwrapped(self.trainer.model).inherit()
 
 
-def distributed(model):
-    """The model under DistributedDataParallel where there are several processes."""
+def distributed(model, **options):
+    """The model under DistributedDataParallel (and its options) if there are several processes."""
     # On a CPU, DDP wants no device, which create_ddp_model would give.
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = {"device_ids": None} if on_cpu else {}
-    return create_ddp_model(model, broadcast_buffers=False, **devices)
+    return create_ddp_model(model, **{"broadcast_buffers": False, **devices, **options})
 
 
 def _unwrapped(model):
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _detector(model):
+def detector_of(model):
     return model.student if isinstance(model, FgBgDistiller) else model
 
 
-def _adapters(model):
+def adapters_of(model):
     return {"kd": model.kd} if getattr(model, "kd", None) is not None else {}

@@ -1,0 +1,229 @@
+"""Python configs train as YAML does: the same losses bit for bit, checkpoints, resume, tool."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASSES, make_batch, save_teacher
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.utils.env import seed_all_rng
+
+from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
+from fgbg_kd.data import register_datasets
+from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
+
+ROOT = Path(__file__).parents[2]
+
+# The detector of tiny_cfg, from the zoo's parts; then the lines that distil it.
+CONFIG = """
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from fgbg_kd.modeling.timm_backbone import TimmBackbone
+
+if "lazy_tiny" not in DatasetCatalog.list():
+    register_coco_instances("lazy_tiny", {{}}, {json!r}, {images!r})
+    MetadataCatalog.get("lazy_tiny").set(thing_classes=["square", "stripe"])
+
+_zoo = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+dataloader, lr_multiplier = _zoo.dataloader, _zoo.lr_multiplier
+optimizer, train, _student = _zoo.optimizer, _zoo.train, _zoo.model
+_student.num_classes, _student.smooth_l1_beta = 2, 0.1  # yacs' default
+_student.backbone.bottom_up = L(TimmBackbone)(name="test_resnet")
+_student.backbone.out_channels = 16
+_student.backbone.top_block = L(LastLevelMaxPool)()
+_student.head_in_features = ["p3", "p4", "p5"]
+_student.head.input_shape = [ShapeSpec(channels=16)] * 3
+_student.head.conv_dims, _student.head.num_anchors = [16], 2
+_student.anchor_generator.sizes = [[16], [32], [64]]
+_student.anchor_generator.aspect_ratios = [[0.7, 1.4]]
+_student.anchor_generator.strides = [8, 16, 32]
+for _part in (dataloader.train, dataloader.test):
+    _part.dataset.names, _part.num_workers = "lazy_tiny", 0
+    _part.mapper.augmentations[0].short_edge_length = 64
+dataloader.train.total_batch_size = 2
+lr_multiplier.scheduler.values, lr_multiplier.scheduler.milestones = [1.0], [90000]
+lr_multiplier.warmup_length = 0.0
+train.init_checkpoint, train.seed, train.output_dir = "", 7, {output!r}
+train.max_iter, train.eval_period, train.log_period = 3, 0, 1
+
+from fgbg_kd import FgBgDistiller, build_teacher
+model = L(FgBgDistiller)(
+    student=_student,
+    teacher=L(build_teacher)(config={teacher[0]!r}, weights={teacher[1]!r}),
+    kd=dict(fg_weight=3.0, bg_weight=1.0),
+)
+"""
+
+
+@pytest.fixture
+def config(coco, teacher_files, tmp_path):
+    """Path of a Python config with a teacher; its run writes to tmp_path / "lazy"."""
+    path = tmp_path / "distilled.py"
+    output = str(tmp_path / "lazy")
+    text = CONFIG.format(json=coco[0], images=coco[1], output=output, teacher=teacher_files)
+    path.write_text(text)
+    (tmp_path / "lazy").mkdir()
+    return str(path)
+
+
+class Batches:
+    """Endless batches of noise, the same for every reader."""
+
+    start = 0
+
+    def __iter__(self):
+        i = self.start
+        while True:
+            yield make_batch(seed=i)
+            i += 1
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The losses of every training step of a distiller, in order."""
+    steps = []
+    forward = FgBgDistiller.forward
+
+    def recording(self, batch):
+        out = forward(self, batch)
+        if self.training:
+            steps.append({k: v.item() for k, v in out.items()})
+        return out
+
+    monkeypatch.setattr(FgBgDistiller, "forward", recording)
+    return steps
+
+
+def run(path, *overrides, resume=False, fixed_data=False):
+    cfg = load_lazy_config(path, list(overrides))
+    if fixed_data:
+        cfg.dataloader.train, cfg.dataloader.evaluator = L(Batches)(), None
+    seed_all_rng(cfg.train.seed)
+    return train_lazy(cfg, resume=resume)
+
+
+def saved(folder, name="model_final"):
+    return torch.load(folder / f"{name}.pth", weights_only=False)
+
+
+def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, recorded, tmp_path):
+    # TorchScript's first calls in a process round differently: let them pass.
+    run(config, "train.max_iter=4", fixed_data=True)
+    recorded.clear()
+    run(config, "train.max_iter=6", fixed_data=True)
+    lazy = list(recorded)
+    recorded.clear()
+
+    class Trainer(FgBgTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return Batches()
+
+    distil_cfg.OUTPUT_DIR, distil_cfg.SOLVER.MAX_ITER = str(tmp_path / "yaml"), 6
+    (tmp_path / "yaml").mkdir()
+    register_datasets(distil_cfg)
+    seed_all_rng(distil_cfg.SEED)
+    Trainer(distil_cfg).train()
+    assert recorded == lazy and len(lazy) == 6
+    assert set(lazy[0]) == {"loss_cls", "loss_box_reg", "loss_kd_fg", "loss_kd_bg"}
+    ours, yamls = saved(tmp_path / "lazy"), saved(tmp_path / "yaml")
+    for part in ("model", "kd"):
+        assert ours[part].keys() == yamls[part].keys()
+        assert all(torch.equal(v, yamls[part][k]) for k, v in ours[part].items())
+
+
+def test_the_checkpoint_is_the_plain_students_and_evaluation_needs_no_teacher(config, tmp_path):
+    run(config)
+    path = str(tmp_path / "lazy" / "model_final.pth")
+    cfg = load_lazy_config(config, [f"train.init_checkpoint={path}", "model.teacher.config=gone"])
+    plain = instantiate(cfg.model.student)
+    assert saved(tmp_path / "lazy")["model"].keys() == plain.state_dict().keys()
+    DetectionCheckpointer(plain).load(path)
+    for student in (load_lazy_student(cfg), load_lazy_student(cfg, resume=True)):
+        assert type(student) is type(plain)
+        state = student.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
+
+
+def test_resume_goes_on_with_adapters_optimizer_and_iteration(config, recorded, tmp_path):
+    run(config, fixed_data=True)
+    first = saved(tmp_path / "lazy")
+    recorded.clear()
+    run(config, "train.max_iter=5", "optimizer.lr=0.0", resume=True, fixed_data=True)
+    assert len(recorded) == 2
+    last = saved(tmp_path / "lazy")
+    assert (first["iteration"], last["iteration"]) == (2, 4)
+    momenta = [x["trainer"]["optimizer"]["state"] for x in (first, last)]
+    assert momenta[0].keys() == momenta[1].keys() != set()
+    # With the learning rate of the override nothing would have moved: the checkpoint's counts.
+    assert not all(torch.equal(v, last["kd"][k]) for k, v in first["kd"].items())
+    run(config, "train.max_iter=3", "train.output_dir=" + str(tmp_path / "new"), resume=True)
+    assert saved(tmp_path / "new")["iteration"] == 2  # nothing to resume: from the start
+
+
+def test_overrides_reach_the_method(config, recorded):
+    run(config, "model.kd.fg_weight=0", "model.kd.bg_normalizer=bg", "train.max_iter=1")
+    assert set(recorded[0]) == {"loss_cls", "loss_box_reg", "loss_kd_bg"}
+    recorded.clear()
+    run(config, "model.kd.fg_weight=0", "model.kd.bg_weight=0", "train.max_iter=1")
+    assert set(recorded[0]) == {"loss_cls", "loss_box_reg"}
+    with pytest.raises(TypeError, match="fg_wieght"):
+        run(config, "model.kd.fg_wieght=2")
+
+
+def test_a_weak_teacher_stops_the_run(config, tmp_path):
+    with pytest.raises(TeacherError, match="MIN_AP 99"):
+        run(config, "train.teacher_min_ap=99")
+    assert not (tmp_path / "lazy" / "model_final.pth").exists()
+
+
+def test_the_student_inherits(config, tmp_path):
+    files = save_teacher(tmp_path, channels=16)
+    teacher = [f"model.teacher.{k}={v}" for k, v in zip(("config", "weights"), files)]
+    run(config, *teacher, "model.inherit=[head]", "optimizer.lr=1e-12", "train.max_iter=1")
+    got = saved(tmp_path / "lazy")["model"]["head.cls_score.weight"]
+    torch.testing.assert_close(got, build_teacher(*files).head.cls_score.weight)
+
+
+def test_the_students_classes_come_from_the_training_set(config):
+    names = MetadataCatalog.get("lazy_tiny")
+    cfg = load_lazy_config(config, ["model.teacher.classes=[disc,stripe]", "train.max_iter=1"])
+    with pytest.raises(TeacherError, match="does not know .'square'."):
+        train_lazy(cfg)
+    assert tuple(names.thing_classes) == CLASSES
+    cfg = load_lazy_config(config, ["model.student.num_classes=3"])
+    cfg.model.teacher = None
+    with pytest.raises(ValueError, match="set has 2 classes .* the detector 3: set num_classes=2"):
+        train_lazy(cfg)
+
+
+def test_a_distilled_students_python_config_can_be_a_teacher(config, tmp_path):
+    weights = instantiate(load_lazy_config(config).model.student).state_dict()
+    torch.save({"model": weights}, tmp_path / "student.pth")
+    teacher = build_teacher(config, str(tmp_path / "student.pth"))
+    assert type(teacher).__name__ == "RetinaNet" and teacher.class_names == list(CLASSES)
+
+
+def test_the_tool_takes_python_configs(config, tmp_path):
+    path = tmp_path / "lazy" / "model_final.pth"
+    tool = runpy.run_path(str(ROOT / "tools" / "train_net.py"))
+    parser = default_argument_parser()
+
+    def main(*arguments):
+        return tool["main"](parser.parse_args(["--config-file", config, *arguments]))
+
+    main("train.max_iter=2")
+    assert saved(tmp_path / "lazy")["iteration"] == 1
+    main("--resume", "train.max_iter=3")
+    assert saved(tmp_path / "lazy")["iteration"] == 2
+    results = main("--eval-only", f"train.init_checkpoint={path}", "model.teacher.config=gone")
+    assert "AP50" in results["bbox"]
