@@ -6,19 +6,22 @@ Neither COCO nor the zoo's files are here: images of COCO's shape, random weight
 import json
 import pickle
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from PIL import Image
 
 from fgbg_kd import build_teacher, get_fgbg_kd_cfg, student_config
 from fgbg_kd.data import register_datasets
-from fgbg_kd.engine import FgBgTrainer, load_config
+from fgbg_kd.engine import FgBgTrainer, load_config, load_lazy_config, train_lazy
 
 FOLDER = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 LEAVES = sorted(p for p in FOLDER.glob("*.yaml") if not p.name.startswith("Base-"))
@@ -64,14 +67,34 @@ def shrink(cfg):
     return cfg
 
 
-def write_teacher(zoo_name, folder):
-    """A small detector of the zoo's config with random weights: paths of config and weights."""
+def write_teacher(name, folder):
+    """A small detector of a config, the zoo's or ours, with random weights: paths of both files."""
+    if name.endswith(".py"):
+        return write_vitdet(FOLDER.parents[1] / name, folder)
+    ours = FOLDER.parents[1] / name
     cfg = get_fgbg_kd_cfg()
-    cfg.merge_from_file(model_zoo.get_config_file(zoo_name))
+    cfg.merge_from_file(str(ours) if ours.is_file() else model_zoo.get_config_file(name))
     shrink(cfg)
     config, weights = folder / "teacher.yaml", folder / "teacher.pth"
     config.write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, weights)
+    return str(config), str(weights)
+
+
+VITDET = """
+from detectron2.config import LazyConfig
+model = LazyConfig.load({path!r}).model
+_net = model.backbone.net
+_net.embed_dim, _net.depth, _net.num_heads, _net.window_size = 32, 4, 2, 4
+_net.img_size = model.backbone.square_pad = 128
+"""
+
+
+def write_vitdet(path, folder):
+    config, weights = folder / "vitdet.py", folder / "vitdet.pth"
+    config.write_text(VITDET.format(path=str(path)))
+    model = instantiate(LazyConfig.load(str(config)).model)
+    torch.save({"model": model.state_dict()}, weights)
     return str(config), str(weights)
 
 
@@ -98,7 +121,10 @@ def test_a_config_trains_a_step(path, coco_like, tmp_path):
     distils = cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller"
     if distils:
         teacher = cfg.MODEL.KD.TEACHER
-        assert model_zoo.get_checkpoint_url(teacher.CONFIG)  # the zoo has weights by this name
+        if teacher.CONFIG.endswith(".py") and not find_spec("detectron2.modeling.backbone.vit"):
+            pytest.skip("v0.6 has no ViT")
+        if not (FOLDER.parents[1] / teacher.CONFIG).is_file():
+            assert model_zoo.get_checkpoint_url(teacher.CONFIG)  # the zoo has weights by this name
         teacher.CONFIG, teacher.WEIGHTS = write_teacher(teacher.CONFIG, tmp_path)
     trainer = FgBgTrainer(cfg)
     detector = trainer.model.student if distils else trainer.model
@@ -115,10 +141,36 @@ def test_a_config_trains_a_step(path, coco_like, tmp_path):
     assert not torch.equal(detector.head.cls_score.weight, before)
 
 
-@pytest.mark.parametrize("path", LEAVES, ids=name_of)
+def test_the_python_config_trains_a_step(coco_like, tmp_path):
+    cfg = load_lazy_config(str(FOLDER / "lazy_retinanet_R101_3x_to_R50_1x.py"))
+    assert cfg.train.output_dir.endswith("/lazy_retinanet_R101_3x_to_R50_1x")
+    assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
+    teacher, student = cfg.model.teacher, cfg.model.student
+    teacher.config, teacher.weights = write_teacher(teacher.config, tmp_path)
+    stages = student.backbone.bottom_up.stages
+    stages.depth, stages.norm = 18, "BN"
+    del stages.stride_in_1x1
+    student.backbone.top_block.in_channels = 512
+    student.backbone.out_channels = 32
+    student.head.input_shape = [ShapeSpec(channels=32)] * 5
+    student.head.conv_dims = [32]
+    small = load_small(FOLDER / "retinanet_R101_3x_to_R50_1x.yaml", coco_like, tmp_path)
+    cfg.dataloader.train.dataset.names = small.DATASETS.TRAIN[0]
+    cfg.dataloader.train.mapper.augmentations[0].short_edge_length = (64, 96)
+    cfg.dataloader.train.num_workers, cfg.dataloader.train.total_batch_size = 0, 2
+    cfg.dataloader.evaluator, cfg.model.kd.gate = None, "off"
+    cfg.train.init_checkpoint, cfg.train.max_iter = "", 1
+    cfg.train.output_dir, cfg.train.log_period = str(tmp_path), 1
+    train_lazy(cfg)
+    losses = json.loads((tmp_path / "metrics.json").read_text())
+    assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0
+
+
+@pytest.mark.parametrize("path", [*LEAVES, *FOLDER.glob("*.py")], ids=name_of)
 def test_a_config_is_short_and_has_an_output_folder_of_its_name(path):
     assert len(path.read_text().splitlines()) <= 15
-    assert load_config(str(path)).OUTPUT_DIR == f"output/COCO-Detection/{path.stem}"
+    if path.suffix == ".yaml":
+        assert load_config(str(path)).OUTPUT_DIR == f"output/COCO-Detection/{path.stem}"
 
 
 @pytest.mark.parametrize("schedule", ["1x", "3x"])

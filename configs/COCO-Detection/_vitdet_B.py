@@ -1,0 +1,8 @@
+# Mask R-CNN on ViTDet-B with the weights of Detectron2's projects/ViTDet. Needs Detectron2 main.
+from detectron2 import model_zoo
+
+model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+train = dict(
+    init_checkpoint="https://dl.fbaipublicfiles.com/detectron2/ViTDet/COCO/"
+    "mask_rcnn_vitdet_b/f325346929/model_final_61ccd1.pkl"
+)
