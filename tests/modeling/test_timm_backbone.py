@@ -1,6 +1,8 @@
 """timm's feature extractors as backbones: shapes, weights from a file, frozen norms, input."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from fgbg_kd import get_fgbg_kd_cfg
 
+README = Path(__file__).parents[2] / "README.md"
 LIGHT = ["mobilenetv3_large_100", "efficientnet_lite0", "resnet18", "regnety_002"]
 
 
@@ -135,3 +138,17 @@ def test_a_light_student_learns_from_a_teacher_of_other_input_and_width(teacher_
     with EventStorage(0):
         losses = build_model(cfg).train()(make_batch())
     assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0
+
+
+def test_the_readmes_lines_make_a_light_student(tmp_path, monkeypatch, caplog):
+    """The YAML of "Model zoo and light backbones", as it is printed."""
+    section = README.read_text().split("## Model zoo and light backbones")[1].split("\n## ")[0]
+    (lines,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    cfg = get_fgbg_kd_cfg()
+    cfg.merge_from_other_cfg(type(cfg)(yaml.safe_load(lines)))
+    torch.save(timm.create_model(cfg.MODEL.TIMM.NAME).state_dict(), cfg.MODEL.TIMM.WEIGHTS)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "RetinaNet", "cpu"
+    model = build_model(cfg)
+    assert model.backbone.output_shape()["p7"].stride == 128
+    assert not caplog.records
