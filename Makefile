@@ -19,7 +19,7 @@ help:  ## this list
 
 setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
 
-test: setup  ## run the tests (TESTS=tests/test_x.py for some)
+test: setup $(STAMP)-analysis  ## run the tests (TESTS=tests/test_x.py for some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
 lint: setup  ## ruff check, ruff format --check
@@ -59,4 +59,9 @@ $(STAMP)-detectron2: $(STAMP)-torch tools/install_detectron2.py
 $(STAMP)-package: $(STAMP)-detectron2 setup.py
 	@extras=dev; $(PY) -c 'import cv2' 2>/dev/null || extras=dev,opencv; \
 	echo "installing fgbg_kd[$$extras]"; $(PIP) -q --no-build-isolation -e ".[$$extras]"
+	@touch $@
+
+# tidecv asks for opencv-python, which would go over the OpenCV that is there.
+$(STAMP)-analysis: $(STAMP)-package
+	@$(PIP) -q --no-build-isolation -e ".[analysis]" && $(PIP) -q --no-deps tidecv==1.0.1
 	@touch $@

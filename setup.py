@@ -28,6 +28,9 @@ setup(
         # Apart from the rest: each OpenCV wheel owns the same `cv2` folder, so installing this one
         # over another breaks both. Take it only where `import cv2` fails (the Makefile looks).
         "opencv": ["opencv-python-headless"],
+        # For tools/compare.py --errors, beside tidecv==1.0.1. That one is to be installed with
+        # --no-deps: it asks for opencv-python, which would go over the OpenCV that is there.
+        "analysis": ["appdirs", "pandas", "seaborn"],
         "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
     },
 )

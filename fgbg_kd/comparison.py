@@ -1,10 +1,12 @@
 """Methods side by side: rows of runs to means, paired differences, a table and a plot."""
 
 import math
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .errors import KINDS
 from .methods import METHOD_REGISTRY
 from .runs import METRICS, flat
 
@@ -85,7 +87,7 @@ def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def markdown(methods: dict[str, dict]) -> str:
-    """The table of one comparison: every seed, means, costs; then paired differences."""
+    """The tables of one comparison: every seed, means, costs; paired differences; errors."""
     aps = {m: {s: r["AP"] for s, r in by_seed.items()} for m, by_seed in methods.items()}
     teacher = next(iter(aps.get(TEACHER, {}).values()), None)
     lines = [
@@ -119,13 +121,41 @@ def markdown(methods: dict[str, dict]) -> str:
             if gain and teacher and teacher > plain:
                 closed = f"{100 * gain[0] / (teacher - plain):.0f} %"
             lines.append(f"| {name} | {_signed(gain)} | {_signed(ours)} | {closed} |")
+    lines += _error_table(methods)
     lines += ["", _footnote([r for by_seed in methods.values() for r in by_seed.values()])]
     return "\n".join(lines)
 
 
+def _error_table(methods: dict[str, dict]) -> list[str]:
+    """Mean dAP50 of each kind of error, and its paired difference to plain."""
+    errors = {
+        name: {seed: r["errors"] for seed, r in by_seed.items() if r.get("errors")}
+        for name, by_seed in methods.items()
+    }
+    errors = {name: by_seed for name, by_seed in errors.items() if by_seed}
+    if not errors:
+        return []
+    lines = ["", f"| dAP50 | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
+    for name, by_seed in errors.items():
+        cells = []
+        for kind in KINDS:
+            values = {seed: e[kind] for seed, e in by_seed.items()}
+            cell = f"{statistics.fmean(values.values()):.1f}"
+            if PLAIN in errors and name not in (PLAIN, TEACHER):
+                plain = {seed: e[kind] for seed, e in errors[PLAIN].items()}
+                cell += f" ({_signed(paired(values, plain))})"
+            cells.append(cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    explained = (
+        "dAP50: how much higher AP50 were without the errors of a kind (TIDE); in brackets the "
+        f"difference to {PLAIN}."
+    )
+    return [*lines, "", explained]
+
+
 def _footnote(rows: list[dict]) -> str:
     def each(key):
-        return ", ".join(dict.fromkeys(str(r[key]) for r in rows))
+        return ", ".join(dict.fromkeys(str(r[key]) for r in rows if r.get(key)))
 
     return (
         f"± is the 95 % confidence interval of the mean difference, paired by seed. "
@@ -153,6 +183,24 @@ def _signed(difference: tuple[float, float | None] | None) -> str:
         return "–"
     mean, half = difference
     return f"{mean:+.2f}" + (f" ± {half:.2f}" if half is not None else "")
+
+
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def fill(text: str, tables: Callable[[str], str]) -> str:
+    """A document with its tables made anew.
+
+    Args:
+        text: has, for each table, the lines <!-- table: NAME --> and <!-- end of table -->.
+        tables: from such a NAME to the text between; "" leaves what is there.
+    """
+
+    def replace(match: re.Match) -> str:
+        made = tables(match[2])
+        return f"{match[1]}{made}\n{match[3]}" if made else match[0]
+
+    return _MARKED.sub(replace, text)
 
 
 def plot(methods: dict[str, dict], path: Path) -> None:

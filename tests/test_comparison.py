@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import tiny_cfg
 
-from fgbg_kd.comparison import group, interval, markdown, method_overrides, paired, plot
+from fgbg_kd.comparison import fill, group, interval, markdown, method_overrides, paired, plot
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +100,15 @@ def test_the_table_by_hand(tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_document_gets_its_tables_and_keeps_the_rest():
+    text = "a\n<!-- table: x -->\nold\n<!-- end of table -->\nb\n<!-- table: y -->\nnot run\n" + (
+        "<!-- end of table -->\nc\n"
+    )
+    made = fill(text, {"x": "| new |\n", "y": ""}.get)
+    assert made == text.replace("old", "| new |\n")
+    assert fill(made, {"x": "| new |\n", "y": ""}.get) == made
+
+
 def test_the_tool_trains_compares_and_does_nothing_twice(
     coco, teacher_files, tmp_path, monkeypatch, capsys
 ):
@@ -136,3 +145,9 @@ def test_the_tool_trains_compares_and_does_nothing_twice(
     tool(*arguments)
     assert len(Path("out/results.jsonl").read_text().splitlines()) == len(rows)
     assert "| PKD WEIGHT=1 |" in tool("--table-only", "out/results.jsonl")
+
+    pytest.importorskip("tidecv")
+    assert "| dAP50 | Cls |" in tool(*arguments, "--errors")
+    more = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert len(more) == 2 * len(rows) and all(r.pop("errors") for r in more[len(rows) :])
+    assert sorted(map(str, more[len(rows) :])) == sorted(map(str, rows))

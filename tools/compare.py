@@ -9,7 +9,7 @@ A method is `plain` (no distillation) or a name of MODEL.KD.METHOD, and options 
 A run that was interrupted goes on where it stopped; one that is done is not run again. Every run
 adds a line to results.jsonl, from which the tables (results.md) and plots are made. Evaluated are
 the weights after the last iteration, once: to choose options, name a validation set by
---set DATASETS.TEST_JSON.
+--set DATASETS.TEST_JSON. With --errors the table says what kinds of errors each method leaves.
 """
 
 import argparse
@@ -33,9 +33,10 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 import detectron2  # noqa: E402
 import torch  # noqa: E402
 
-from fgbg_kd.comparison import PLAIN, TEACHER, group, markdown, method_overrides, plot  # noqa: E402
+from fgbg_kd.comparison import PLAIN, TEACHER, fill, group, markdown, method_overrides, plot  # noqa: E402
 from fgbg_kd.config import method_options  # noqa: E402
 from fgbg_kd.engine import load_config  # noqa: E402
+from fgbg_kd.errors import run_errors, tide  # noqa: E402
 from fgbg_kd.methods import METHOD_REGISTRY  # noqa: E402
 from fgbg_kd.runs import RunError, Runner  # noqa: E402
 
@@ -90,6 +91,8 @@ def compare(args, output: Path) -> None:
             options[spec] = method_options(changed)
             # What is wrong with a value shows now, not after hours.
             METHOD_REGISTRY.get(changed.MODEL.KD.METHOD)([1], [1], **options[spec])
+    if args.errors:
+        tide()
     results = output / "results.jsonl"
     output.mkdir(parents=True, exist_ok=True)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs))
@@ -97,7 +100,7 @@ def compare(args, output: Path) -> None:
     base = output / (folder_name(" ".join(args.set)) if args.set else "as_configured")
 
     def record(method: str, seed: int | None, folder: Path, result: dict) -> dict:
-        """Adds the run's row, if it is not there yet."""
+        """Adds the run's row, if it is not there yet, or its errors."""
         row = {
             "method": method,
             "seed": seed,
@@ -109,12 +112,19 @@ def compare(args, output: Path) -> None:
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             **about,
         }
-        key = ("config", "overrides", "method", "seed", "options", *result)
-        if not any(all(old.get(k) == row[k] for k in key) for old in read_rows([results])):
+        key = {"config", "overrides", "method", "seed", "options", *result} - {"errors"}
+        same = [r for r in read_rows([results]) if all(r.get(k) == row[k] for k in key)]
+        if same and args.errors and not same[-1].get("errors"):  # what ran stays as it was recorded
+            row, same = {**same[-1], "errors": result["errors"]}, []
+        if not same:
             with open(results, "a") as file:
                 file.write(json.dumps(row) + "\n")
-        write_tables(read_rows([results]), output)
+        (output / "results.md").write_text(tables([results], output))
         return row
+
+    def run(name: str, config: str, folder: Path, *rest, **options) -> dict:
+        result = runner.run(name, config, folder, *rest, **options)
+        return {**result, "errors": run_errors(folder)} if args.errors else result
 
     failures = []
     with Runner(threads) as runner, ThreadPoolExecutor(args.jobs) as pool:
@@ -126,7 +136,7 @@ def compare(args, output: Path) -> None:
                     test += [f"DATASETS.{key}", cfg.DATASETS[key]]
                 opts = ["MODEL.WEIGHTS", str(teacher), *test]
                 config, folder = cfg.MODEL.KD.TEACHER.CONFIG, base / TEACHER
-                result = runner.run(TEACHER, config, folder, opts, teacher, eval_only=True)
+                result = run(TEACHER, config, folder, opts, teacher, eval_only=True)
                 record(TEACHER, None, folder, {**result, "seconds_per_step": None})
             jobs = {}
             for seed in range(args.seeds):  # seed by seed: pairs are there early
@@ -135,7 +145,7 @@ def compare(args, output: Path) -> None:
                     opts = [*opts, "SEED", str(seed), "TEST.EVAL_PERIOD", "0"]
                     reads = None if spec.split()[0] == PLAIN else teacher
                     title = f"{spec}, seed {seed}"
-                    job = pool.submit(runner.run, title, args.config_file, folder, opts, reads)
+                    job = pool.submit(run, title, args.config_file, folder, opts, reads)
                     jobs[job] = (spec, seed, folder)
             for number, job in enumerate(as_completed(jobs), 1):
                 spec, seed, folder = jobs[job]
@@ -158,16 +168,16 @@ def read_rows(files: list[Path]) -> list[dict]:
     return [json.loads(x) for f in files if f.is_file() for x in f.read_text().splitlines()]
 
 
-def write_tables(rows: list[dict], output: Path) -> str:
-    """results.md and a plot a comparison; the text of the former."""
+def tables(files: list[Path], pictures: Path | None = None) -> str:
+    """Markdown of all comparisons in the files, with a plot each in the folder ``pictures``."""
     parts = []
-    for title, methods in group(rows).items():
-        picture = output / f"{folder_name(title)}.png"
-        plot(methods, picture)
-        parts.append(f"### {title}\n\n{markdown(methods)}\n\n![every seed]({picture.name})\n")
-    text = "\n".join(parts)
-    (output / "results.md").write_text(text)
-    return text
+    for title, methods in group(read_rows(files)).items():
+        parts.append(f"### {title}\n\n{markdown(methods)}\n")
+        if pictures:
+            picture = pictures / f"{folder_name(title)}.png"
+            plot(methods, picture)
+            parts.append(f"![every seed]({picture.name})\n")
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -181,17 +191,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="0 to one less; default: %(default)s")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="for all methods")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, threads shared")
+    parser.add_argument("--errors", action="store_true", help="kinds of errors too, by tidecv")
     parser.add_argument("--output", type=Path, help="default: output/compare/<name of the config>")
     parser.add_argument(
-        "--table-only", type=Path, nargs="+", metavar="FILE", help="results.jsonl: run nothing"
+        "--table-only", type=Path, nargs="+", metavar="FILE", help="results.jsonl: only print them"
+    )
+    parser.add_argument(
+        "--fill",
+        type=Path,
+        metavar="FILE",
+        help="a document: only make its tables anew",
     )
     args = parser.parse_args()
     if args.table_only:
-        for title, methods in group(read_rows(args.table_only)).items():
-            print(f"### {title}\n\n{markdown(methods)}\n")
+        print(tables(args.table_only))
+        return
+    if args.fill:
+        text = args.fill.read_text()
+        args.fill.write_text(fill(text, lambda name: tables([Path(name)])))
         return
     if not args.config_file or not args.methods:
-        parser.error("give --config-file and --methods, or --table-only")
+        parser.error("give --config-file and --methods, or --table-only, or --fill")
     if args.seeds < 1 or args.jobs < 1 or len(args.set) % 2:
         parser.error("--seeds and --jobs: at least 1; --set: pairs of KEY VALUE")
     args.methods = list(dict.fromkeys(" ".join(spec.split()) for spec in args.methods))
