@@ -86,6 +86,11 @@ def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
     return groups
 
 
+def heading(title: str) -> str:
+    """The title of a comparison without where a machine keeps its teacher."""
+    return re.sub(r" MODEL\.KD\.TEACHER\.WEIGHTS \S+", "", title)
+
+
 def markdown(methods: dict[str, dict]) -> str:
     """The tables of one comparison: every seed, means, costs; paired differences; errors."""
     aps = {m: {s: r["AP"] for s, r in by_seed.items()} for m, by_seed in methods.items()}

@@ -9,7 +9,16 @@ import pytest
 import yaml
 from conftest import tiny_cfg
 
-from fgbg_kd.comparison import fill, group, interval, markdown, method_overrides, paired, plot
+from fgbg_kd.comparison import (
+    fill,
+    group,
+    heading,
+    interval,
+    markdown,
+    method_overrides,
+    paired,
+    plot,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,6 +107,11 @@ def test_the_table_by_hand(tmp_path):
     assert f"| PKD | +2.00 ± 0.00 | +6.00 ± {half} | 10 % |" in lines
     plot(methods, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_heading_tells_no_machine_where_the_teacher_lies():
+    title = "c.yaml SEED 1 MODEL.KD.TEACHER.WEIGHTS /home/me/t.pth SOLVER.MAX_ITER 2"
+    assert heading(title) == "c.yaml SEED 1 SOLVER.MAX_ITER 2"
 
 
 def test_a_document_gets_its_tables_and_keeps_the_rest():

@@ -33,7 +33,16 @@ warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 import detectron2  # noqa: E402
 import torch  # noqa: E402
 
-from fgbg_kd.comparison import PLAIN, TEACHER, fill, group, markdown, method_overrides, plot  # noqa: E402
+from fgbg_kd.comparison import (  # noqa: E402
+    PLAIN,
+    TEACHER,
+    fill,
+    group,
+    heading,
+    markdown,
+    method_overrides,
+    plot,
+)
 from fgbg_kd.config import method_options  # noqa: E402
 from fgbg_kd.engine import load_config  # noqa: E402
 from fgbg_kd.errors import run_errors, tide  # noqa: E402
@@ -172,7 +181,7 @@ def tables(files: list[Path], pictures: Path | None = None) -> str:
     """Markdown of all comparisons in the files, with a plot each in the folder ``pictures``."""
     parts = []
     for title, methods in group(read_rows(files)).items():
-        parts.append(f"### {title}\n\n{markdown(methods)}\n")
+        parts.append(f"`{heading(title)}`\n\n{markdown(methods)}\n")
         if pictures:
             picture = pictures / f"{folder_name(title)}.png"
             plot(methods, picture)
