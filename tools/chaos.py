@@ -53,6 +53,8 @@ def kill(args) -> None:
     while kills < args.kills:
         shutil.rmtree(killed, ignore_errors=True)
         while kills < args.kills:
+            partial = killed / ".partial"
+            partial.unlink(missing_ok=True)  # of the kill before
             process, starts = start(args, killed), begun(killed)
             moment = rng.choices(("starting", "training", "saving"), (1, 4, 5))[0]
             if moment == "starting":
@@ -61,14 +63,15 @@ def kill(args) -> None:
                 wait_for(process, lambda before=starts: begun(killed) > before)
                 wait_for(process, lambda: False, rng.uniform(0, 2 * training / args.kills))
             else:
-                wait_for_save(process, killed / ".partial", rng.randint(0, 2))
+                wait_for_save(process, partial, rng.randint(0, 2))
             process.kill()
             if process.wait() != -signal.SIGKILL:  # it came to its end before
                 break
             kills += 1
-            partial = (killed / ".partial").exists()
-            writing += partial
-            print(f"kill {kills:2}, {moment}: {last(killed)}{', a partial file' * partial}")
+            writing += partial.exists()
+            print(
+                f"kill {kills:2}, {moment}: {last(killed)}{', a partial file' * partial.exists()}"
+            )
         finish(start(args, killed), killed)
         compare(whole, killed)
         runs += 1
@@ -91,7 +94,6 @@ def wait_for(process: subprocess.Popen, happened, timeout: float = float("inf"))
 
 def wait_for_save(process: subprocess.Popen, partial: Path, saves: int) -> None:
     """Lets so many files be written, and waits until the next one is."""
-    partial.unlink(missing_ok=True)  # of the kill before
     for _ in range(saves):
         wait_for(process, partial.exists)
         wait_for(process, lambda: not partial.exists())

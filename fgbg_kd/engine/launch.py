@@ -1,5 +1,6 @@
 """Starting a job in one process or many: by Detectron2's own launcher, or as torchrun's worker."""
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 from detectron2 import engine
 from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
 
 
 def launch(main: Callable, args) -> None:
@@ -34,6 +37,15 @@ def launch(main: Callable, args) -> None:
 
 
 def _join() -> None:
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    ):
+        # Restarted workers find the dead ones' addresses in the store: pytorch issue 135712.
+        logger.warning(
+            "Processes that torchrun restarts may wait for ever: start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment."
+        )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

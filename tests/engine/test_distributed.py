@@ -1,0 +1,147 @@
+"""Many processes train as one: gradients, buffers, and torchrun's restart of a lost worker."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import make_batch, tiny_cfg
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from test_trainer import ROOT, weights
+
+from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.engine.trainer import distributed
+
+SIZES = ((64, 80), (72, 56)) * 4  # both halves of the batch are padded to the same size
+TWO = ((5, 5, 30, 40), (10, 10, 20, 18))
+BOXES = {
+    "boxes in all images": (TWO, TWO[:1], TWO[1:], TWO) * 2,
+    "one process without boxes": (TWO, TWO[:1], TWO[1:], TWO) + ((),) * 4,
+    "no boxes at all": ((),) * 8,
+}
+METHODS = ("FgBg", "DeFeat")  # those with a normaliser over the batch
+
+
+def build(yaml, method):
+    cfg = get_fgbg_kd_cfg()
+    cfg.merge_from_other_cfg(cfg.load_cfg(yaml))
+    cfg.MODEL.KD.METHOD = method
+    torch.manual_seed(1)
+    return build_model(cfg).train()
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Of the distillation losses alone; those of detection only keep their place in the graph."""
+    with EventStorage():
+        losses = model(batch)
+    sum(v if k.startswith("loss_kd") else 0 * v for k, v in losses.items()).backward()
+    parameters = getattr(model, "module", model).named_parameters()
+    return {k: p.grad.clone() for k, p in parameters if p.requires_grad}
+
+
+def teachers_stay_apart(rank, yaml) -> bool:
+    """Whether a process keeps its own teacher, which here is unlike the others'."""
+    model = distributed(build(yaml, "FgBg"))
+    assert not model.find_unused_parameters
+    teacher = model.module.teacher
+    with torch.no_grad():
+        for tensor in teacher.state_dict().values():
+            tensor.add_(rank)
+    before = [x.clone() for x in teacher.state_dict().values()]
+    for seed in (0, 1):  # DDP looks for unused parameters before the second
+        gradients(model, make_batch(seed=seed))
+    stays = all(torch.equal(a, b) for a, b in zip(before, teacher.state_dict().values()))
+    return all(comm.all_gather(stays))
+
+
+def worker(rank, folder, yaml):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    found = {"teachers stay apart": teachers_stay_apart(rank, yaml)}
+    for method in METHODS:
+        for case, boxes in BOXES.items():
+            model = distributed(build(yaml, method))
+            found[method, case] = gradients(model, make_batch(SIZES, boxes)[4 * rank :][:4])
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def yaml(teacher_files):
+    cfg = tiny_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.TIMM.FREEZE_BN = True  # trained batch norm has the statistics of a process
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
+    return cfg.dump()
+
+
+@pytest.fixture(scope="module")
+def of_two(yaml, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(worker, (str(folder), yaml), nprocs=2)
+    return torch.load(folder / "gradients.pt")
+
+
+@pytest.mark.parametrize("case", BOXES)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_of_four_images_give_the_gradients_of_one_with_eight(
+    yaml, of_two, method, case
+):
+    one = gradients(build(yaml, method), make_batch(SIZES, BOXES[case]))
+    two = of_two[method, case]
+    assert one.keys() == two.keys()
+    assert max(g.abs().max() for g in one.values()) > 1e-4
+    for name, gradient in one.items():
+        tolerance = 1e-6 * max(1, gradient.abs().max().item())
+        torch.testing.assert_close(two[name], gradient, rtol=0, atol=tolerance, msg=name)
+
+
+def test_the_teacher_is_no_business_of_ddp(of_two):
+    assert of_two["teachers stay apart"]
+
+
+def torchrun(cfg, folder) -> subprocess.Popen:
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(folder)
+    folder.mkdir()
+    (folder / "run.yaml").write_text(cfg.dump())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["--max-restarts", "1", str(ROOT / "tools" / "train_net.py"), "--resume"]
+    with open(folder / "stdout.txt", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, *launcher, *train, "--config-file", str(folder / "run.yaml")],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_torchrun_restarts_after_a_lost_worker_and_ends_the_same(distil_cfg, tmp_path):
+    distil_cfg.SOLVER.MAX_ITER, distil_cfg.SOLVER.CHECKPOINT_PERIOD = 30, 2
+    distil_cfg.DATASETS.TEST, distil_cfg.DATASETS.TEST_JSON = (), ""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    agents = [torchrun(distil_cfg, folder) for folder in (whole, killed)]
+    while not (killed / "last_checkpoint").exists() and agents[1].poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+    workers = [int(x) for x in children if b"train_net" in Path(f"/proc/{x}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    for agent, folder in zip(agents, (whole, killed)):
+        assert agent.wait(timeout=300) == 0, (folder / "stdout.txt").read_text()[-2000:]
+    starts = re.findall(r"Starting training from iteration (\d+)", (killed / "log.txt").read_text())
+    assert len(starts) == 2 and int(starts[1]) > 0
+    a, b = weights(whole), weights(killed)
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
