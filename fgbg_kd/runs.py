@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from .config import get_fgbg_kd_cfg
-from .engine import load_config
+from .engine import read_config
 from .methods import METHOD_REGISTRY, FgBg
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ class Runner:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{output}: another process is running this.") from None
-            _claim(output, settings_of(load_config(str(config), opts), reads))
+            _claim(output, settings_of(read_config(str(config), opts), reads))
             done = output / "done.json"
             if done.is_file():
                 return json.loads(done.read_text())

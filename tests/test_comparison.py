@@ -123,6 +123,36 @@ def test_a_document_gets_its_tables_and_keeps_the_rest():
     assert fill(made, {"x": "| new |\n", "y": ""}.get) == made
 
 
+def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import compare
+
+    class Trains:
+        def run(self, name, config, output, opts):
+            assert (config, opts) == (str(tmp_path / "teacher.yaml"), [])
+            output.mkdir()
+            (output / "model_final.pth").touch()
+
+    class Cannot:
+        def run(self, *_):
+            raise AssertionError("it is there")
+
+    weights = tmp_path / "teacher" / "model_final.pth"
+    cfg = tiny_cfg()
+    cfg.OUTPUT_DIR = str(weights.parent)
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    kd = cfg.MODEL.KD.TEACHER
+    kd.CONFIG, kd.WEIGHTS = str(tmp_path / "teacher.yaml"), str(weights)
+    assert compare.train_or_find_teacher(Trains(), cfg) == weights
+    assert compare.train_or_find_teacher(Cannot(), cfg) == weights
+    kd.WEIGHTS = str(tmp_path / "elsewhere.pth")
+    with pytest.raises(compare.RunError, match="elsewhere.pth: there is no such file"):
+        compare.train_or_find_teacher(Cannot(), cfg)
+    kd.CONFIG = ""
+    with pytest.raises(compare.RunError, match="TEACHER.CONFIG is empty"):
+        compare.train_or_find_teacher(Cannot(), cfg)
+
+
 def test_the_tool_trains_compares_and_does_nothing_twice(
     coco, teacher_files, tmp_path, monkeypatch, capsys
 ):

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_cfg
 
 from fgbg_kd import runs
-from fgbg_kd.engine import load_config
+from fgbg_kd.engine import read_config
 from fgbg_kd.runs import RunError, Runner, settings_of
 
 # Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
@@ -103,9 +103,18 @@ def test_a_key_that_is_new_since_is_no_difference_at_its_default(folder):
         run(folder, "SOLVER.OPTIMIZER", "AdamW")
 
 
+def test_a_seed_left_open_and_other_data_under_one_name_are_no_obstacle(folder, coco):
+    run(folder, "SEED", "-1")
+    run(folder, "SEED", "-1")
+    assert len(calls(folder)) == 1
+    with Runner() as runner:
+        opts = ["DATASETS.TEST_IMAGES", str(folder)]
+        runner.run("y", folder / "c.yaml", folder / "other", opts)
+
+
 def test_settings_are_those_that_the_run_reads(folder):
     def settings(*opts):
-        return settings_of(load_config(str(folder / "c.yaml"), list(opts)))
+        return settings_of(read_config(str(folder / "c.yaml"), list(opts)))
 
     kd = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD"]
     other_pkd, other_ours = ("MODEL.KD.PKD.WEIGHT", "3.0"), ("MODEL.KD.FG_WEIGHT", "9.0")

@@ -44,7 +44,7 @@ from fgbg_kd.comparison import (  # noqa: E402
     plot,
 )
 from fgbg_kd.config import method_options  # noqa: E402
-from fgbg_kd.engine import load_config  # noqa: E402
+from fgbg_kd.engine import load_config, read_config  # noqa: E402
 from fgbg_kd.errors import run_errors, tide  # noqa: E402
 from fgbg_kd.methods import METHOD_REGISTRY  # noqa: E402
 from fgbg_kd.runs import RunError, Runner  # noqa: E402
@@ -82,7 +82,7 @@ def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
         return None
     weights = Path(kd.WEIGHTS)
     if not weights.is_file() and Path(kd.CONFIG).is_file() and kd.CONFIG.endswith(".yaml"):
-        output = Path(load_config(kd.CONFIG).OUTPUT_DIR)
+        output = Path(read_config(kd.CONFIG).OUTPUT_DIR)
         if output / "model_final.pth" == weights:
             runner.run("teacher", kd.CONFIG, output, [])
     if not weights.is_file() and "://" not in kd.WEIGHTS:
@@ -96,7 +96,7 @@ def compare(args, output: Path) -> None:
     options = {spec: {} for spec in overrides}
     for spec, opts in overrides.items():
         if spec.split()[0] != PLAIN:
-            changed = load_config(args.config_file, opts)
+            changed = read_config(args.config_file, opts)
             options[spec] = method_options(changed)
             # What is wrong with a value shows now, not after hours.
             METHOD_REGISTRY.get(changed.MODEL.KD.METHOD)([1], [1], **options[spec])

@@ -2,7 +2,7 @@
 
 from .launch import launch
 from .lazy import evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
-from .trainer import FgBgTrainer, load_config
+from .trainer import FgBgTrainer, load_config, read_config
 
 __all__ = [
     "FgBgTrainer",
@@ -11,5 +11,6 @@ __all__ = [
     "load_config",
     "load_lazy_config",
     "load_lazy_student",
+    "read_config",
     "train_lazy",
 ]

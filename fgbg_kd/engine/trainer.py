@@ -39,6 +39,15 @@ def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
 
     Where they leave SEED open (-1) it is drawn, or on resume that of the run (:func:`run_seed`).
     """
+    cfg = read_config(config_file, opts)
+    cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
+    cfg.freeze()
+    register_datasets(cfg)
+    return cfg
+
+
+def read_config(config_file: str, opts: list[str] = ()):
+    """:func:`load_config` before it registers data or draws a seed; not frozen."""
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
@@ -48,9 +57,6 @@ def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is set off.")
         cfg.SOLVER.AMP.ENABLED = False
-    cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
-    cfg.freeze()
-    register_datasets(cfg)
     return cfg
 
 
