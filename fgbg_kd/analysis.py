@@ -14,7 +14,7 @@ from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
 from .checkpoint import SafeCheckpointer
-from .config import student_config
+from .config import student_config, student_model
 from .distiller import run_dense
 from .teacher import build_detector, read_detector_config
 
@@ -53,9 +53,8 @@ def detectors_of(config: str) -> dict[str, torch.nn.Module]:
     if isinstance(cfg, CfgNode):
         if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller":
             teacher = cfg.MODEL.KD.TEACHER.CONFIG
-    elif "student" in cfg.model:
-        teacher = cfg.model.teacher.config
-        cfg.model = cfg.model.student
+    elif (student := student_model(cfg.model)) is not cfg.model:
+        teacher, cfg.model = cfg.model.teacher.config, student
     detector = build_detector(cfg).eval()
     if not teacher:
         return {"detector": detector}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detectron2.config import LazyConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -67,3 +68,13 @@ def test_a_run_that_is_not_the_zoos_says_so(tmp_path, monkeypatch, capsys, run, 
     write_run(tmp_path / NAME, **run)
     row = shown(tmp_path, monkeypatch, capsys)[NAME]
     assert row["box AP"] == ap and row["lr sched"] == schedule
+
+
+def test_a_run_of_a_python_config_is_read_too(tmp_path, monkeypatch, capsys):
+    name = "lazy_retinanet_R101_3x_to_R50_1x"
+    write_run(tmp_path / name)
+    LazyConfig.save(
+        LazyConfig.load(str(zoo.CONFIGS / f"{name}.py")), tmp_path / name / "config.yaml"
+    )
+    row = shown(tmp_path, monkeypatch, capsys)[name]
+    assert row["box AP"] == "33.3" and row["lr sched"] == "1x"

@@ -41,6 +41,13 @@ PUBLISHED = (
 ONE_SCHEDULE = 90_000  # iterations of 1x
 
 
+class _Data(yaml.SafeLoader):
+    """Leaves out the Python objects in the record of a .py config."""
+
+
+_Data.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
 def run_row(name: str, folder: Path) -> dict[str, str]:
     """A line of the table for the run of a config, whatever state it is in."""
     row = dict.fromkeys(COLUMNS, "")
@@ -49,7 +56,7 @@ def run_row(name: str, folder: Path) -> dict[str, str]:
         return row | {"box AP": "not run"}
     lines = (folder / "metrics.json").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
-    cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    cfg = yaml.load((folder / "config.yaml").read_text(), Loader=_Data)
     log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
     if "SOLVER" in cfg:
         iterations, data = cfg["SOLVER"]["MAX_ITER"], list(cfg["DATASETS"]["TEST"])

@@ -1,4 +1,7 @@
-"""Exponential moving average of a detector's weights, evaluated and saved in their place."""
+"""Exponential moving average of a detector's weights, evaluated and saved in their place.
+
+SOLVER.EMA_DECAY by YAML, train.ema_decay by a Python config.
+"""
 
 from detectron2.engine import HookBase
 from timm.utils import ModelEmaV3
@@ -21,7 +24,7 @@ class WeightAverage(HookBase):
                 forgets the start.
         """
         if not 0 <= decay < 1:
-            raise ValueError(f"SOLVER.EMA_DECAY is {decay}: it must be in [0, 1).")
+            raise ValueError(f"The decay of averaged weights is {decay}: it must be in [0, 1).")
         self.detector = detector
         self.ema = ModelEmaV3(detector, decay, use_warmup=True)
         self.swapped = False  # whether the detector holds the average, and self.ema what is trained

@@ -17,6 +17,7 @@ from ..checkpoint import SafeCheckpointer
 from ..config import student_model
 from ..data import training_classes
 from ..pair import channel_order
+from .ema import WeightAverage
 from .resume import IterationState, RunCheckpointer, rewind_metrics, warm_up
 from .trainer import Inheritance, TeacherCheck, adapters_of, detector_of, distributed
 
@@ -65,6 +66,8 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
         min_ap = cfg.train.get("teacher_min_ap", 0)
         check = TeacherCheck(min_ap, lambda x: evaluate_lazy(cfg, x, channel_order(x)))
         trainer.register_hooks([check, Inheritance()])
+    if decay := cfg.train.get("ema_decay", 0):
+        trainer.register_hooks([WeightAverage(detector_of(model), decay)])
     on_main, saving, writing = comm.is_main_process(), None, None
     if on_main:
         saving = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)

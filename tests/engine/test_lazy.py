@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
+from fgbg_kd.engine.resume import warm_up
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,6 +169,17 @@ def test_resume_goes_on_with_adapters_optimizer_and_iteration(config, recorded, 
     assert not all(torch.equal(v, last["kd"][k]) for k, v in first["kd"].items())
     run(config, "train.max_iter=3", "train.output_dir=" + str(tmp_path / "new"), resume=True)
     assert saved(tmp_path / "new")["iteration"] == 2  # nothing to resume: from the start
+
+
+def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_path):
+    warm_up(4)
+    run(config, fixed_data=True)
+    own = saved(tmp_path / "lazy")["model"]
+    run(config, "train.ema_decay=0.5", fixed_data=True)
+    averaged = saved(tmp_path / "lazy")
+    trained = averaged["trainer"]["hooks"]["WeightAverage"]["weights"]
+    assert all(torch.equal(v, trained[k]) for k, v in own.items())
+    assert not all(torch.equal(v, averaged["model"][k]) for k, v in own.items())
 
 
 def test_overrides_reach_the_method(config, recorded):
