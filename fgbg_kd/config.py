@@ -18,7 +18,8 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     """Adds MODEL.{KD,FCOS,TIMM}.*, SOLVER.{OPTIMIZER,EMA_DECAY}, DATASETS.*_{JSON,IMAGES}."""
     # Distillation is on where MODEL.META_ARCHITECTURE is "FgBgDistiller".
     kd = cfg.MODEL.KD = CN()
-    # Meta-architecture of the student; the rest of MODEL.* describes it as it would alone.
+    # Meta-architecture of the student, "RetinaNet" or "FCOS"; the rest of MODEL.* describes it as
+    # it would alone.
     kd.STUDENT = "RetinaNet"
 
     kd.TEACHER = CN()

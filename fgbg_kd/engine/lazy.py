@@ -7,9 +7,12 @@ import os
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch import nn
 
@@ -18,6 +21,7 @@ from ..config import student_model
 from ..data import training_classes
 from ..pair import channel_order
 from .ema import WeightAverage
+from .loader import ResumableLoader
 from .resume import IterationState, RunCheckpointer, rewind_metrics, warm_up
 from .trainer import Inheritance, TeacherCheck, adapters_of, detector_of, distributed
 
@@ -45,7 +49,10 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     model = _build(cfg).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
+    seed = cfg.train.get("seed", -1)
+    if seed < 0:
+        seed = comm.shared_random_seed()
+    loader = _train_loader(cfg.dataloader.train, seed)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(
         distributed(model, **cfg.train.ddp), loader, optimizer
     )
@@ -59,8 +66,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
         results.update(evaluate_lazy(cfg, trainer.model))
         return results
 
-    period, seed = cfg.train.checkpointer.period, cfg.train.get("seed", -1)
-    seed = comm.shared_random_seed() if seed < 0 else seed
+    period = cfg.train.checkpointer.period
     trainer.register_hooks([IterationState(detector_of(model), seed, period)])
     if getattr(model, "teacher", None) is not None:
         min_ap = cfg.train.get("teacher_min_ap", 0)
@@ -84,8 +90,10 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    if start:
-        logger.warning("The order of the data begins anew, as it does in Detectron2.")
+    if isinstance(loader, ResumableLoader):
+        loader.start = start
+    elif start:
+        logger.warning("dataloader.train is not Detectron2's loader: the data begins anew.")
     warm_up(start)
     metrics = os.path.join(cfg.train.output_dir, "metrics.json")
     if resume and on_main and os.path.isfile(metrics):
@@ -122,6 +130,18 @@ def load_lazy_student(cfg: DictConfig, resume: bool = False) -> nn.Module:
         cfg.train.init_checkpoint, resume=resume
     )
     return model
+
+
+def _train_loader(cfg: DictConfig, seed: int):
+    """``dataloader.train``; if it is Detectron2's own loader, one that can resume, as by YAML."""
+    options = set(cfg) - {"_target_"}
+    target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
+    known = {"dataset", "mapper", "total_batch_size", "aspect_ratio_grouping", "num_workers"}
+    if target is not build_detection_train_loader or not options <= known:
+        return instantiate(cfg)
+    parts = {name: instantiate(cfg[name]) for name in options}
+    sampler = TrainingSampler(len(parts["dataset"]), seed=seed)
+    return ResumableLoader(**parts, sampler=sampler, seed=seed)
 
 
 def _build(cfg: DictConfig) -> nn.Module:

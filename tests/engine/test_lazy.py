@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, make_batch, save_teacher
+from conftest import CLASSES, save_teacher
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
@@ -49,8 +49,10 @@ _student.anchor_generator.aspect_ratios = [[0.7, 1.4]]
 _student.anchor_generator.strides = [8, 16, 32]
 for _part in (dataloader.train, dataloader.test):
     _part.dataset.names, _part.num_workers = "lazy_tiny", 0
-    _part.mapper.augmentations[0].short_edge_length = 64
+    _part.dataset.filter_empty = False
+    _part.mapper.augmentations[0].short_edge_length = [64, 64]
 dataloader.train.total_batch_size = 2
+dataloader.train.mapper.augmentations[0].short_edge_length = [64]
 lr_multiplier.scheduler.values, lr_multiplier.scheduler.milestones = [1.0], [90000]
 lr_multiplier.warmup_length = 0.0
 train.init_checkpoint, train.seed, train.output_dir = "", 7, {output!r}
@@ -76,18 +78,6 @@ def config(coco, teacher_files, tmp_path):
     return str(path)
 
 
-class Batches:
-    """Endless batches of noise, the same for every reader."""
-
-    start = 0
-
-    def __iter__(self):
-        i = self.start
-        while True:
-            yield make_batch(seed=i)
-            i += 1
-
-
 @pytest.fixture
 def recorded(monkeypatch):
     """The losses of every training step of a distiller, in order."""
@@ -104,10 +94,8 @@ def recorded(monkeypatch):
     return steps
 
 
-def run(path, *overrides, resume=False, fixed_data=False):
+def run(path, *overrides, resume=False):
     cfg = load_lazy_config(path, list(overrides))
-    if fixed_data:
-        cfg.dataloader.train, cfg.dataloader.evaluator = L(Batches)(), None
     seed_all_rng(cfg.train.seed)
     return train_lazy(cfg, resume=resume)
 
@@ -116,30 +104,46 @@ def saved(folder, name="model_final"):
     return torch.load(folder / f"{name}.pth", weights_only=False)
 
 
-def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, recorded, tmp_path):
-    # TorchScript's first calls in a process round differently: let them pass.
-    run(config, "train.max_iter=4", fixed_data=True)
-    recorded.clear()
-    run(config, "train.max_iter=6", fixed_data=True)
+def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(
+    config, distil_cfg, recorded, tmp_path, monkeypatch
+):
+    """Of the same seed: same start, same images, same augmentation, same steps."""
+    # By YAML v0.6 draws the seed of the images' order, where main takes SEED.
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: distil_cfg.SEED)
+    warm_up(4)
+    run(config, "train.max_iter=6")
     lazy = list(recorded)
     recorded.clear()
-
-    class Trainer(FgBgTrainer):
-        @classmethod
-        def build_train_loader(cls, cfg):
-            return Batches()
-
     distil_cfg.OUTPUT_DIR, distil_cfg.SOLVER.MAX_ITER = str(tmp_path / "yaml"), 6
     (tmp_path / "yaml").mkdir()
     register_datasets(distil_cfg)
     seed_all_rng(distil_cfg.SEED)
-    Trainer(distil_cfg).train()
+    FgBgTrainer(distil_cfg).train()
     assert recorded == lazy and len(lazy) == 6
     assert set(lazy[0]) == {"loss_cls", "loss_box_reg", "loss_kd_fg", "loss_kd_bg"}
     ours, yamls = saved(tmp_path / "lazy"), saved(tmp_path / "yaml")
     for part in ("model", "kd"):
         assert ours[part].keys() == yamls[part].keys()
         assert all(torch.equal(v, yamls[part][k]) for k, v in ours[part].items())
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(config, recorded, tmp_path):
+    warm_up(4)
+    run(config, "train.max_iter=5", f"train.output_dir={tmp_path / 'whole'}")
+    whole = list(recorded)
+    recorded.clear()
+    run(config, "train.max_iter=3")
+    run(config, "train.max_iter=5", resume=True)
+    assert recorded == whole
+    parts = saved(tmp_path / "whole"), saved(tmp_path / "lazy")
+    assert parts[0]["iteration"] == parts[1]["iteration"] == 4
+    for part in ("model", "kd"):
+        assert all(torch.equal(v, parts[1][part][k]) for k, v in parts[0][part].items())
+
+
+def test_where_there_is_nothing_to_resume_a_run_starts(config, tmp_path):
+    run(config, "train.max_iter=1", resume=True)
+    assert saved(tmp_path / "lazy")["iteration"] == 0
 
 
 def test_the_checkpoint_is_the_plain_students_and_evaluation_needs_no_teacher(config, tmp_path):
@@ -155,27 +159,11 @@ def test_the_checkpoint_is_the_plain_students_and_evaluation_needs_no_teacher(co
         assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
 
 
-def test_resume_goes_on_with_adapters_optimizer_and_iteration(config, recorded, tmp_path):
-    run(config, fixed_data=True)
-    first = saved(tmp_path / "lazy")
-    recorded.clear()
-    run(config, "train.max_iter=5", "optimizer.lr=0.0", resume=True, fixed_data=True)
-    assert len(recorded) == 2
-    last = saved(tmp_path / "lazy")
-    assert (first["iteration"], last["iteration"]) == (2, 4)
-    momenta = [x["trainer"]["optimizer"]["state"] for x in (first, last)]
-    assert momenta[0].keys() == momenta[1].keys() != set()
-    # With the learning rate of the override nothing would have moved: the checkpoint's counts.
-    assert not all(torch.equal(v, last["kd"][k]) for k, v in first["kd"].items())
-    run(config, "train.max_iter=3", "train.output_dir=" + str(tmp_path / "new"), resume=True)
-    assert saved(tmp_path / "new")["iteration"] == 2  # nothing to resume: from the start
-
-
 def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_path):
     warm_up(4)
-    run(config, fixed_data=True)
+    run(config)
     own = saved(tmp_path / "lazy")["model"]
-    run(config, "train.ema_decay=0.5", fixed_data=True)
+    run(config, "train.ema_decay=0.5")
     averaged = saved(tmp_path / "lazy")
     trained = averaged["trainer"]["hooks"]["WeightAverage"]["weights"]
     assert all(torch.equal(v, trained[k]) for k, v in own.items())
