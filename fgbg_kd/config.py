@@ -125,6 +125,10 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     # their place; 0 = off.
     cfg.SOLVER.EMA_DECAY = 0.0
 
+    # Of the periodic checkpoints the last so many stay (at least 2, for a damaged one to have one
+    # before it); 0 = all.
+    cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
+
     # Your own COCO-format data under the one name in DATASETS.TRAIN (TEST), no Python needed;
     # "" = the name is registered already.
     cfg.DATASETS.TRAIN_JSON = ""

@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -137,6 +138,7 @@ def soak(args) -> None:
         if step and process.poll() is None and (not samples or step > samples[-1][0]):
             samples.append((step, memory(process.pid)))
     finish(process, folder)
+    samples = [x for x in samples if x[0] < samples[-1][0]]  # at the last one, processes end
     if len(samples) < 8:
         sys.exit("The run was too short: fewer than 8 samples.")
     print("| iteration | MiB |\n|---|---|")
@@ -145,7 +147,7 @@ def soak(args) -> None:
     # The first quarter fills caches.
     quarter = len(samples) // 4
     early, late = (
-        sum(size for _, size in part) / quarter
+        statistics.median(size for _, size in part)
         for part in (samples[quarter : 2 * quarter], samples[-quarter:])
     )
     print(f"Second quarter {early:.1f} MiB, last quarter {late:.1f} MiB: {late / early - 1:+.2%}")

@@ -30,9 +30,26 @@ logger = logging.getLogger(__name__)
 class RunCheckpointer(SafeCheckpointer):
     """Writes a checkpoint whole or not at all, and resumes from the last one that is whole."""
 
-    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs):
+    def __init__(self, model: nn.Module, save_dir: str = "", *, max_to_keep: int = 0, **kwargs):
+        """
+        Args:
+            max_to_keep: of the periodic checkpoints the last so many, at least 2; 0 = all.
+            kwargs: SafeCheckpointer's.
+        """
         super().__init__(model, save_dir, **kwargs)
+        if max_to_keep < 0 or max_to_keep == 1:
+            raise ValueError(
+                f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {max_to_keep}: choose 0 (all), or at least 2, "
+                "for a damaged checkpoint to have one before it."
+            )
+        self.max_to_keep = max_to_keep
         self.path_manager = _AtomicWrites(self.path_manager)
+
+    def save(self, name: str, **kwargs) -> None:
+        super().save(name, **kwargs)
+        if self.max_to_keep and self.save_dir and self.save_to_disk:
+            for path in self._newest_first(r"model_\d{7}\.pth")[self.max_to_keep :]:
+                self.path_manager.rm(path)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """
@@ -45,12 +62,8 @@ class RunCheckpointer(SafeCheckpointer):
 
     def last_whole_checkpoint(self) -> str:
         last = self.get_checkpoint_file()
-        others = [
-            path
-            for path in self.get_all_checkpoint_files()
-            if re.fullmatch(r"model_(\d{7}|final)\.pth", os.path.basename(path)) and path != last
-        ]
-        for path in [last, *sorted(others, key=os.path.getmtime, reverse=True)]:
+        others = [x for x in self._newest_first(r"model_(\d{7}|final)\.pth") if x != last]
+        for path in [last, *others]:
             damage = _damage(path)
             if damage is None:
                 return path
@@ -58,6 +71,11 @@ class RunCheckpointer(SafeCheckpointer):
         raise CheckpointError(
             f"No checkpoint in {self.save_dir} is whole. Without --resume the run starts anew."
         )
+
+    def _newest_first(self, name: str) -> list[str]:
+        files = self.get_all_checkpoint_files()
+        files = [path for path in files if re.fullmatch(name, os.path.basename(path))]
+        return sorted(files, key=os.path.getmtime, reverse=True)
 
 
 def _damage(path: str) -> str | None:

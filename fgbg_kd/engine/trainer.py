@@ -87,7 +87,11 @@ class FgBgTrainer(DefaultTrainer):
         self._trainer = trainer(distributed(model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
-            detector_of(model), cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **adapters_of(model)
+            detector_of(model),
+            cfg.OUTPUT_DIR,
+            max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
+            trainer=weakref.proxy(self),
+            **adapters_of(model),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())

@@ -233,6 +233,17 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_run(saved, tmp_path):
         saved.resume_or_load("", resume=True)
 
 
+def test_old_checkpoints_go_and_the_newest_stay(saved, tmp_path):
+    """By their age: a new run in the folder of a longer one counts from 0 again."""
+    saved.max_to_keep = 2
+    saved.save("model_0000004", iteration=4)
+    assert {x.name for x in tmp_path.glob("*.pth")} == {"model_0000004.pth", "model_0000029.pth"}
+    saved.save("model_final", iteration=5)
+    assert len(list(tmp_path.glob("*.pth"))) == 3
+    with pytest.raises(ValueError, match="CHECKPOINT_MAX_TO_KEEP is 1"):
+        RunCheckpointer(saved.model, max_to_keep=1)
+
+
 def test_a_save_that_fails_leaves_the_last_checkpoint(saved, tmp_path):
     class Torn:
         def state_dict(self):
