@@ -39,6 +39,13 @@ def read_input(cfg, path: str) -> dict:
     return {"image": tensor, "height": height, "width": width}
 
 
+def pick(records: list[dict], count: int) -> list[dict]:
+    """Images with objects, spread evenly over the set: no choice by result."""
+    records = [r for r in records if any(not a.get("iscrowd") for a in r["annotations"])]
+    places = np.linspace(0, len(records) - 1, min(count, len(records)))
+    return [records[i] for i in places.astype(int)]
+
+
 def detectors_of(config: str) -> dict[str, torch.nn.Module]:
     """The detectors that a config names, by role, with random weights, in eval mode on the CPU.
 

@@ -9,6 +9,7 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -61,6 +62,7 @@ class FgBgDistiller(nn.Module):
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
         cache: bool = False,
+        vis_period: int = 0,
     ):
         """
         Args:
@@ -77,6 +79,8 @@ class FgBgDistiller(nn.Module):
                 found; None: not known.
             inherit: of "fpn" and "head", what :meth:`inherit` copies from the teacher.
             cache: keep the teacher's outputs: for images that come the same every time.
+            vis_period: iterations between two pictures in TensorBoard of what distillation sees
+                (:mod:`fgbg_kd.visualization`); 0 = none.
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -104,6 +108,7 @@ class FgBgDistiller(nn.Module):
             )
         self.teacher_precision = teacher_precision
         self._inherited = {}
+        self.vis_period = vis_period
         if teacher is not None:
             levels = self.levels = shared_levels(student, teacher)
             self.same_input = same_input(student, teacher)
@@ -140,6 +145,7 @@ class FgBgDistiller(nn.Module):
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
             "cache": kd.TEACHER.CACHE,
+            "vis_period": cfg.VIS_PERIOD,
         }
 
     @property
@@ -163,7 +169,17 @@ class FgBgDistiller(nn.Module):
         # The logits and deltas come first in every DenseDetector's predictions.
         output = DenseOutput(features, *predictions[:2])
         losses.update(self._distil(batched_inputs, images, output, gt))
+        storage = get_event_storage()
+        if self.vis_period > 0 and (storage.iter + 1) % self.vis_period == 0:
+            self._draw(storage, batched_inputs)
         return losses
+
+    def _draw(self, storage, batched_inputs: list[dict]) -> None:
+        if comm.is_main_process():  # the only one with a writer, which empties the storage
+            from .visualization import draw_training  # matplotlib is needed here only
+
+            one = next((x for x in batched_inputs if len(x["instances"])), batched_inputs[0])
+            storage.put_image("kd", draw_training(self, one))
 
     def _distil(self, batched_inputs, images, student: DenseOutput, gt) -> dict:
         storage = get_event_storage()
@@ -171,43 +187,55 @@ class FgBgDistiller(nn.Module):
         if scale == 0:  # with every parameter in the graph, as DistributedDataParallel wants it
             zero = sum([p.sum() for p in self.kd.parameters()], student.features[0].sum()) * 0.0
             return dict.fromkeys(self.kd.losses, zero)
-        with torch.no_grad(), precision(self.teacher_precision, self.device):
-            inputs = images.tensor
-            if not self.same_input:
-                inputs = renormalized(self.teacher, self.student, images, batched_inputs)
-            inputs = padded(self.teacher, inputs, images.image_sizes)
-            teacher = self._teach(inputs, batched_inputs)
-        index = zip(*(level.index for level in self.levels))
-        shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
-        student, teacher = (
-            select(output, i, shapes) for output, i in zip((student, teacher), index)
-        )
-        losses, statistics = self.kd(
-            Batch(
-                student=student,
-                teacher=teacher,
-                detectors=(self.student, self.teacher),
-                gt_boxes=[x.gt_boxes.tensor for x in gt],
-                gt_classes=[x.gt_classes for x in gt],
-                image_sizes=images.image_sizes,
-                strides=[level.stride for level in self.levels],
-                same_anchors=self.same_anchors,
-            )
-        )
+        with torch.no_grad():
+            teacher = self.teach(batched_inputs, images)
+        losses, statistics = self.kd(self.batch(student, teacher, images, gt))
         if (storage.iter + 1) % _LOG_PERIOD == 0:
             storage.put_scalars(
                 **{name: value.item() for name, value in statistics.items()}, smoothing_hint=False
             )
         return {name: scale * loss for name, loss in losses.items()}
 
-    def _teach(self, inputs: torch.Tensor, batched_inputs: list[dict]) -> DenseOutput:
+    def teach(self, batched_inputs: list[dict], images, everything: bool = False) -> DenseOutput:
+        """The teacher's output, on its own levels, for the student's preprocessed images.
+
+        Args:
+            everything: logits and deltas too where the method has no need of them.
+        """
+
         def run(x):
-            features, predictions = run_dense(
-                self.teacher, x, logits=self.kd.needs_logits, boxes=self.kd.needs_boxes
-            )
+            wanted = {"logits": self.kd.needs_logits, "boxes": self.kd.needs_boxes}
+            if everything:
+                wanted = dict.fromkeys(wanted, is_dense(self.teacher))
+            features, predictions = run_dense(self.teacher, x, **wanted)
             return DenseOutput(features, *(predictions or ())[:2])
 
-        return self.cache(run, inputs, batched_inputs) if self.cache else run(inputs)
+        with precision(self.teacher_precision, self.device):
+            inputs = images.tensor
+            if not self.same_input:
+                inputs = renormalized(self.teacher, self.student, images, batched_inputs)
+            inputs = padded(self.teacher, inputs, images.image_sizes)
+            if self.cache and not everything:
+                return self.cache(run, inputs, batched_inputs)
+            return run(inputs)
+
+    def batch(self, student: DenseOutput, teacher: DenseOutput, images, gt) -> Batch:
+        """Both outputs on the levels that they share, and the ground truth."""
+        index = zip(*(level.index for level in self.levels))
+        shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
+        student, teacher = (
+            select(output, i, shapes) for output, i in zip((student, teacher), index)
+        )
+        return Batch(
+            student=student,
+            teacher=teacher,
+            detectors=(self.student, self.teacher),
+            gt_boxes=[x.gt_boxes.tensor for x in gt],
+            gt_classes=[x.gt_classes for x in gt],
+            image_sizes=images.image_sizes,
+            strides=[level.stride for level in self.levels],
+            same_anchors=self.same_anchors,
+        )
 
     def inherit(self) -> None:
         """Copies what MODEL.KD.INHERIT names from the teacher into the student, once.

@@ -172,7 +172,7 @@ def _zoo_weights(config: str) -> str:
         ) from None
 
 
-class _ReportingCheckpointer(SafeCheckpointer):
+class ReportingCheckpointer(SafeCheckpointer):
     """Keeps the load report that DetectionCheckpointer only logs."""
 
     def _load_model(self, checkpoint):
@@ -181,7 +181,7 @@ class _ReportingCheckpointer(SafeCheckpointer):
 
 
 def _load(detector: nn.Module, weights: str, config: str, sha256: str) -> None:
-    checkpointer = _ReportingCheckpointer(detector, sha256=sha256)
+    checkpointer = ReportingCheckpointer(detector, sha256=sha256)
     try:
         checkpointer.load(weights)
     except CheckpointError as error:

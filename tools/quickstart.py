@@ -28,6 +28,7 @@ from fgbg_kd.analysis import (  # noqa: E402
     cost,
     draw_side_by_side,
     load_detector,
+    pick,
     read_input,
     table,
 )
@@ -42,12 +43,6 @@ METRICS = ("AP", "AP50", "AP75")
 def row(name: str, result: dict, model, cfg, example: str) -> dict:
     metrics = {k: round(result[k], 2) for k in METRICS}
     return {"name": name, **metrics, **cost(model, read_input(cfg, example))}
-
-
-def pick(records: list[dict], count: int) -> list[dict]:
-    """Images with objects, spread evenly over the set: no choice by result."""
-    records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
-    return [records[i] for i in np.linspace(0, len(records) - 1, count).astype(int)]
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """Training and evaluation, on Detectron2's own engine."""
 
 from .launch import launch
-from .lazy import evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
+from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
 from .trainer import FgBgTrainer, load_config, read_config
 
 __all__ = [
     "FgBgTrainer",
+    "build_lazy",
     "evaluate_lazy",
     "launch",
     "load_config",

@@ -46,7 +46,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     Returns:
         The last results of the evaluation, {} without one.
     """
-    model = _build(cfg).to(cfg.train.device)
+    model = build_lazy(cfg).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     seed = cfg.train.get("seed", -1)
@@ -144,7 +144,8 @@ def _train_loader(cfg: DictConfig, seed: int):
     return ResumableLoader(**parts, sampler=sampler, seed=seed)
 
 
-def _build(cfg: DictConfig) -> nn.Module:
+def build_lazy(cfg: DictConfig) -> nn.Module:
+    """``cfg.model``, told the names of the training set's classes and checked against them."""
     classes = training_classes(cfg)
     if student_model(cfg.model) is not cfg.model and "classes" not in cfg.model:
         cfg.model.classes = classes

@@ -1,0 +1,215 @@
+"""The pictures show what the losses are made of, and drawing them changes nothing."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import make_batch, tiny_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from test_pair import distiller, faster_rcnn
+
+from fgbg_kd import visualization
+from fgbg_kd.checkpoint import CheckpointError
+from fgbg_kd.methods import Batch, DenseOutput
+from fgbg_kd.observation import Vectors, collect
+from fgbg_kd.pair import Level
+from fgbg_kd.visualization import cell_maps, detect, draw, fit_adapters, load_student, observe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+OPTIONS = [
+    {},
+    {"kl": "softmax", "temperature": 2.0, "gate_margin": 0.02},
+    {"gate": "object", "gate_softness": 0.1, "assign": "scale"},
+    {"gate": "off"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_maps_are_those_of_the_losses(distil_cfg, options):
+    for key, value in options.items():
+        distil_cfg.MODEL.KD[key.upper()] = value
+    model = build_model(distil_cfg).eval()
+    inputs = make_batch()[0]
+    maps = cell_maps(model, inputs)
+    losses, shares = model.kd(observe(model, inputs))
+    foreground = maps.cells.foreground
+    gate = torch.ones_like(maps.gate) if options.get("gate") == "off" else maps.gate
+    fg = (maps.cells.weight * gate * (1 - maps.cosine)).sum() / maps.cells.weight.sum()
+    torch.testing.assert_close(3 * fg, losses["loss_kd_fg"])
+    torch.testing.assert_close(maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
+    torch.testing.assert_close(gate[foreground].mean(), shares["kd/fg_gate"])
+    assert 0 < maps.gate.mean() < 1  # shown where it would be open, also when it is off
+
+
+def test_a_teacher_without_predictions_has_split_and_cosine_only(distil_cfg):
+    model = distiller(build_model(tiny_cfg()), faster_rcnn())
+    maps = cell_maps(model, make_batch()[0])
+    assert maps.gate is None and maps.kl is None and maps.cosine.abs().max() > 0
+    assert list(visualization._columns({"student": maps})) == ["split", "cosine, student"]
+
+
+def test_drawing_in_training_leaves_training_as_it_is(distil_cfg):
+    def step(vis_period):
+        torch.manual_seed(0)
+        distil_cfg.VIS_PERIOD = vis_period
+        model = build_model(distil_cfg).train()
+        np.random.seed(0)
+        with EventStorage(1) as storage:
+            losses = model(make_batch())
+        after = torch.get_rng_state(), np.random.get_state()[1], model.state_dict()
+        return storage._vis_data, losses, after, model
+
+    drawn, losses, (torch_state, numpy_state, weights), model = step(2)
+    none, plain_losses, (plain_torch, plain_numpy, plain_weights), _ = step(0)
+    assert none == [] and [name for name, _, _ in drawn] == ["kd"]
+    assert drawn[0][1].shape[0] == 3 and drawn[0][1].dtype == np.uint8
+    assert model.student.training and model.training
+    assert losses.keys() == plain_losses.keys()
+    assert all(torch.equal(losses[k], plain_losses[k]) for k in losses)
+    assert torch.equal(torch_state, plain_torch) and np.array_equal(numpy_state, plain_numpy)
+    assert all(torch.equal(weights[k], plain_weights[k]) for k in weights)  # batch norms too
+    with EventStorage(2) as storage:  # of another iteration
+        model(make_batch())
+    assert storage._vis_data == []
+
+
+def test_each_cell_is_drawn_where_it_is(distil_cfg):
+    """Of a map of one open cell, the picture differs from one without in that cell only."""
+    model = build_model(distil_cfg).eval()
+    inputs = make_batch(sizes=((64, 80),), boxes=(((5, 5, 30, 40),),))[0]
+    maps = cell_maps(model, inputs)
+    closed = torch.zeros_like(maps.gate)
+    one = closed.clone()
+    one[0, 1 * maps.cells.level_shapes[0][1] + 7] = 1  # stride 8: x 56..64, y 8..16 of 80 x 64
+    pictures = [
+        draw(inputs, "BGR", {"student": maps._replace(gate=gate)}, {}).astype(int)
+        for gate in (closed, one)
+    ]
+    # The title's percentage changes as well: orange where it was blue is the cell.
+    change = pictures[1] - pictures[0]
+    y, x = np.nonzero((change[..., 0] > 100) & (change[..., 2] < -60))
+    gate_panel = np.abs(pictures[0] - [0, 0x72, 0xB2]).sum(-1) < 130
+    rows, columns = (np.nonzero(gate_panel.sum(axis) > 40)[0] for axis in (1, 0))
+    top, left = rows[0], columns[0]
+    width = len(columns)
+    assert abs((x.max() - x.min() + 1) / width - 0.1) < 0.02
+    assert abs((x.min() - left) / width - 0.7) < 0.03
+    assert abs((y.min() - top) / width - 0.1) < 0.03
+
+
+def test_fitted_adapters_find_the_linear_map(monkeypatch):
+    torch.manual_seed(0)
+    true = torch.nn.Conv2d(3, 5, 1)
+    features = torch.randn(4, 3, 8, 8)
+    batches = [
+        Batch(
+            student=DenseOutput([f[None]]),
+            teacher=DenseOutput([true(f[None])]),
+            detectors=(None, None),
+            gt_boxes=[torch.tensor([[0.0, 0, 40, 64]])],
+            gt_classes=[torch.tensor([0])],
+            image_sizes=[(64, 64)],
+            strides=[8],
+        )
+        for f in features
+    ]
+    monkeypatch.setattr(visualization, "observe", lambda _, number: batches[number])
+    fake = SimpleNamespace(levels=[Level(8, (0, 0), (3, 5))], device=torch.device("cpu"))
+    (phi,) = fit_adapters(fake, range(4))
+    torch.testing.assert_close(phi.weight, true.weight, atol=0.01, rtol=0)
+    torch.testing.assert_close(phi.bias, true.bias, atol=0.01, rtol=0)
+
+
+def test_a_plain_student_gets_adapters_and_a_distilled_one_keeps_its_own(tmp_path, distil_cfg):
+    model = build_model(distil_cfg).eval()
+    other = build_model(distil_cfg).eval()
+    torch.save({"model": other.student.state_dict()}, tmp_path / "plain.pth")
+    kd = {k: v + 1 for k, v in other.kd.state_dict().items()}
+    torch.save({"model": other.student.state_dict(), "kd": kd}, tmp_path / "distilled.pth")
+    fitted = load_student(model, str(tmp_path / "plain.pth"), make_batch()[:1])
+    plain = model.student
+    own = load_student(model, str(tmp_path / "distilled.pth"), [])
+    assert torch.equal(own[0].weight, kd["adapters.0.weight"])
+    assert not torch.equal(fitted[0].weight, own[0].weight)
+    for key, value in other.student.state_dict().items():
+        assert torch.equal(plain.state_dict()[key], value)
+    torch.save({"model": faster_rcnn().state_dict()}, tmp_path / "rcnn.pth")
+    with pytest.raises(
+        CheckpointError, match="is no student of this config: backbone.fpn_lateral3.weight"
+    ):
+        load_student(model, str(tmp_path / "rcnn.pth"), [])
+
+
+def test_a_detector_of_the_other_channel_order_gets_its_own():
+    model = build_model(tiny_cfg()).eval()
+    image = make_batch()[0]["image"]
+    seen = []
+    model.preprocess_image, keep = (
+        (lambda x: seen.append(x[0]["image"]) or keep(x)),
+        (model.preprocess_image),
+    )
+    detect(model, {"image": image}, "BGR")
+    detect(model, {"image": image.flip(0)}, "RGB")
+    assert torch.equal(seen[0], image) and torch.equal(seen[1], image)
+
+
+def test_the_observation_is_the_largest_angle_of_the_smallest_kl(distil_cfg):
+    kl = torch.arange(100.0)
+    angle = torch.zeros(100)
+    angle[[1, 50]] = torch.tensor([80.0, 120.0])
+    assert Vectors([], [], kl, angle, []).most_telling() == 1
+    model = build_model(distil_cfg).eval()
+    vectors = collect(model, make_batch(), model.kd.adapters)
+    i = vectors.most_telling()
+    s, t = vectors.student[i].double(), vectors.teacher[i].double()
+    expected = (t.softmax(0) * (t.softmax(0) / s.softmax(0)).log()).sum()
+    assert abs(vectors.kl[i] - expected) < 1e-5
+    assert (
+        abs(np.cos(np.deg2rad(float(vectors.angle[i]))) - float(s @ t / s.norm() / t.norm())) < 1e-5
+    )
+    number, stride, y, x = vectors.place[i]
+    assert number == 0  # image 1 has no object
+    assert (
+        observe(model, make_batch()[0])
+        .teacher.features[int(np.log2(stride)) - 3][0, :, y, x]
+        .allclose(vectors.teacher[i])
+    )
+    with pytest.raises(ValueError, match="None of the images has an object"):
+        collect(model, make_batch()[1:], model.kd.adapters)
+
+
+def run_tool(monkeypatch, tmp_path, cfg, *arguments):
+    import visualize
+
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("seen_train",), ("seen_test",)
+    (tmp_path / "distilled.yaml").write_text(cfg.dump())
+    config = ["--config-file", str(tmp_path / "distilled.yaml")]
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *config, *arguments])
+    visualize.main()
+
+
+def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_cfg):
+    torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "plain.pth")
+    weights, output = str(tmp_path / "plain.pth"), tmp_path / "out"
+    also = ["--weights", weights, "--output", str(output)]
+    run_tool(monkeypatch, tmp_path, distil_cfg, *also, "--before", weights, "--image", "3.png")
+    run_tool(monkeypatch, tmp_path, distil_cfg, *also, "--count", "1", "--set", "seen_train")
+    assert sorted(p.name for p in output.iterdir()) == ["1.png", "3.png"]
+    two, one = (cv2.imread(str(output / name)) for name in ("3.png", "1.png"))
+    assert two.shape[1] > one.shape[1]  # a column for each student
+    file = tmp_path / "observation.png"
+    run_tool(monkeypatch, tmp_path, distil_cfg, "--weights", weights, "--observation", str(file))
+    assert cv2.imread(str(file)) is not None
+    for arguments, message in (
+        (["--image", "absent.png"], "absent.png is no image of the set seen_test"),
+        (["--set", "absent"], "There is no set 'absent'; this config has seen_train, seen_test"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "does not distil"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_tool(monkeypatch, tmp_path, distil_cfg, *also, *arguments)
