@@ -1,11 +1,13 @@
 """Python configs train as YAML does: the same losses bit for bit, checkpoints, resume, tool."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CLASSES, save_teacher
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -14,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
+from fgbg_kd.config import student_model
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
 from fgbg_kd.engine.resume import warm_up
@@ -227,3 +230,22 @@ def test_the_tool_takes_python_configs(config, tmp_path):
     assert saved(tmp_path / "lazy")["iteration"] == 2
     results = main("--eval-only", f"train.init_checkpoint={path}", "model.teacher.config=gone")
     assert "AP50" in results["bbox"]
+
+
+def test_the_readmes_python_config_and_command_are_read(tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Any pair")[1].split("\n## ")[0]
+    (text,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)\n```", section, re.DOTALL)
+    arguments = command.split()
+    assert arguments[:4] == [
+        ".venv/bin/python",
+        "tools/train_net.py",
+        "--config-file",
+        "my_distilled.py",
+    ]
+    (tmp_path / "my_distilled.py").write_text(text)
+    cfg = load_lazy_config(str(tmp_path / "my_distilled.py"), arguments[4:])
+    assert cfg.train.max_iter == 9000 and dict(cfg.model.kd) == dict(fg_weight=2, bg_weight=1.0)
+    assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
+    assert instantiate(student_model(cfg.model)).num_classes == 80
+    assert cfg.dataloader.test.mapper.image_format == "BGR"

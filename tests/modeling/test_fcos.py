@@ -10,6 +10,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.data import check_num_classes, register_datasets
 
 
 def losses_of(model, batch):
@@ -90,3 +91,10 @@ def test_the_keys_reach_the_detector():
     assert model.head.cls_score.bias.abs().max() < 1e-6  # the logit of 0.5
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.head.cls_subnet) == 3
     assert not any(isinstance(m, torch.nn.GroupNorm) for m in model.modules())
+
+
+def test_data_of_other_classes_name_fcos_key(coco):
+    cfg = tiny_fcos_cfg(coco)
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match="2 classes .* the detector 80: set MODEL.FCOS.NUM_CLASS"):
+        check_num_classes(cfg, 80)
