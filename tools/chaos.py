@@ -77,7 +77,7 @@ def kill(args) -> None:
         compare(whole, killed)
         runs += 1
         print(f"Run {runs} ends as the run that was never killed, bit for bit.")
-    print(f"{kills} kills, {writing} of them in the middle of writing a checkpoint, {runs} runs.")
+    print(f"{kills} kills, {writing} of them in the middle of writing a checkpoint. Runs: {runs}.")
 
 
 def begun(folder: Path) -> int:
