@@ -144,7 +144,7 @@ def _keep_classes(teacher: nn.Module, keep: list[int]) -> None:
             f"The teacher's {type(teacher.head).__name__} has no convolution cls_score of which "
             "the student's classes could be taken: train it on the student's classes."
         )
-    for name in ("weight", "bias"):
+    for name, _ in list(conv.named_parameters()):  # its weight, and its bias if it has one
         per_class = getattr(conv, name).detach().unflatten(0, (-1, teacher.num_classes))
         kept = per_class[:, keep].flatten(0, 1)  # (A*K, ...)
         setattr(conv, name, nn.Parameter(kept, requires_grad=False))
