@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fgbg_kd.ops import split
@@ -212,3 +213,68 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         split(**{**good, **change})
+
+
+# Quarter pixels as above, and what is no number.
+odd = st.one_of(
+    st.integers(-80, 400).map(lambda v: v / 4), st.sampled_from([math.nan, -math.inf, math.inf])
+)
+odd_images = st.lists(
+    st.tuples(
+        st.integers(1, 64), st.integers(1, 64), st.lists(st.tuples(odd, odd, odd, odd), max_size=6)
+    ),
+    min_size=50,
+    max_size=50,
+)
+
+
+def owners_by_comparing_all(boxes, sizes, shape, stride, here):
+    """(N, h, w) from boxes (N, B, 4), sizes (N, 2), here (N, B): every box with every cell."""
+    limit = np.concatenate([sizes[:, ::-1]] * 2, 1)[:, None]  # (N, 1, 4) width, height, ...
+    x0, y0, x1, y1 = np.moveaxis(np.clip(boxes, 0, limit), 2, 0)[..., None, None]
+    y, x = ((np.arange(n) + 0.5) * stride for n in shape)
+    y, x = y[:, None], x[None]
+    real = (y < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])  # (N, h, w)
+    exists = (x1 > x0) & (y1 > y0) & here[..., None, None]
+    inside = exists & (x >= x0) & (x < x1) & (y >= y0) & (y < y1) & real[:, None]
+    for n, b in zip(*np.nonzero(exists[..., 0, 0] & ~inside.any((2, 3)))):
+        rows, columns = np.nonzero(real[n])
+        if len(rows):
+            row, column = (
+                min(int((lo[n, b] + hi[n, b]).item() / 2 // stride), cells.max())
+                for lo, hi, cells in ((y0, y1, rows), (x0, x1, columns))
+            )
+            inside[n, b, row, column] = True
+    area = np.where(inside, (x1 - x0) * (y1 - y0), np.inf)
+    owner = np.where(inside.any(1), area.argmin(1), BACKGROUND)
+    return np.where(real, owner, PADDING)
+
+
+def test_ten_thousand_fuzzed_images_are_split_as_comparing_all_cells_says():
+    seen, counted = set(), []
+
+    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(odd_images, st.sampled_from(["all", "scale"]))
+    def fuzz(images, assign):
+        sizes = np.array([(h, w) for h, w, _ in images])
+        most = max(1, *(len(b) for *_, b in images))
+        boxes = np.full((len(images), most, 4), np.nan)
+        for n, (*_, b) in enumerate(images):
+            boxes[n, : len(b)] = np.reshape(b, (-1, 4))
+        strides, shapes = (8, 16, 32), [(8, 8), (4, 4), (2, 2)]
+        tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
+        got = split(tensors, sizes.tolist(), shapes, strides, assign=assign)
+        per_level = got.box_index.split([h * w for h, w in shapes], 1)
+        for level, (shape, stride, index) in enumerate(zip(shapes, strides, per_level)):
+            # An image of up to 64 x 64 is smaller than the smallest bound of "scale".
+            here = np.full(boxes.shape[:2], assign == "all" or level == 0)
+            expected = owners_by_comparing_all(boxes, sizes, shape, stride, here)
+            assert np.array_equal(index.reshape(-1, *shape).numpy(), expected)
+        assert got.weight.isfinite().all() and bool((got.weight[got.foreground] > 0).all())
+        assert not got.weight[~got.foreground].any()
+        seen.update(got.box_index.unique().tolist())
+        counted.append(len(images))
+
+    with np.errstate(invalid="ignore"):
+        fuzz()
+    assert sum(counted) >= 10_000 and {PADDING, BACKGROUND, 0, 5} <= seen
