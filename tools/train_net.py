@@ -9,6 +9,7 @@ Examples:
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import student_config
 from fgbg_kd.checkpoint import SafeCheckpointer
@@ -19,6 +20,7 @@ from fgbg_kd.engine import (
     load_config,
     load_lazy_config,
     load_lazy_student,
+    lock_output_dir,
     train_lazy,
 )
 
@@ -27,9 +29,16 @@ def main(args):
     return main_lazy(args) if args.config_file.endswith(".py") else main_yaml(args)
 
 
+def prepare(cfg, output_dir, args):
+    if comm.is_main_process() and not args.eval_only:
+        lock_output_dir(output_dir)
+    default_setup(cfg, args)
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="fgbg_kd")
+
+
 def main_lazy(args):
     cfg = load_lazy_config(args.config_file, args.opts)
-    default_setup(cfg, args)
+    prepare(cfg, cfg.train.output_dir, args)
     if args.eval_only:
         return evaluate_lazy(cfg, load_lazy_student(cfg, args.resume))
     return train_lazy(cfg, args.resume)
@@ -37,7 +46,7 @@ def main_lazy(args):
 
 def main_yaml(args):
     cfg = load_config(args.config_file, args.opts, args.resume)
-    default_setup(cfg, args)
+    prepare(cfg, cfg.OUTPUT_DIR, args)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(student_config(cfg))
         SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(

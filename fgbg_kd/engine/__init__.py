@@ -2,6 +2,7 @@
 
 from .launch import launch
 from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
+from .output_dir import lock_output_dir
 from .trainer import FgBgTrainer, load_config, read_config
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "load_config",
     "load_lazy_config",
     "load_lazy_student",
+    "lock_output_dir",
     "read_config",
     "train_lazy",
 ]

@@ -46,7 +46,21 @@ class RunCheckpointer(SafeCheckpointer):
         self.path_manager = _AtomicWrites(self.path_manager)
 
     def save(self, name: str, **kwargs) -> None:
-        super().save(name, **kwargs)
+        """
+        Raises:
+            OSError: the disk is full or fails; what was saved before is whole.
+        """
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as error:
+            # torch's writer fails over the failed writing, with an error of its own.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(
+                f"{name}.pth could not be written to {self.save_dir} ({cause}). The checkpoint "
+                "before it is whole: make room and go on with --resume."
+            ) from error
         if self.max_to_keep and self.save_dir and self.save_to_disk:
             for path in self._newest_first(r"model_\d{7}\.pth")[self.max_to_keep :]:
                 self.path_manager.rm(path)
