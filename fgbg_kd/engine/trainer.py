@@ -7,14 +7,7 @@ from collections.abc import Callable
 
 import torch
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-)
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -28,6 +21,7 @@ from ..distiller import FgBgDistiller
 from ..pair import channel_order
 from ..teacher import TeacherError
 from .ema import WeightAverage
+from .finite import FiniteAMPTrainer, FiniteTrainer
 from .loader import ResumableLoader
 from .resume import IterationState, RunCheckpointer, rewind_metrics, run_seed, warm_up
 
@@ -82,9 +76,9 @@ class FgBgTrainer(DefaultTrainer):
         self.cfg = cfg
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
         loader = self.build_train_loader(cfg)
-        self._trainer = trainer(distributed(model), loader, optimizer)
+        self._trainer = trainer(distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
             detector_of(model),
