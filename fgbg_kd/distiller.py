@@ -29,7 +29,14 @@ from .pair import (
     select,
     shared_levels,
 )
-from .teacher import PRECISIONS, TeacherError, accelerate, build_teacher, precision
+from .teacher import (
+    PRECISIONS,
+    TeacherError,
+    accelerate,
+    build_teacher,
+    check_teacher_file,
+    precision,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +140,7 @@ class FgBgDistiller(nn.Module):
         if kd.TEACHER.CONFIG and not _is_off(kd.METHOD, options):
             if kd.TEACHER.CACHE:
                 check_fixed_input(cfg)
+            check_teacher_file(kd.TEACHER.WEIGHTS, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
             teacher = build_teacher(
                 kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256, kd.TEACHER.CLASSES
             )
@@ -190,6 +198,9 @@ class FgBgDistiller(nn.Module):
         with torch.no_grad():
             teacher = self.teach(batched_inputs, images)
         losses, statistics = self.kd(self.batch(student, teacher, images, gt))
+        if storage.iter == 0 and statistics:  # later ones are read at the end of a period
+            first = ", ".join(f"{name} {value.item():.3f}" for name, value in statistics.items())
+            logger.info(f"First batch: {first}.")
         if (storage.iter + 1) % _LOG_PERIOD == 0:
             storage.put_scalars(
                 **{name: value.item() for name, value in statistics.items()}, smoothing_hint=False

@@ -6,6 +6,7 @@ Most failed distillations are teachers that were never loaded. Nothing here goes
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -107,6 +108,29 @@ def _named_weights(cfg: CfgNode | DictConfig) -> str:
     if isinstance(cfg, CfgNode):
         return cfg.MODEL.WEIGHTS
     return cfg.get("train", {}).get("init_checkpoint", "")
+
+
+def check_teacher_file(weights: str, student_weights: str, output_dir: str) -> None:
+    """The teacher is neither what the student starts from, nor what its run will write.
+
+    Raises:
+        TeacherError: it is.
+    """
+    if not weights:
+        return
+    path, name = os.path.realpath(weights), os.path.basename(weights)
+    if path == os.path.realpath(student_weights or "."):
+        raise TeacherError(
+            f"Student (MODEL.WEIGHTS) and teacher both start from {weights}: a student that is its "
+            "teacher has nothing to learn. To copy parts of a teacher, use MODEL.KD.INHERIT."
+        )
+    if os.path.dirname(path) == os.path.realpath(output_dir) and re.fullmatch(
+        r"model_(\d+|final)\.pth", name
+    ):
+        raise TeacherError(
+            f"The teacher's weights {weights} are what this run will write over: choose another "
+            "OUTPUT_DIR."
+        )
 
 
 def freeze(detector: nn.Module) -> nn.Module:

@@ -29,11 +29,13 @@ class FiniteTrainer(SimpleTrainer):
     def __init__(self, model: nn.Module, data_loader, optimizer, *, output_dir: str):
         super().__init__(model, data_loader, optimizer)
         self.output_dir = output_dir
-        self.batch = None  # the last that went into the model
-        model.register_forward_pre_hook(self._keep)
+        self._last = _LastInput()
+        model.register_forward_pre_hook(self._last)
 
-    def _keep(self, _, inputs):
-        self.batch = inputs[0]
+    @property
+    def batch(self) -> list[dict]:
+        """The last that went into the model."""
+        return self._last.batch
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args, **kwargs):
         loss_dict = {name: loss.detach().cpu() for name, loss in loss_dict.items()}
@@ -62,6 +64,15 @@ class FiniteTrainer(SimpleTrainer):
             with torch.autocast(device, enabled=isinstance(self, AMPTrainer)):
                 message += f" {not_finite(model, self.batch)}"
         raise NonFiniteLossError(message)
+
+
+class _LastInput:
+    """A hook apart from the trainer, which cannot be copied along with a model."""
+
+    batch = ()
+
+    def __call__(self, _, inputs):
+        self.batch = inputs[0]
 
 
 class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -22,6 +22,8 @@ from ..data import training_classes
 from ..pair import channel_order
 from .ema import WeightAverage
 from .loader import ResumableLoader
+from .finite import FiniteAMPTrainer, FiniteTrainer
+from .gate_watch import GateWatch
 from .resume import IterationState, RunCheckpointer, rewind_metrics, warm_up
 from .trainer import Inheritance, TeacherCheck, adapters_of, detector_of, distributed
 
@@ -53,8 +55,11 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     if seed < 0:
         seed = comm.shared_random_seed()
     loader = _train_loader(cfg.dataloader.train, seed)
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(
-        distributed(model, **cfg.train.ddp), loader, optimizer
+    trainer = (FiniteAMPTrainer if cfg.train.amp.enabled else FiniteTrainer)(
+        distributed(model, **cfg.train.ddp),
+        loader,
+        optimizer,
+        output_dir=cfg.train.output_dir,
     )
     checkpointer = RunCheckpointer(
         detector_of(model), cfg.train.output_dir, trainer=trainer, **adapters_of(model)
@@ -71,7 +76,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     if getattr(model, "teacher", None) is not None:
         min_ap = cfg.train.get("teacher_min_ap", 0)
         check = TeacherCheck(min_ap, lambda x: evaluate_lazy(cfg, x, channel_order(x)))
-        trainer.register_hooks([check, Inheritance()])
+        trainer.register_hooks([check, Inheritance(), GateWatch()])
     if decay := cfg.train.get("ema_decay", 0):
         trainer.register_hooks([WeightAverage(detector_of(model), decay)])
     on_main, saving, writing = comm.is_main_process(), None, None

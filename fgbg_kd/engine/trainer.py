@@ -22,6 +22,7 @@ from ..pair import channel_order
 from ..teacher import TeacherError
 from .ema import WeightAverage
 from .finite import FiniteAMPTrainer, FiniteTrainer
+from .gate_watch import GateWatch
 from .loader import ResumableLoader
 from .resume import IterationState, RunCheckpointer, rewind_metrics, run_seed, warm_up
 
@@ -78,6 +79,9 @@ class FgBgTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
         loader = self.build_train_loader(cfg)
+        if isinstance(model, FgBgDistiller):
+            parameters = sum(p.numel() for p in model.student.parameters()) / 1e6
+            logger.info(f"Student {type(model.student).__name__}: {parameters:.2f} M parameters.")
         self._trainer = trainer(distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
@@ -151,6 +155,7 @@ class FgBgTrainer(DefaultTrainer):
             hooks += [
                 TeacherCheck(cfg.MODEL.KD.TEACHER.MIN_AP, lambda x: trainer.test_teacher(x)),
                 Inheritance(),
+                GateWatch(),
             ]
         if cfg.SOLVER.EMA_DECAY != 0:
             hooks.append(WeightAverage(detector_of(model), cfg.SOLVER.EMA_DECAY))

@@ -1,0 +1,95 @@
+"""What is said of the teacher before and while a run starts."""
+
+import logging
+import re
+
+import pytest
+import torch
+from conftest import tiny_cfg
+from detectron2.engine import HookBase
+from engine.test_trainer import make_trainer
+
+from fgbg_kd import TeacherError
+from fgbg_kd.engine import FgBgTrainer
+
+WARNING = "next to nothing to learn"
+
+
+class Teacher(HookBase):
+    """Makes the teacher as bad, or as good, as can be."""
+
+    def __init__(self, logit):
+        self.logit = logit
+
+    def before_train(self):
+        torch.nn.init.zeros_(self.trainer.model.teacher.head.cls_score.weight)
+        self.trainer.model.teacher.head.cls_score.bias.data.fill_(self.logit)
+
+
+def messages(cfg, folder, caplog, logit, steps):
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # objects in every batch
+    trainer = make_trainer(FgBgTrainer, cfg, folder, steps)
+    trainer.register_hooks([Teacher(logit)])
+    with caplog.at_level(logging.INFO, logger="fgbg_kd"):
+        trainer.train()
+    return "\n".join(r.getMessage() for r in caplog.records if r.name.startswith("fgbg_kd"))
+
+
+def test_before_the_first_step_the_log_tells_teacher_student_and_keys(distil_cfg, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="fgbg_kd"):
+        trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
+    text = caplog.text
+    student = sum(p.numel() for p in trainer.model.student.parameters()) / 1e6
+    assert re.search(r"Teacher .*: all \d+ tensors loaded from .*, \d\.\d\d M parameters", text)
+    assert f"Student RetinaNet: {student:.2f} M parameters" in text
+
+
+def test_the_first_batchs_shares_are_logged_and_a_good_teacher_is_not_warned_of(
+    distil_cfg, tmp_path, caplog
+):
+    text = messages(distil_cfg, tmp_path / "run", caplog, 3.0, 20)
+    first = re.findall(r"First batch: kd/fg_gate ([\d.]+), kd/bg_gate ([\d.]+)\.", text)
+    assert len(first) == 1 and float(first[0][0]) > 0.5
+    assert WARNING not in text
+
+
+def test_a_teacher_that_finds_nothing_is_warned_of_once(distil_cfg, tmp_path, caplog):
+    text = messages(distil_cfg, tmp_path / "run", caplog, -20.0, 20)
+    assert text.count(WARNING) == 1 and "better than the student on 0.0% of the foreground" in text
+    assert "MIN_AP" in text
+
+
+def test_a_run_that_resumes_is_not_judged_anew(distil_cfg, tmp_path, caplog):
+    make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 2).train()
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 20)
+    trainer.resume_or_load(resume=True)
+    trainer.register_hooks([Teacher(-20.0)])
+    with caplog.at_level(logging.INFO, logger="fgbg_kd"):
+        trainer.train()
+    assert "First batch" not in caplog.text and WARNING not in caplog.text
+
+
+def test_without_a_gate_nothing_is_said(distil_cfg, tmp_path, caplog):
+    distil_cfg.MODEL.KD.METHOD = "PKD"
+    assert "First batch" not in messages(distil_cfg, tmp_path / "run", caplog, -20.0, 20)
+
+
+# --- a teacher that is the student's own file ---
+
+
+def test_a_student_that_starts_as_its_teacher_is_refused(distil_cfg, tmp_path):
+    distil_cfg.MODEL.WEIGHTS = distil_cfg.MODEL.KD.TEACHER.WEIGHTS
+    with pytest.raises(TeacherError, match="both start from .*nothing to learn.*INHERIT"):
+        make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize("name", ["model_final.pth", "model_0000099.pth"])
+def test_a_teacher_that_the_run_would_write_over_is_refused(distil_cfg, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = str(tmp_path / "run" / name)
+    with pytest.raises(TeacherError, match=f"{name} are what this run will write over"):
+        make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
+
+
+def test_a_plain_detector_needs_no_teacher(coco, tmp_path):
+    make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "run", 1).train()
