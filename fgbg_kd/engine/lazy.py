@@ -21,9 +21,9 @@ from ..config import student_model
 from ..data import training_classes
 from ..pair import channel_order
 from .ema import WeightAverage
-from .loader import ResumableLoader
 from .finite import FiniteAMPTrainer, FiniteTrainer
 from .gate_watch import GateWatch
+from .loader import ResumableLoader
 from .resume import IterationState, RunCheckpointer, rewind_metrics, warm_up
 from .trainer import Inheritance, TeacherCheck, adapters_of, detector_of, distributed
 
