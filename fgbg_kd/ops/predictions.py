@@ -188,9 +188,9 @@ def prediction_quality(
 
 
 def _anchors(generator: nn.Module, features: Sequence[Tensor], strides: Sequence[int]) -> list:
-    """Anchors of some of a detector's levels: to the others the generator sees empty maps."""
+    """Anchors of some of a detector's levels; at the others the generator sees a single cell."""
     maps = dict(zip(strides, features))
-    levels = [maps.get(s, features[0][..., :0, :0]) for s in generator.strides]
+    levels = [maps.get(s, features[0][..., :1, :1]) for s in generator.strides]
     return [a for s, a in zip(generator.strides, generator(levels)) if s in maps]
 
 

@@ -283,6 +283,21 @@ def test_heads_that_differ_are_compared_by_the_best_anchor_of_each_class():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_detector_may_have_more_levels_than_are_compared():
+    one = detector("RetinaNet", [32, 64], 5)
+    box = torch.tensor([[3.0, 3, 30, 40]], device=DEVICE)
+    cells = split([box, box], [(40, 48)] * 2, [(3, 3)], [16], impl="torch")
+    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    outputs = [predictions(one, [(3, 3)], False, torch.float32, seed) for seed in (0, 50)]
+    plain, fused = (
+        compare_predictions(*outputs, (one, one), cells, classes, [16], impl=impl)
+        for impl in ("torch", "triton")
+    )
+    assert plain.student_quality[cells.foreground].max() > 0
+    for expected, got in zip(plain, fused):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_box_coding_that_the_kernel_does_not_know_is_decoded_by_the_detector():
     class Halved:
         def apply_deltas(self, deltas, boxes):
