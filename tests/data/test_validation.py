@@ -174,6 +174,24 @@ def test_only_crowds(data):
         data.register()
 
 
+def test_ignore_which_detectron2_does_not_know(data):
+    data.content["annotations"][1]["ignore"] = 1
+    with pytest.raises(DataError, match=r'1 annotations with "ignore".*iscrowd.*\(ids 2\)'):
+        data.register()
+
+
+def test_a_test_set_without_ground_truth_is_taken(data):
+    del data.content["annotations"]
+    data.register("TEST")
+    assert len(DatasetCatalog.get(str(data.folder))) == 4
+
+
+def test_polygons_of_two_points_lose_their_object(data):
+    data.content["annotations"][0]["segmentation"] = [[1, 1, 9, 9]]
+    samples = data.samples()
+    assert [len(samples[i]["instances"]) for i in range(4)] == [0, 0, 2, 3]
+
+
 # --- the image files ---
 
 
