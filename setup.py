@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+EXPORT = ["onnx", "onnxruntime"]
+
 setup(
     name="fgbg_kd",
     version="0.1.0",
@@ -31,6 +33,8 @@ setup(
         # For tools/compare.py --errors, beside tidecv==1.0.1. That one is to be installed with
         # --no-deps: it asks for opencv-python, which would go over the OpenCV that is there.
         "analysis": ["appdirs", "pandas", "seaborn"],
-        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        # What tools/export.py writes and runs ONNX with.
+        "export": EXPORT,
+        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *EXPORT],
     },
 )

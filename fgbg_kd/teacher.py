@@ -55,7 +55,7 @@ def build_teacher(
         weights = _zoo_weights(config) if in_zoo else _named_weights(cfg)
     if not weights:
         raise TeacherError(
-            f"The teacher {config} has no weights: give its checkpoint as MODEL.KD.TEACHER.WEIGHTS."
+            f"{config} has no weights: give its checkpoint (MODEL.KD.TEACHER.WEIGHTS of a teacher)."
         )
     _load(detector, weights, config, sha256)
     detector.class_names = _class_names(detector, cfg, list(classes))
@@ -209,12 +209,11 @@ def _load(detector: nn.Module, weights: str, config: str, sha256: str) -> None:
     try:
         checkpointer.load(weights)
     except CheckpointError as error:
-        raise TeacherError(f"The teacher's weights: {error}") from error
+        raise TeacherError(f"The weights of {config}: {error}") from error
     except Exception as error:  # absent, unreachable: each kind of path has its own
         raise TeacherError(
-            f"The teacher's weights {weights} cannot be read ({error}). If they are on the "
-            "network, fetch them where there is one and give the file as "
-            "MODEL.KD.TEACHER.WEIGHTS."
+            f"The weights {weights} of {config} cannot be read ({error}). If they are on the "
+            "network, fetch them where there is one and give that file."
         ) from error
     report = checkpointer.report
     # Detectron2 kept these in its checkpoints once; the config says them.
@@ -229,7 +228,7 @@ def _load(detector: nn.Module, weights: str, config: str, sha256: str) -> None:
         faults.append(_listing("of another shape in the model", rows))
     if faults:
         raise TeacherError(
-            f"{weights} is not a checkpoint of the teacher {config}:\n  "
+            f"{weights} is not a checkpoint of {config}:\n  "
             + "\n  ".join(faults)
             + "\nGive the config that the checkpoint was trained with."
         )
@@ -238,7 +237,7 @@ def _load(detector: nn.Module, weights: str, config: str, sha256: str) -> None:
         raise TeacherError(_listing(f"{weights} has values that are not finite", bad))
     parameters = sum(p.numel() for p in detector.parameters())
     logger.info(
-        f"Teacher {config}: all {len(detector.state_dict())} tensors loaded from {weights}, "
+        f"{config}: all {len(detector.state_dict())} tensors loaded from {weights}, "
         f"{parameters / 1e6:.2f} M parameters."
     )
 

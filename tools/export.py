@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Writes a trained detector into an ONNX or TorchScript file, checks it, and times it.
+
+Examples:
+    tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
+        --output student.onnx
+    tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
+        --output student.onnx --int8 static --evaluate
+
+The file takes one image, uint8 RGB (H, W, 3) of any size, and gives boxes, scores and classes.
+--int8 writes a second one, student.int8.onnx. Needs `pip install -e '.[export]'`.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import _quiet  # noqa: F401
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.utils.logger import setup_logger
+
+from fgbg_kd import TeacherError, deploy
+from fgbg_kd.analysis import table
+from fgbg_kd.engine import FgBgTrainer, load_config
+from fgbg_kd.pair import channel_order
+
+
+def read(paths, about: dict) -> list[np.ndarray]:
+    return [deploy.resized(utils.read_image(str(p), "RGB"), about) for p in paths]
+
+
+def spread(name: str, count: int) -> list[str]:
+    """Images of a registered set, evenly over it."""
+    records = DatasetCatalog.get(name)
+    places = np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)
+    return [records[i]["file_name"] for i in places]
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(x.nbytes for x in model.state_dict().values())
+
+
+def average_precision(cfg, model) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = folder
+        cfg.INPUT.FORMAT = channel_order(model)
+        return FgBgTrainer.test(cfg, model)["bbox"]["AP"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the student")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="its model_final.pth")
+    parser.add_argument("--output", required=True, help="name.onnx, or name.pt for TorchScript")
+    parser.add_argument(
+        "--nms", choices=("inside", "outside"), default="inside", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--int8",
+        choices=("static", "dynamic"),
+        help="ranges of activations: from images of the training set, or anew in each image",
+    )
+    parser.add_argument("--calibration", type=int, default=64, help="so many images of it")
+    parser.add_argument(
+        "--images", nargs="+", metavar="FILE", help="to check it on; default: 8 of DATASETS.TEST"
+    )
+    parser.add_argument("--evaluate", action="store_true", help="AP of each on DATASETS.TEST")
+    args = parser.parse_args()
+    if args.int8 and not args.output.endswith(".onnx"):
+        parser.error("--int8 is for an --output in .onnx")
+    setup_logger(name="fgbg_kd")
+    setup_logger()
+
+    model, about = deploy.load_for_deployment(args.config_file, args.weights)
+    cfg = None
+    if args.evaluate or not args.images or args.int8 == "static":
+        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu"])
+    images = read(args.images or spread(cfg.DATASETS.TEST[0], 8), about)
+
+    deploy.export(model, about, args.output, images[0], nms_inside=args.nms == "inside")
+    exported = deploy.ExportedDetector(args.output)
+    found = deploy.agreement(model, exported, about, images)
+    print(
+        f"{args.output}: {found['detections']} detections by PyTorch in {len(images)} images, "
+        f"{found['partners']:.2%} of its and the file's have a partner; scores differ by up to "
+        f"{found['score']:.1e}, corners by up to {found['pixels']:.1e} pixels."
+    )
+    if found["partners"] < 0.99:
+        sys.exit(f"export: {args.output} does not do what PyTorch does: do not use it.")
+
+    models = {"PyTorch": model, args.output: exported}
+    if args.int8:
+        smaller = str(Path(args.output).with_suffix(".int8.onnx"))
+        calibration = None
+        if args.int8 == "static":
+            calibration = read(spread(cfg.DATASETS.TRAIN[0], args.calibration), about)
+        deploy.quantize(args.output, smaller, calibration)
+        models[smaller] = deploy.ExportedDetector(smaller)
+
+    rows, milliseconds = [], deploy.latency(models, about, images)
+    for name, detector in models.items():
+        size = os.path.getsize(name) if detector is not model else weight_bytes(model)
+        row = {"detector": name, "MB": f"{size / 1e6:.2f}"}
+        row["ms_per_image"] = f"{milliseconds[name]:.2f}"
+        if args.evaluate:
+            row["AP"] = f"{average_precision(cfg, detector):.2f}"
+        rows.append(row)
+    print(f"\n{torch.get_num_threads()} threads, NMS included\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (deploy.DeployError, TeacherError, ValueError) as error:
+        sys.exit(f"export: {error}")
