@@ -9,6 +9,7 @@ setup(
     "imitate the teacher's foreground, calibrate its background",
     author="the fgbg_kd authors",
     license="MIT",
+    package_data={"fgbg_kd": ["report.html"]},
     python_requires=">=3.10",
     packages=find_packages(include=["fgbg_kd", "fgbg_kd.*"]),
     install_requires=[
@@ -18,6 +19,8 @@ setup(
         "torch",
         "torchvision",
         "fvcore",
+        "jinja2",
+        "matplotlib",
         "numpy",
         "Pillow",
         "pycocotools",

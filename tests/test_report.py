@@ -1,0 +1,236 @@
+"""The page about finished runs: its numbers, its pictures, and what a browser draws of it."""
+
+import base64
+import json
+import math
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_cfg
+from detectron2.modeling import build_model
+
+from fgbg_kd import report
+from fgbg_kd.report import find_runs, image_scores, write_report
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+AP = {"teacher": 33.25, "plain/seed0": 4.5, "plain/seed1": 5.5, "distilled/seed0": 10.5,
+      "distilled/seed1": 12.5}  # fmt: skip
+GAINED, LOST = 3, 2
+
+
+def answers(coco, images):
+    """All objects of these images, found; of others nothing."""
+    truth = json.loads(Path(coco[0]).read_text())
+    objects = [a for a in truth["annotations"] if a["image_id"] in images]
+    return [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in objects
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, coco):
+    """A teacher, and two seeds of a plain and of a distilled student, as trainings leave them."""
+    base = tmp_path_factory.mktemp("runs")
+    for name, ap in AP.items():
+        folder = base / name
+        (folder / "inference").mkdir(parents=True)
+        cfg = tiny_cfg(coco, "reported")
+        cfg.SEED = int(name[-1]) if name[-1].isdigit() else 0
+        cfg.OUTPUT_DIR = str(folder)
+        torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
+        rows = [
+            {"iteration": i, "loss_cls": 2 - i / 50, "total_loss": 3.0} for i in range(0, 99, 20)
+        ]
+        if name.startswith("distilled"):
+            cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+            cfg.MODEL.KD.TEACHER.CONFIG = "<b>teacher</b>.yaml"
+            cfg.MODEL.KD.TEACHER.WEIGHTS = str(base / "teacher" / "model_final.pth")
+            rows = [{**r, "loss_kd_fg": 0.5, "kd/fg_gate": 0.4, "kd/bg_gate": 0.1} for r in rows]
+        metrics = {"AP": ap, "AP50": 2 * ap, "APl": math.nan, "AP-square": 7.25, "AP-stripe": 1.5}
+        rows.append({"iteration": 100, **{f"bbox/{k}": v for k, v in metrics.items()}})
+        (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+        (folder / "config.yaml").write_text(cfg.dump())
+        (folder / "log.txt").write_text(
+            "----------  -----------\nPyTorch     9.8.7 @/home/me/torch\n----------  -----------\n"
+        )
+        found = answers(coco, {GAINED} if name.startswith("distilled") else {LOST})
+        (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+    return base
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    said = []
+    write_report([runs], file, said.append)
+    assert any("latency" in text for text in said)
+    return file
+
+
+class Parser(HTMLParser):
+    """Rows of tables, texts, images and addresses."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.rows, self.images, self.addresses, self.text, self.tags = [], [], [], [], []
+        self.in_cell = False
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        attributes = dict(attributes)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+        if tag == "img":
+            self.images.append(attributes)
+        self.addresses += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        self.in_cell &= tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.in_cell:
+            self.rows[-1][-1] += data.strip()
+
+    def row(self, name):
+        return next(r for r in self.rows if r and r[0] == name)
+
+
+def test_runs_are_known_by_what_they_are(runs):
+    found = find_runs([runs])
+    assert [(r.role, r.group, r.seed) for r in found] == [
+        ("teacher", "teacher", 0),
+        ("plain", "plain", 0),
+        ("plain", "plain", 1),
+        ("distilled", "distilled", 0),
+        ("distilled", "distilled", 1),
+    ]
+    assert [r.folder for r in find_runs([runs / "plain" / "seed1", runs / "plain"])] == [
+        runs / "plain" / "seed0",
+        runs / "plain" / "seed1",
+    ]
+    with pytest.raises(ValueError, match="inference holds no run"):
+        find_runs([runs / "teacher" / "inference"])
+
+
+def test_the_page_has_the_numbers_of_the_runs(page):
+    html = Parser(page)
+    assert html.row("teacher")[1:4] == ["33.25", "–", "66.5"]
+    assert html.row("distilled")[1:4] == ["11.50", "10.5, 12.5", "23.0"]
+    assert html.row("distilled")[7] == "–"  # no large objects
+    parameters = sum(p.numel() for p in build_model(tiny_cfg()).parameters()) / 1e6
+    assert html.row("plain")[8] == f"{parameters:.3f}" and float(html.row("plain")[10]) > 0
+    assert html.row("square")[1:] == ["7.2", "7.2", "7.2"]
+    text = " ".join(html.text)
+    assert "+6.5 ± 6.4 AP" in text  # gains of 6 and 7: 12.706 * 0.7071 / 1.4142
+    assert html.row("PyTorch")[1:] == ["9.8.7"] * 3 and "/home/me" not in text
+    assert html.row("MODEL.META_ARCHITECTURE")[1:] == ["RetinaNet", "RetinaNet", "FgBgDistiller"]
+    assert html.row("MODEL.KD.TEACHER.CONFIG") == [
+        "MODEL.KD.TEACHER.CONFIG", "–", "–", "<b>teacher</b>.yaml"
+    ]  # fmt: skip
+    unread = ("SEED", "OUTPUT_DIR", "MODEL.KD.PKD.WEIGHT")
+    assert not any(r and r[0] in unread for r in html.rows)
+
+
+def test_the_page_has_every_curve_and_needs_no_network(page):
+    html = Parser(page)
+    for name in ("loss_cls", "loss_kd_fg", "total_loss", "kd/fg_gate", "kd/bg_gate", "bbox/AP"):
+        assert any(name == text.strip() for text in html.text), name
+    assert html.tags.count("svg") == 4  # classes, losses, gates, AP
+    assert "link" not in html.tags and "script" not in html.tags
+    assert all(a.startswith(("data:", "#")) for a in html.addresses)
+    assert "@import" not in page.read_text() and "url(http" not in page.read_text()
+
+
+def test_the_pictures_are_of_the_images_that_changed_most(page):
+    html = Parser(page)
+    assert [image["alt"] for image in html.images] == [
+        f"{GAINED}.png: F1 0.00 to 1.00 (+1.00)",
+        f"{LOST}.png: F1 1.00 to 0.00 (-1.00)",
+    ]
+    for image in html.images:
+        assert picture(image).shape[1] >= 4 * 270  # truth, teacher, plain, distilled
+
+
+def picture(image):
+    data = base64.b64decode(image["src"].partition("base64,")[2])
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+
+def test_the_score_of_an_image_by_hand(coco, tmp_path):
+    """Image 3 has three objects: one found, one found twice, one missed, and a faint false one."""
+    found = answers(coco, {3})
+    assert len(found) == 3
+    faint = {**found[0], "bbox": [0, 0, 5, 5], "score": 0.2}
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps([found[0], found[1], found[1], faint]))
+    scores = image_scores(Path(coco[0]), file)
+    assert scores[3] == pytest.approx(2 * 2 / (2 + 1 + 3))
+    assert scores[0] == 1.0 and scores[1] == 0.0  # none there, none found; one there
+    file.write_text(json.dumps([faint]))
+    assert image_scores(Path(coco[0]), file)[3] == 0.0
+
+
+def test_the_page_has_the_kinds_of_errors(page):
+    pytest.importorskip("tidecv")
+    html = Parser(page)
+    header = next(r for r in html.rows if "FalseNeg" in r)
+    distilled = [r for r in html.rows if len(r) == len(header) and r[0] == "distilled"]
+    errors = dict(zip(header[1:], map(float, distilled[0][1:])))
+    assert errors["Cls"] == errors["Loc"] == errors["FalsePos"] == 0  # what it found was right
+    assert errors["Miss"] > 10
+
+
+def test_a_page_without_checkpoints_and_detections_says_so(runs, tmp_path):
+    for name in ("plain/seed0", "distilled/seed0"):
+        shutil.copytree(runs / name, tmp_path / name)
+        (tmp_path / name / "model_final.pth").unlink()
+        shutil.rmtree(tmp_path / name / "inference")
+    write_report([tmp_path], tmp_path / "report.html", print)
+    html = Parser(tmp_path / "report.html")
+    assert html.row("plain")[8:] == ["–"] * 3 and html.images == []
+    assert any("No pictures: the detections" in text for text in html.text)
+
+
+def test_long_curves_are_thinned_by_means():
+    points = [(i, i % 2) for i in range(10000)]
+    thinned = report._thinned(points)
+    assert len(thinned) == 400 and np.allclose(thinned[:, 1], 0.5, atol=0.03)
+    assert np.array_equal(report._thinned(points[:7]), points[:7])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_draws_it_from_disk(page, tmp_path):
+    shot = tmp_path / "page.png"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,4000"]
+    subprocess.run(
+        [*command, f"--screenshot={shot}", page.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    drawn = cv2.imread(str(shot))
+    for color in ("#555555", "#0072B2", "#D55E00"):  # teacher, plain, distilled: bars and curves
+        bgr = [int(color[i : i + 2], 16) for i in (5, 3, 1)]
+        assert (np.abs(drawn.astype(int) - bgr).max(-1) < 6).sum() > 2000, color
+    html = Parser(page)
+    for image in html.images:
+        wanted = picture(image)
+        wide = min(wanted.shape[1], 1120)
+        scale = wide / wanted.shape[1]
+        wanted = cv2.resize(wanted, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        match = cv2.matchTemplate(drawn, wanted, cv2.TM_CCOEFF_NORMED)
+        assert match.max() > 0.95
