@@ -45,6 +45,8 @@ def main_lazy(args):
 
 
 def main_yaml(args):
+    if args.eval_only:  # the checkpoint holds what the backbone would start from
+        args.opts += ["MODEL.TIMM.WEIGHTS", ""]
     cfg = load_config(args.config_file, args.opts, args.resume)
     prepare(cfg, cfg.OUTPUT_DIR, args)
     if args.eval_only:  # the student alone: no teacher is built
