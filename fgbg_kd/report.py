@@ -244,6 +244,8 @@ def _results(groups, say) -> dict:
 def _load(run: Run):
     """Config and detector of a run; None where its checkpoint or its data are not there."""
     weights = run.folder / "model_final.pth"
+    if not any("total_loss" in row for row in run.rows):  # an evaluation of another's weights
+        weights = weights if weights.is_file() else Path(run.config.get("MODEL.WEIGHTS", ""))
     if not weights.is_file() or not run.config:
         return None
     try:
@@ -407,9 +409,10 @@ def image_scores(truth: Path, detections: Path) -> dict[int, float]:
 
 
 def _pictures(groups, plain: str | None, say, count: int = 3):
-    """By title and caption, the images of the largest gains and losses of the first distilled run
-    over the plain one of its seed, drawn; and a note."""
-    distilled = next((m[0] for m in groups.values() if m[0].role == DISTILLED), None)
+    """Drawn, by title and caption: the images that gained and lost most, from the plain run to the
+    first of the best distilled group, of one seed; and a note."""
+    ways = [members for members in groups.values() if members[0].role == DISTILLED]
+    distilled = max(ways, key=lambda m: _mean(m, "AP") or 0)[0] if ways else None
     if plain is None or distilled is None:
         return {}, "No pictures: they need a plain and a distilled run."
     before = next((r for r in groups[plain] if r.seed == distilled.seed), groups[plain][0])

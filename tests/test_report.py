@@ -204,6 +204,28 @@ def test_a_page_without_checkpoints_and_detections_says_so(runs, tmp_path):
     assert any("No pictures: the detections" in text for text in html.text)
 
 
+def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
+    """A teacher that was only evaluated; of the ways to distil, pictures of the best."""
+    shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
+    for name, ap in (("CWD", 5.0), ("FgBg", 9.0)):
+        folder = shutil.copytree(runs / "distilled" / "seed0", tmp_path / name / "seed0")
+        (folder / "metrics.json").write_text(json.dumps({"iteration": 9, "bbox/AP": ap}))
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    cfg = tiny_cfg()
+    cfg.merge_from_file(runs / "teacher" / "config.yaml")
+    cfg.MODEL.WEIGHTS = str(runs / "teacher" / "model_final.pth")
+    (teacher / "config.yaml").write_text(cfg.dump())
+    (teacher / "done.json").write_text(json.dumps({"AP": 31.25, "APl": None, "memory_mb": 1}))
+    write_report([tmp_path], tmp_path / "report.html", print)
+    html = Parser(tmp_path / "report.html")
+    row = html.row("teacher")
+    assert row[1] == "31.25" and row[7] == "–" and float(row[8]) > 0
+    text = " ".join(html.text)
+    assert "FgBg against plain, seed 0: better on 1, worse on 1 of 12 images" in text
+    assert "+4.5 AP" in text and "+0.5 AP" in text and "one seed" in text
+
+
 def test_long_curves_are_thinned_by_means():
     points = [(i, i % 2) for i in range(10000)]
     thinned = report._thinned(points)

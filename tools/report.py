@@ -14,15 +14,11 @@ name it, seen from here.
 import argparse
 import logging
 import sys
-import warnings
 from pathlib import Path
 
-# TorchScript's notices about what Detectron2 calls would hide the progress.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+import _quiet  # noqa: F401
 
-from fgbg_kd.report import write_report  # noqa: E402
+from fgbg_kd.report import write_report
 
 
 def main() -> None:
@@ -40,7 +36,5 @@ if __name__ == "__main__":
     logging.getLogger("fgbg_kd.engine").setLevel(logging.ERROR)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
     except ValueError as error:
         sys.exit(f"report: {error}")

@@ -19,26 +19,22 @@ real feature vectors that softmax and KL take for nearly the same, though they p
 import argparse
 import logging
 import sys
-import warnings
 from pathlib import Path
 
-# TorchScript's notices about what Detectron2 calls would hide the progress.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+import _quiet  # noqa: F401
+import cv2
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from tqdm import tqdm
 
-import cv2  # noqa: E402
-from detectron2.config import instantiate  # noqa: E402
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog  # noqa: E402
-from detectron2.data.detection_utils import build_augmentation  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from fgbg_kd import FgBgDistiller, TeacherError  # noqa: E402
-from fgbg_kd.analysis import pick  # noqa: E402
-from fgbg_kd.checkpoint import CheckpointError  # noqa: E402
-from fgbg_kd.engine import build_lazy, load_config, load_lazy_config  # noqa: E402
-from fgbg_kd.observation import collect, draw_observation  # noqa: E402
-from fgbg_kd.visualization import cell_maps, detect, draw, load_student  # noqa: E402
+from fgbg_kd import FgBgDistiller, TeacherError
+from fgbg_kd.analysis import pick
+from fgbg_kd.checkpoint import CheckpointError
+from fgbg_kd.engine import build_lazy, load_config, load_lazy_config
+from fgbg_kd.observation import collect, draw_observation
+from fgbg_kd.visualization import cell_maps, detect, draw, load_student
 
 FITTED_ON = 64  # images for the adapters of a student that has none
 
@@ -150,12 +146,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
     logging.getLogger("fgbg_kd").setLevel(logging.ERROR)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
     except (CheckpointError, TeacherError, ValueError) as error:
         sys.exit(f"visualize: {error}")
     except cv2.error as error:
