@@ -249,3 +249,18 @@ def test_the_readmes_python_config_and_command_are_read(tmp_path):
     assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
     assert instantiate(student_model(cfg.model)).num_classes == 80
     assert cfg.dataloader.test.mapper.image_format == "BGR"
+
+
+def test_pictures_are_drawn_by_a_python_config(config, tmp_path, monkeypatch):
+    student = instantiate(student_model(load_lazy_config(config).model))
+    torch.save({"model": student.state_dict()}, tmp_path / "student.pth")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import visualize
+
+    arguments = ["--weights", str(tmp_path / "student.pth"), "--image", "1.png"]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["visualize.py", "--config-file", config, *arguments, "--output", str(tmp_path / "seen")],
+    )
+    visualize.main()
+    assert [p.name for p in (tmp_path / "seen").iterdir()] == ["1.png"]
