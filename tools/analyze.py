@@ -13,6 +13,7 @@ import argparse
 import sys
 import warnings
 
+import _quiet  # noqa: F401
 import torch
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

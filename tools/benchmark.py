@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import _quiet  # noqa: F401
 import torch
 from torch.profiler import ProfilerActivity, profile
 

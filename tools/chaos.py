@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import _quiet  # noqa: F401
 import torch
 
 TRAIN = Path(__file__).with_name("train_net.py")

@@ -30,6 +30,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 
+import _quiet  # noqa: E402, F401
 import detectron2  # noqa: E402
 import torch  # noqa: E402
 

@@ -17,6 +17,8 @@ import time
 import warnings
 from pathlib import Path
 
+import _quiet  # noqa: F401
+
 # TorchScript's notices about what Detectron2 calls would hide the progress.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")

@@ -15,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import _quiet  # noqa: F401
 import cv2
 import numpy as np
 

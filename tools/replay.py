@@ -7,6 +7,7 @@ Example:
 
 import argparse
 
+import _quiet  # noqa: F401
 import torch
 from detectron2.utils.events import EventStorage
 

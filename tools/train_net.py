@@ -6,6 +6,7 @@ Examples:
     tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=2
 """
 
+import _quiet  # noqa: F401
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm

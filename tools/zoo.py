@@ -15,6 +15,7 @@ import re
 import statistics
 from pathlib import Path
 
+import _quiet  # noqa: F401
 import yaml
 
 from fgbg_kd.analysis import table

@@ -1,0 +1,191 @@
+"""What README, docs and --help print is what the tools take."""
+
+import argparse
+import functools
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import save_teacher, tiny_cfg
+
+from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.config import merge_overrides
+
+ROOT = Path(__file__).parents[1]
+TOOLS = sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py"))
+DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+class Parsed(BaseException):
+    """Carries what a tool's own parser made of a command line; the tool goes no further."""
+
+
+def parse(monkeypatch, tool: str, arguments: list[str]) -> argparse.Namespace:
+    original = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        raise Parsed(original(self, *args, **kwargs))
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [tool, *arguments])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        try:
+            runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+        except Parsed as parsed:
+            return parsed.args[0]
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+    raise AssertionError(f"{tool} parses nothing")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def lines(text: str) -> list[str]:
+    """Command lines, those that go over several joined, without comments."""
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
+    return [x for x in (re.sub(r"\s+# .*|^#.*", "", x).strip() for x in joined.splitlines()) if x]
+
+
+@functools.cache
+def commands() -> list[tuple[str, str]]:
+    """Every command of the documents and of the tools' own examples, with its place."""
+    found = [(d, x) for d in DOCUMENTS for b in blocks(d, "bash") for x in lines(b)]
+    for d in DOCUMENTS:  # those inside of a sentence, but not those with [options]
+        prose = re.sub(r"```.*?```", "", (ROOT / d).read_text(), flags=re.DOTALL)
+        inline = [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", prose)]
+        found += [(d, x) for x in inline if re.match(r"(\S*python )?tools/\w+\.py ", x)]
+    for tool in TOOLS:
+        doc = (ROOT / "tools" / tool).read_text().split('"""')[1].replace("\\\\", "\\")
+        examples = re.sub(r" {3,}(?=\S).*| {4,}.*$", "", "\n".join(map(str.strip, lines(doc))))
+        pattern = r"^(?:example: )?(?:\S*python )?(tools/\S+\.py\b.*?)(?: {3,}.*)?$"
+        mine = re.findall(pattern, examples, re.MULTILINE)
+        assert any(x.split()[0] == f"tools/{tool}" for x in mine), f"{tool} has no example"
+        found += [(tool, x) for x in mine]
+    return [(place, x) for place, x in found if "[" not in x and "..." not in x.split()]
+
+
+def check_config(path: str) -> None:
+    """A path of this repository must be there; names of the reader's own files are free."""
+    if path.startswith("configs/"):
+        assert (ROOT / path).is_file(), path
+
+
+def check_overrides(opts: list[str]) -> None:
+    assert len(opts) % 2 == 0, opts
+    values = ["0.5" if v == "..." else v for v in opts]
+    merge_overrides(get_fgbg_kd_cfg(), values)
+
+
+def test_every_command_is_one_that_its_tool_takes(monkeypatch):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    seen = set()
+    for place, command in commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert words[1] in targets, (place, command)
+            continue
+        if words[:2] == ["pip", "install"] or words[1:4] == ["-m", "pip", "install"]:
+            continue
+        if re.match(r"export \w+=|\w+=\$\(", command):
+            continue  # the shell's own
+        while words and not re.fullmatch(r"tools/\w+\.py", words[0]):  # python, torchrun --x 1
+            words = words[1:]
+        assert words, (place, command)
+        tool = words[0].split("/")[1]
+        assert tool in TOOLS, (place, command)
+        seen.add(tool)
+        try:
+            args = parse(monkeypatch, tool, words[1:])
+        except SystemExit as error:
+            raise AssertionError(f"{place}: {command}") from error
+        check_config(getattr(args, "config_file", None) or "")
+        given = (getattr(args, name, None) for name in ("opts", "set"))
+        opts = [x for values in given if isinstance(values, list) for x in values]
+        if not str(getattr(args, "config_file", "")).endswith(".py"):
+            check_overrides(opts)
+    assert seen == set(TOOLS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_yaml_has_keys_that_exist(document):
+    for block in blocks(document, "yaml"):
+        content = yaml.safe_load(block)
+        base = content.pop("_BASE_", None)
+        assert base is None or isinstance(base, str)
+        known = get_fgbg_kd_cfg()
+
+        def check(node, known, block=block):
+            for key, value in node.items():
+                assert key in known, (document, key, block)
+                if isinstance(value, dict):
+                    check(value, known[key])
+
+        check(content, known)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_to_a_file_leads_there(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_has_an_example(tool, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, tool, ["--help"])
+    assert stop.value.code == 0
+    assert f"tools/{tool}" in capsys.readouterr().out.split("usage:")[1].split("\n", 1)[1]
+
+
+def test_the_api_page_is_up_to_date():
+    import make_api_docs
+
+    assert make_api_docs.PAGE.read_text() == make_api_docs.page(), "run tools/make_api_docs.py"
+
+
+@pytest.mark.parametrize("moment", ("importing", "training"))
+def test_ctrl_c_ends_training_without_a_stack_trace(moment, coco, tmp_path):
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = save_teacher(tmp_path)
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    cfg.DATALOADER.NUM_WORKERS = 1  # which gets the signal, too
+    config = tmp_path / "distilled.yaml"
+    config.write_text(cfg.dump())
+    tool = str(ROOT / "tools" / "train_net.py")
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-u", tool, "--config-file", str(config)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        written = tmp_path / "run" / "metrics.json"
+        until = time.monotonic() + 60
+        begin = time.monotonic()
+        while process.poll() is None and time.monotonic() < until:
+            if moment == "training" and written.exists() and written.stat().st_size:
+                break
+            if moment == "importing" and time.monotonic() - begin > 0.7:
+                break
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == -signal.SIGINT
+    text = (tmp_path / "log.txt").read_text()
+    assert text.endswith("stopped\n")
+    assert "Traceback" not in text
