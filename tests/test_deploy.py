@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,17 +222,22 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
     (torch_ap,), (file_ap,) = ([float(r[-2])] for r in rows[-2:])
     assert torch_ap == file_ap
 
+    folder = tmp_path / "photos"
+    shutil.copytree(coco[1], folder)
+    shutil.copytree(coco[1], folder / "more")  # names that are there twice
+
     film = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
     for seed in range(2):
         writer.write(photo(64, 80, seed))
     writer.release()
     out = tmp_path / "predictions"
-    run("predict.py", file, coco[1], film, "--json", results, "--score", "0.1", "--output", out)
+    run("predict.py", file, folder, film, "--json", results, "--score", "0.1", "--output", out)
     found = json.loads(results.read_text())
     assert {f"film.avi:{i}" for i in range(2)} <= {r["image_id"] for r in found}
     assert set(range(12)) & {r["image_id"] for r in found}
     assert {r["category_id"] for r in found} == {1, 2}
     assert min(r["score"] for r in found) >= 0.1
-    assert {p.name for p in out.iterdir()} == {*(f"{i}.png" for i in range(12)), "film.mp4"}
+    assert {p.name for p in out.glob("*.*")} == {*(f"{i}.png" for i in range(12)), "film.mp4"}
+    assert len(list(out.glob("more/*.png"))) == 12
     assert cv2.VideoCapture(str(out / "film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2

@@ -158,6 +158,14 @@ def test_the_api_page_is_up_to_date():
     assert make_api_docs.PAGE.read_text() == make_api_docs.page(), "run tools/make_api_docs.py"
 
 
+@pytest.mark.parametrize("tool", [t for t in TOOLS if t != "install_detectron2.py"])
+def test_no_slow_import_comes_before_that_of_quiet(tool):
+    text = (ROOT / "tools" / tool).read_text()
+    modules = re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)
+    before = modules[: modules.index("_quiet")]
+    assert set(before) <= sys.stdlib_module_names
+
+
 @pytest.mark.parametrize("moment", ("importing", "training"))
 def test_ctrl_c_ends_training_without_a_stack_trace(moment, coco, tmp_path):
     cfg = tiny_cfg(coco)

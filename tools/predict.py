@@ -23,12 +23,15 @@ from fgbg_kd import TeacherError, deploy
 
 
 def files(paths: list[Path]):
-    """Images and videos, those of folders included."""
+    """Images and videos, and the images of folders, each with its place in the output."""
     for path in paths:
         if not path.exists():
             raise deploy.DeployError(f"{path}: there is no such file or folder.")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        yield from (p for p in inside if p.is_file() and (p == path or is_image(p)))
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.is_file() and is_image(p))
+            yield from ((p, p.relative_to(path)) for p in inside)
+        else:
+            yield path, Path(path.name)
 
 
 def is_image(path: Path) -> bool:
@@ -90,7 +93,7 @@ def main() -> None:
         images, detections = images + 1, detections + len(found)
         return deploy.draw(found, about, image)[:, :, ::-1] if output else None
 
-    for path in files(args.inputs):
+    for path, place in files(args.inputs):
         if is_image(path):
             image = cv2.imread(str(path))
             if image is None:
@@ -100,7 +103,8 @@ def main() -> None:
                 int(path.stem) if path.stem.isdigit() else path.name,
             )
             if output:
-                cv2.imwrite(str(output / path.name), drawn)
+                (output / place).parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(output / place), drawn)
             progress(f"{images} images, {detections} detections: {path}")
             continue
         video, writer = Video(path), None
