@@ -362,7 +362,7 @@ def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
         return True
 
     @settings(
-        max_examples=1_000, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+        max_examples=1_000, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
     )
     @given(cases=st.lists(CHANGES, min_size=10, max_size=10))
     def fuzz(cases):
