@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .checkpoint import CheckpointError, SafeCheckpointer
-from .config import get_fgbg_kd_cfg, merge_yaml, student_config, student_model
+from .config import get_fgbg_kd_cfg, student_config, student_model
+from .config_files import merge_yaml
 from .data import training_classes
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import yaml
 from conftest import save_teacher, tiny_cfg
 
 from fgbg_kd import get_fgbg_kd_cfg
-from fgbg_kd.config import merge_overrides
+from fgbg_kd.config_files import merge_overrides
 
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py"))

@@ -15,7 +15,8 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import get_fgbg_kd_cfg, merge_overrides, merge_yaml
+from ..config import get_fgbg_kd_cfg
+from ..config_files import merge_overrides, merge_yaml
 from ..data import NamingMapper, check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
 from ..pair import channel_order

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fgbg_kd import get_fgbg_kd_cfg
-from fgbg_kd.config import ConfigError, merge_overrides, merge_yaml
+from fgbg_kd.config_files import ConfigError, merge_overrides, merge_yaml
 from fgbg_kd.engine import load_config
 
 
