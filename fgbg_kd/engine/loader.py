@@ -7,6 +7,7 @@ would be wrong, since the loading processes are some batches ahead of the traini
 import contextlib
 import itertools
 import random
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -76,6 +77,7 @@ class ResumableLoader:
             batch_sampler=itertools.islice(self._batches(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
+            worker_init_fn=_leave_interrupts_to_the_training,
             generator=torch.Generator(),  # or it would draw from the training's numbers
         )
 
@@ -88,6 +90,11 @@ class ResumableLoader:
             if len(bucket) == self.batch_size:
                 yield bucket[:]
                 bucket.clear()
+
+
+def _leave_interrupts_to_the_training(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: loading ones end with the training, silent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _SeededDataset(Dataset):
