@@ -20,7 +20,7 @@ from .checkpoint import CheckpointError
 from .distiller import FgBgDistiller, run_dense
 from .gate import teacher_gate
 from .methods import Batch, DenseOutput, FgBg
-from .ops import BACKGROUND, Split, compare_predictions, cosine_similarity, pack
+from .ops import BACKGROUND, Split, cosine_similarity
 from .pair import channel_order
 from .teacher import ReportingCheckpointer
 
@@ -87,17 +87,7 @@ def cell_maps(
         cosine = torch.cat([cosine_similarity(s, t).flatten(1) for s, t in levels], dim=1)
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
-    found = compare_predictions(
-        student,
-        teacher,
-        batch.detectors,
-        cells,
-        pack(batch.gt_classes),
-        batch.strides,
-        same_anchors=batch.same_anchors,
-        kl=option["kl"],
-        temperature=option["temperature"],
-    )
+    found = batch.compare(cells, kl=option["kl"], temperature=option["temperature"])
     off = option["gate"] == "off"
     gate = teacher_gate(
         found.student_quality,

@@ -11,16 +11,11 @@ NMS has little to do.
 
 import argparse
 import sys
-import warnings
 
 import _quiet  # noqa: F401
 import torch
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
-
-from fgbg_kd.analysis import cost, detectors_of, table  # noqa: E402
+from fgbg_kd.analysis import cost, detectors_of, table
 
 
 def main() -> None:

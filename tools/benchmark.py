@@ -16,7 +16,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for the memory of the kernels on the CPU
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 from detectron2 import model_zoo  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402

@@ -22,19 +22,14 @@ import platform
 import re
 import signal
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-# TorchScript's notices about what Detectron2 calls would hide the progress.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+import _quiet  # noqa: F401
+import detectron2
+import torch
 
-import _quiet  # noqa: E402, F401
-import detectron2  # noqa: E402
-import torch  # noqa: E402
-
-from fgbg_kd.comparison import (  # noqa: E402
+from fgbg_kd.comparison import (
     PLAIN,
     TEACHER,
     fill,
@@ -44,11 +39,11 @@ from fgbg_kd.comparison import (  # noqa: E402
     method_overrides,
     plot,
 )
-from fgbg_kd.config import method_options  # noqa: E402
-from fgbg_kd.engine import load_config, read_config  # noqa: E402
-from fgbg_kd.errors import run_errors, tide  # noqa: E402
-from fgbg_kd.methods import METHOD_REGISTRY  # noqa: E402
-from fgbg_kd.runs import RunError, Runner  # noqa: E402
+from fgbg_kd.config import method_options
+from fgbg_kd.engine import load_config, read_config
+from fgbg_kd.errors import run_errors, tide
+from fgbg_kd.methods import METHOD_REGISTRY
+from fgbg_kd.runs import RunError, Runner
 
 
 def folder_name(text: str) -> str:
@@ -233,7 +228,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
     logging.getLogger("fgbg_kd").setLevel(logging.ERROR)  # each run's own log has its notices
     try:
         main()

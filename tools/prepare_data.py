@@ -14,14 +14,9 @@ Running it again with the same options changes nothing.
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import _quiet  # noqa: F401
-
-# TorchScript's notices about what Detectron2 calls would hide the progress.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 
 
 def progress(label, done, total):

@@ -12,20 +12,14 @@ import argparse
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import _quiet  # noqa: F401
 import cv2
 import numpy as np
+from detectron2.data import DatasetCatalog
 
-# TorchScript's notices about what Detectron2 calls would hide the progress.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-
-from detectron2.data import DatasetCatalog  # noqa: E402
-
-from fgbg_kd.analysis import (  # noqa: E402
+from fgbg_kd.analysis import (
     cost,
     draw_side_by_side,
     load_detector,
@@ -33,8 +27,8 @@ from fgbg_kd.analysis import (  # noqa: E402
     read_input,
     table,
 )
-from fgbg_kd.engine import load_config  # noqa: E402
-from fgbg_kd.runs import RunError, Runner  # noqa: E402
+from fgbg_kd.engine import load_config
+from fgbg_kd.runs import RunError, Runner
 
 TOOLS = Path(__file__).parent
 CONFIGS = TOOLS.parent / "configs" / "quickstart"

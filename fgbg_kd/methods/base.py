@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import DenseOutput, Split, split
+from ..ops import Comparison, DenseOutput, Split, compare_predictions, pack, split
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
@@ -47,6 +47,19 @@ class Batch(NamedTuple):
             self.strides,
             assign=assign,
             normalize=normalize,
+        )
+
+    def compare(self, cells: Split, **options) -> Comparison:
+        """Both predictions, cell by cell: :func:`fgbg_kd.ops.compare_predictions`, its options."""
+        return compare_predictions(
+            self.student,
+            self.teacher,
+            self.detectors,
+            cells,
+            pack(self.gt_classes),
+            self.strides,
+            same_anchors=self.same_anchors,
+            **options,
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gate import teacher_gate
-from ..ops import compare_predictions, cosine_loss, pack
+from ..ops import cosine_loss
 from .base import METHOD_REGISTRY, Batch, Method, build_adapters, safe, world_mean
 
 _CHOICES = {
@@ -107,14 +107,8 @@ class FgBg(Method):
         cells = batch.split(self.assign, self.normalize)
         gate = (cells.foreground | cells.background).float()  # (N, R)
         if self.needs_logits:
-            compared = compare_predictions(
-                student,
-                teacher,
-                batch.detectors,
+            compared = batch.compare(
                 cells,
-                pack(batch.gt_classes),
-                batch.strides,
-                same_anchors=batch.same_anchors,
                 kl=self.kl if self.bg_weight > 0 else None,
                 temperature=self.temperature,
                 quality=self.needs_boxes,
