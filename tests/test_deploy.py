@@ -197,6 +197,22 @@ def test_weights_that_do_not_fill_the_detector_are_not_deployed(teacher_files, t
         deploy.load_for_deployment(str(config), teacher_files[1])
 
 
+def test_predict_never_writes_over_what_it_reads(tmp_path):
+    picture, film = tmp_path / "a.png", tmp_path / "film.mp4"
+    cv2.imwrite(str(picture), photo(8, 8))
+    film.write_bytes(b"film")
+    before = {p: p.read_bytes() for p in (picture, film)}
+    tool = [sys.executable, str(ROOT / "tools" / "predict.py"), "student.pt"]
+    for arguments in (
+        [tmp_path, "--output", tmp_path],
+        [film, "--output", tmp_path / "x" / ".."],
+        [picture, "--json", picture],
+    ):
+        done = subprocess.run([*tool, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode != 0 and "is an input: give another" in done.stderr
+    assert {p: p.read_bytes() for p in before} == before
+
+
 def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
     cfg = tiny_cfg(coco)
     model = detector(cfg)
@@ -221,6 +237,16 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
     rows = [line.split("|") for line in out.splitlines() if line.startswith("|")]
     (torch_ap,), (file_ap,) = ([float(r[-2])] for r in rows[-2:])
     assert torch_ap == file_ap
+
+    (tmp_path / "torn.png").write_bytes((Path(coco[1]) / "0.png").read_bytes()[:60])
+    command = [sys.executable, str(ROOT / "tools" / "predict.py"), str(file), f"{coco[1]}/1.png"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "torn.png"), "--json", str(results), "--score", "0.1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "is a damaged image" in done.stderr
+    assert {r["image_id"] for r in json.loads(results.read_text())} == {1}
 
     folder = tmp_path / "photos"
     shutil.copytree(coco[1], folder)

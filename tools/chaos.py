@@ -43,7 +43,7 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
 def kill(args) -> None:
     """Compares a run that is killed and resumed again and again with one that is not."""
     whole, killed = args.output_dir / "whole", args.output_dir / "killed"
-    shutil.rmtree(args.output_dir, ignore_errors=True)
+    shutil.rmtree(whole, ignore_errors=True)
     process = start(args, whole)
     starting = wait_for(process, lambda: begun(whole))
     training = wait_for(process, lambda: False)

@@ -34,6 +34,22 @@ def files(paths: list[Path]):
             yield path, Path(path.name)
 
 
+def target(output: Path, path: Path, place: Path) -> Path:
+    """Where an image, or the MP4 of a video, is drawn."""
+    return output / place if is_image(path) else output / f"{path.stem}.mp4"
+
+
+def check_not_overwritten(
+    inputs: list[tuple[Path, Path]], output: Path | None, results: Path | None
+) -> None:
+    """Nothing that is read is written over."""
+    sources = {path.resolve() for path, _ in inputs}
+    targets = [target(output, *pair) for pair in inputs] if output else []
+    for path in [*targets, *([results] if results else [])]:
+        if path.resolve() in sources:
+            raise deploy.DeployError(f"{path} is an input: give another --output or --json.")
+
+
 def is_image(path: Path) -> bool:
     return cv2.haveImageReader(str(path))
 
@@ -80,6 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     output = args.output or (None if args.json else Path("predictions"))
 
+    inputs = list(files(args.inputs))
+    check_not_overwritten(inputs, output, args.json)
     model, about = deploy.open_detector(args.detector, args.weights)
     if output:
         output.mkdir(parents=True, exist_ok=True)
@@ -93,32 +111,36 @@ def main() -> None:
         images, detections = images + 1, detections + len(found)
         return deploy.draw(found, about, image)[:, :, ::-1] if output else None
 
-    for path, place in files(args.inputs):
-        if is_image(path):
-            image = cv2.imread(str(path))
-            if image is None:
-                raise deploy.DeployError(f"{path} is a damaged image.")
-            drawn = see(
-                cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
-                int(path.stem) if path.stem.isdigit() else path.name,
-            )
-            if output:
-                (output / place).parent.mkdir(parents=True, exist_ok=True)
-                cv2.imwrite(str(output / place), drawn)
-            progress(f"{images} images, {detections} detections: {path}")
-            continue
-        video, writer = Video(path), None
-        for number, frame in enumerate(video):
-            drawn = see(frame, f"{path.name}:{number}")
-            if output:
-                size = drawn.shape[1], drawn.shape[0]
-                writer = writer or video.writer(output / f"{path.stem}.mp4", size)
-                writer.write(drawn)
-            progress(f"{path}: frame {number + 1} of {video.count}")
-        if writer:
-            writer.release()
-    if args.json:
-        args.json.write_text(json.dumps(rows))
+    try:
+        for path, place in inputs:
+            if is_image(path):
+                image = cv2.imread(str(path))
+                if image is None:
+                    raise deploy.DeployError(f"{path} is a damaged image.")
+                drawn = see(
+                    cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
+                    int(path.stem) if path.stem.isdigit() else path.name,
+                )
+                if output:
+                    drawn_to = target(output, path, place)
+                    drawn_to.parent.mkdir(parents=True, exist_ok=True)
+                    if not cv2.imwrite(str(drawn_to), drawn):
+                        raise deploy.DeployError(f"{drawn_to} cannot be written.")
+                progress(f"{images} images, {detections} detections: {path}")
+                continue
+            video, writer = Video(path), None
+            for number, frame in enumerate(video):
+                drawn = see(frame, f"{path.name}:{number}")
+                if output:
+                    size = drawn.shape[1], drawn.shape[0]
+                    writer = writer or video.writer(target(output, path, place), size)
+                    writer.write(drawn)
+                progress(f"{path}: frame {number + 1} of {video.count}")
+            if writer:
+                writer.release()
+    finally:  # a damaged file or Ctrl-C does not lose what was found before
+        if args.json:
+            args.json.write_text(json.dumps(rows))
     places = " and ".join(str(p) for p in (output, args.json) if p)
     progress(f"{images} images, {detections} detections: {places}", end=True)
 
