@@ -115,7 +115,9 @@ class FgBgTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
-        check_num_classes(cfg, detector_of(model).num_classes)
+        number = getattr(detector_of(model), "num_classes", None)
+        if number is not None:  # dense; of a two-stage teacher it stands in a head of its own
+            check_num_classes(cfg, number)
         return model
 
     @classmethod

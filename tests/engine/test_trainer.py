@@ -12,13 +12,14 @@ import timm
 import torch
 import yaml
 from conftest import CLASSES, make_batch, save_teacher, tiny_cfg
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from fgbg_kd import TeacherError
+from fgbg_kd import TeacherError, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
 
@@ -114,6 +115,7 @@ def test_the_checkpoint_is_the_plain_students(coco, distil_cfg, tmp_path):
 
 STOCK = """
 import sys, torch
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.config import get_cfg
@@ -182,6 +184,14 @@ def test_the_first_log_period_shows_losses_and_gate_shares(distil_cfg, tmp_path)
     rows = [json.loads(x) for x in (tmp_path / "kd" / "metrics.json").read_text().splitlines()]
     row = next(r for r in rows if "total_loss" in r)
     assert {"loss_kd_fg", "loss_kd_bg", "kd/fg_gate", "kd/bg_gate", "loss_cls"} <= row.keys()
+
+
+def test_a_two_stage_detector_is_built_as_well():
+    """To train it as a teacher."""
+    cfg = get_fgbg_kd_cfg()
+    cfg.merge_from_other_cfg(model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    assert type(FgBgTrainer.build_model(cfg)).__name__ == "GeneralizedRCNN"
 
 
 def test_adamw_if_asked_for(distil_cfg, tmp_path):
