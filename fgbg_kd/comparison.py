@@ -44,8 +44,6 @@ def method_overrides(cfg, spec: str) -> list[str]:
         found = [prefix + key for prefix in prefixes if prefix + key in keys]
         if not equals or not found:
             raise ValueError(f"{spec!r}: {option!r} is not KEY=VALUE with a key of {name}.")
-        if isinstance(keys[found[0]], float):
-            value = str(float(value))  # the config takes no 2 for 2.0
         overrides += [found[0], value]
     return overrides
 
@@ -87,8 +85,8 @@ def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def heading(title: str) -> str:
-    """The title of a comparison without where a machine keeps its teacher."""
-    return re.sub(r" MODEL\.KD\.TEACHER\.WEIGHTS \S+", "", title)
+    """The title of a comparison without the folders of a machine: of absolute paths, the names."""
+    return re.sub(r"(?<!\S)/\S*/", "", title)
 
 
 def markdown(methods: dict[str, dict]) -> str:
@@ -103,9 +101,10 @@ def markdown(methods: dict[str, dict]) -> str:
         rows = list(by_seed.values())
         ap = [r["AP"] for r in rows]
         sd = f"{statistics.stdev(ap):.2f}" if len(ap) > 1 else "–"
-        means = [_number(_mean(rows, m), 1) for m in METRICS[1:]]
+        means = [number(average(rows, m)) for m in METRICS[1:]]
         memory = "gpu_memory_mb" if rows[0]["gpu_memory_mb"] else "memory_mb"
-        cost = [_number(_median(rows, "seconds_per_step"), 3), _number(_median(rows, memory), 0)]
+        time, memory = (average(rows, k, statistics.median) for k in ("seconds_per_step", memory))
+        cost = [number(time, 3), number(memory, 0)]
         seeds = ", ".join(f"{v:.1f}" for v in ap) if len(ap) > 1 else "–"
         cells = [name, f"**{statistics.fmean(ap):.2f}**", sd, seeds, *means, *cost]
         lines.append("| " + " | ".join(cells) + " |")
@@ -125,7 +124,7 @@ def markdown(methods: dict[str, dict]) -> str:
             closed = "–"
             if gain and teacher and teacher > plain:
                 closed = f"{100 * gain[0] / (teacher - plain):.0f} %"
-            lines.append(f"| {name} | {_signed(gain)} | {_signed(ours)} | {closed} |")
+            lines.append(f"| {name} | {signed(gain)} | {signed(ours)} | {closed} |")
     lines += _error_table(methods)
     lines += ["", _footnote([r for by_seed in methods.values() for r in by_seed.values()])]
     return "\n".join(lines)
@@ -148,7 +147,7 @@ def _error_table(methods: dict[str, dict]) -> list[str]:
             cell = f"{statistics.fmean(values.values()):.1f}"
             if PLAIN in errors and name not in (PLAIN, TEACHER):
                 plain = {seed: e[kind] for seed, e in errors[PLAIN].items()}
-                cell += f" ({_signed(paired(values, plain))})"
+                cell += f" ({signed(paired(values, plain))})"
             cells.append(cell)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     explained = (
@@ -169,25 +168,24 @@ def _footnote(rows: list[dict]) -> str:
     )
 
 
-def _mean(rows: list[dict], key: str) -> float | None:
-    values = [r[key] for r in rows if r[key] is not None]
-    return statistics.fmean(values) if values else None
+def average(
+    rows: Sequence[dict], key: str, how: Callable[[list[float]], float] = statistics.fmean
+) -> float | None:
+    """Of a key over the rows that have it; None where none has."""
+    values = [r[key] for r in rows if r.get(key) is not None]
+    return how(values) if values else None
 
 
-def _median(rows: list[dict], key: str) -> float | None:
-    values = [r[key] for r in rows if r[key] is not None]
-    return statistics.median(values) if values else None
-
-
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _signed(difference: tuple[float, float | None] | None) -> str:
+def signed(difference: tuple[float, float | None] | None, digits: int = 2) -> str:
+    """What :func:`paired` found, as text."""
     if difference is None:
         return "–"
     mean, half = difference
-    return f"{mean:+.2f}" + (f" ± {half:.2f}" if half is not None else "")
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

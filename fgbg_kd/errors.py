@@ -1,7 +1,17 @@
-"""What kind of errors cost a detector how much AP: TIDE (Bolya et al., ECCV 2020), by tidecv."""
+"""Where a detector errs: what kinds of errors cost how much AP (TIDE: Bolya et al., ECCV 2020, by
+tidecv), and on which images."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from .records import write_whole
 
 # dAP50 if all errors of a kind were mended: class, place, both, duplicates, background taken for
 # an object, objects missed; then all false positives and all false negatives.
@@ -30,10 +40,14 @@ def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]
 
     Args:
         truth: COCO-format annotations.
-        results: COCO-format detections of the same images (COCOEvaluator writes them to
-            inference/coco_instances_results.json).
+        results: COCO-format detections of the same images (:func:`detections_of`).
+
+    Raises:
+        ValueError: tidecv is not installed, or there are no annotations.
     """
     tidecv, coco = tide(), json.loads(Path(truth).read_text())
+    if not coco.get("annotations"):
+        raise ValueError(f"{truth} has no annotations.")
     if not json.loads(Path(results).read_text()):  # tidecv divides by zero
         return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(("Miss", "FalseNeg"), 100.0)
     objects = tidecv.Data("truth", max_dets=100)  # tidecv's own reader asks for masks
@@ -51,15 +65,60 @@ def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]
     return {kind: round(float(errors[kind]), 4) for kind in KINDS}
 
 
-def run_errors(folder: Path) -> dict[str, float]:
-    """:func:`detection_errors` of a finished run (fgbg_kd.runs); kept in errors.json beside it."""
-    from detectron2.data import MetadataCatalog
+def truth_of(settings: dict) -> Path | None:
+    """COCO-format annotations of a run's test set; None where no one set's are known.
 
+    Args:
+        settings: its config, YAML's or Python's, as {"A.B.C": value}.
+    """
+    if settings.get("DATASETS.TEST_JSON"):
+        return Path(settings["DATASETS.TEST_JSON"])
+    names = settings.get("DATASETS.TEST") or settings.get("dataloader.test.dataset.names") or []
+    names = [names] if isinstance(names, str) else names
+    known = MetadataCatalog.get(names[0]).get("json_file") if len(names) == 1 else None
+    return Path(known) if known else None
+
+
+def detections_of(folder: Path) -> Path:
+    """Where Detectron2's COCOEvaluator leaves the detections of a run."""
+    return folder / "inference" / "coco_instances_results.json"
+
+
+def run_errors(folder: Path) -> dict[str, float]:
+    """:func:`detection_errors` of a finished run (fgbg_kd.runs); kept in errors.json beside it.
+
+    Raises:
+        ValueError: the annotations of its test set are not known.
+    """
     kept = folder / "errors.json"
     if not kept.is_file():
-        settings = json.loads((folder / "settings.json").read_text())
-        truth = settings["DATASETS.TEST_JSON"]
-        truth = truth or MetadataCatalog.get(settings["DATASETS.TEST"][0]).json_file
-        found = detection_errors(truth, folder / "inference" / "coco_instances_results.json")
-        kept.write_text(json.dumps(found))
+        truth = truth_of(json.loads((folder / "settings.json").read_text()))
+        if truth is None:
+            raise ValueError(f"{folder}: no COCO file is known of its test set: no kinds of errors")
+        write_whole(kept, json.dumps(detection_errors(truth, detections_of(folder))))
     return json.loads(kept.read_text())
+
+
+def image_scores(truth: Path, results: Path, score: float) -> dict[int, float]:
+    """F1 of each image: detections of a score of so much and more against objects, IoU over 0.5.
+
+    An image without objects has 1 if nothing is found in it, else 0.
+    """
+    found = [d for d in json.loads(results.read_text()) if d["score"] >= score]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        coco = COCO(str(truth))
+        evaluation = COCOeval(coco, coco.loadRes(found) if found else COCO(), "bbox")
+        parameters = evaluation.params
+        parameters.imgIds, parameters.catIds = sorted(coco.imgs), sorted(coco.cats)
+        parameters.iouThrs, parameters.maxDets = np.array([0.5]), [100]
+        parameters.areaRng, parameters.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+    counts = {image: np.zeros(3) for image in coco.imgs}  # matched, wrong, objects
+    for one in filter(None, evaluation.evalImgs):
+        matched, counted = one["dtMatches"][0] > 0, ~one["dtIgnore"][0].astype(bool)
+        objects = sum(1 for ignored in one["gtIgnore"] if not ignored)
+        counts[one["image_id"]] += [(matched & counted).sum(), (~matched & counted).sum(), objects]
+    return {
+        image: float(2 * right / (right + wrong + objects)) if wrong + objects else 1.0
+        for image, (right, wrong, objects) in counts.items()
+    }

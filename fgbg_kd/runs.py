@@ -1,7 +1,6 @@
 """Trainings as child processes: not repeated when done, gone on with when interrupted."""
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -16,11 +15,11 @@ import time
 from pathlib import Path
 
 from .config import get_fgbg_kd_cfg
+from .data.packages import sha256_of
 from .engine import read_config
 from .methods import METHOD_REGISTRY, FgBg
+from .records import read_rows, write_whole
 
-ROOT = Path(__file__).parents[1]
-TRAIN_NET = ROOT / "tools" / "train_net.py"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
 
@@ -35,10 +34,12 @@ class Runner:
     Left by whatever way, as a context manager, it takes its children with it.
 
     Args:
+        train_net: path of that script.
         threads: OMP_NUM_THREADS of a child; None: as the environment has it.
     """
 
-    def __init__(self, threads: int | None = None):
+    def __init__(self, train_net: Path, threads: int | None = None):
+        self.train_net = train_net
         self.environment = dict(os.environ)
         if threads:
             self.environment["OMP_NUM_THREADS"] = str(threads)
@@ -79,7 +80,8 @@ class Runner:
 
         Args:
             name: for the progress.
-            config, opts: YAML file and KEY VALUE overrides, for train_net.py.
+            config, opts: YAML file and KEY VALUE overrides, or Python file and KEY=VALUE, for
+                train_net.py.
             output: folder of the run. Of its checkpoints model_final.pth stays.
             reads: a checkpoint that the run depends on; its content is a part of the settings.
             eval_only: evaluates MODEL.WEIGHTS instead.
@@ -92,24 +94,31 @@ class Runner:
         Raises:
             RunError: other settings, already running, or the training failed.
         """
+        if not self.train_net.is_file():
+            raise RunError(f"{self.train_net}, which trains, is not there: work from the checkout.")
         output.mkdir(parents=True, exist_ok=True)
-        opts = [*opts, "OUTPUT_DIR", str(output)]
+        if str(config).endswith(".py"):
+            settings = python_settings(Path(config), opts, reads)
+            opts = [*opts, f"train.output_dir='{output}'"]
+        else:
+            opts = [*opts, "OUTPUT_DIR", str(output)]
+            settings = settings_of(read_config(str(config), opts), reads)
         with open(output / "train.txt", "a", buffering=1) as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{output}: another process is running this.") from None
-            _claim(output, settings_of(read_config(str(config), opts), reads))
+            _claim(output, settings)
             done = output / "done.json"
             if done.is_file():
                 return json.loads(done.read_text())
             about = {"commit": commit()}  # now: it may be another when the run ends
-            command = [sys.executable, str(TRAIN_NET), "--config-file", str(config)]
+            command = [sys.executable, str(self.train_net), "--config-file", str(config)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
             memory = self._follow(name, command, log)
         result = {**_measured(output), "memory_mb": memory, **about}
         _tidy(output)
-        done.write_text(json.dumps(result))
+        write_whole(done, json.dumps(result))
         return result
 
     def _follow(self, name: str, command: list[str], log) -> int:
@@ -182,7 +191,7 @@ def commit() -> str:
     """Commit of this package, with a + where tracked files differ from it; "" outside git."""
 
     def git(*arguments):
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
@@ -191,28 +200,32 @@ def commit() -> str:
 def settings_of(cfg, reads: Path | None = None) -> dict:
     """What the result of a run depends on: its config as {"A.B.C": value}, and a checkpoint's hash.
 
-    Keys that the run does not read are left out: MODEL.KD of a plain detector, the options of
-    other methods, and OUTPUT_DIR.
+    Keys that the run does not read, and OUTPUT_DIR, are left out.
     """
-    settings = flat(cfg)
-    unread = ["OUTPUT_DIR"]
-    if cfg.MODEL.META_ARCHITECTURE != "FgBgDistiller":
-        unread.append("MODEL.KD.")
-    else:
-        method = cfg.MODEL.KD.METHOD
-        peers = [name for name, _ in METHOD_REGISTRY if name not in ("FgBg", method)]
-        unread += [f"MODEL.KD.{name.upper()}." for name in peers]
-        if method != "FgBg":
-            unread += [f"MODEL.KD.{key.upper()}" for key in FgBg.options()]
-    settings = {k: v for k, v in settings.items() if not _named(k, unread)}
-    if reads:
-        settings["sha256 of the checkpoint"] = hashlib.sha256(reads.read_bytes()).hexdigest()
-    return json.loads(json.dumps(settings))  # tuples become lists, as in a file
+    settings = keys_read(flat(cfg))
+    del settings["OUTPUT_DIR"]
+    return json.loads(json.dumps(settings | _hash(reads)))  # tuples become lists, as in a file
 
 
-def _named(key: str, names: list[str]) -> bool:
-    """Whether the key is one of the names, or below one that ends in a dot."""
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+def python_settings(config: Path, opts: list[str], reads: Path | None = None) -> dict:
+    """:func:`settings_of` a run by a Python config: its overrides, and the hash of its file."""
+    overrides = {key: value.strip("'") for key, _, value in (x.partition("=") for x in opts)}
+    return {**overrides, "sha256 of the config": sha256_of(config), **_hash(reads)}
+
+
+def _hash(reads: Path | None) -> dict:
+    return {"sha256 of the checkpoint": sha256_of(reads)} if reads else {}
+
+
+def keys_read(settings: dict) -> dict:
+    """A config as {"A.B.C": value}, without MODEL.KD of a plain detector, and without the options
+    of methods that are not used."""
+    if settings.get("MODEL.META_ARCHITECTURE") != "FgBgDistiller":
+        return {k: v for k, v in settings.items() if not k.startswith("MODEL.KD.")}
+    method = settings.get("MODEL.KD.METHOD", "FgBg")  # runs of old have no key for it
+    others = tuple(f"MODEL.KD.{name.upper()}." for name, _ in METHOD_REGISTRY if name != method)
+    ours = [f"MODEL.KD.{key.upper()}" for key in FgBg.options()] if method != "FgBg" else []
+    return {k: v for k, v in settings.items() if not k.startswith(others) and k not in ours}
 
 
 def flat(node, prefix: str = "") -> dict:
@@ -234,7 +247,7 @@ def _claim(output: Path, settings: dict) -> None:
     if not kept.is_file():
         if (output / "metrics.json").exists():
             raise RunError(f"{output} holds a run of unknown settings: move it away.")
-        kept.write_text(json.dumps(settings, indent=1))
+        write_whole(kept, json.dumps(settings, indent=1))
         return
     old, default = json.loads(kept.read_text()), json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
     changes = [
@@ -250,18 +263,16 @@ def _claim(output: Path, settings: dict) -> None:
 
 
 def _measured(output: Path) -> dict:
-    """What train_net.py wrote about metrics, time and GPU memory."""
+    """What train_net.py wrote about metrics (of boxes, last), time and GPU memory."""
     text = (output / "train.txt").read_text(errors="replace")
-    found = re.findall(r"copypaste: ([\d.,nan-]+)$", text, flags=re.MULTILINE)
+    found = re.findall(r"Task: bbox$.*?copypaste: ([\d.,nan-]+)$", text, re.MULTILINE | re.DOTALL)
     if not found:
         raise RunError(f"{output / 'train.txt'} tells of no evaluation: is DATASETS.TEST empty?")
     values = {k: float(v) for k, v in zip(METRICS, found[-1].split(","))}
     values = {k: None if math.isnan(v) else v for k, v in values.items()}
     if values["AP"] is None:  # Detectron2's answer where nothing at all was detected
         values |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
-    metrics = output / "metrics.json"
-    rows = metrics.read_text().splitlines() if metrics.is_file() else []
-    times = [r["time"] for r in map(json.loads, rows) if "time" in r]
+    times = [r["time"] for r in read_rows(output / "metrics.json") if "time" in r]
     gpu = [int(v) for v in re.findall(r"max_mem: (\d+)M", text)]
     return {
         **values,

@@ -1,6 +1,5 @@
 """Comparisons: what a method's name means, the arithmetic of the table, and the tool itself."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,25 +18,38 @@ from fgbg_kd.comparison import (
     paired,
     plot,
 )
+from fgbg_kd.config_files import merge_overrides
+from fgbg_kd.data import register_datasets
+from fgbg_kd.engine import load_lazy_config, read_config
+from fgbg_kd.records import read_rows
+from fgbg_kd.runs import RunError
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def compare_tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import compare
+
+    return compare
 
 
 @pytest.mark.parametrize(
     "spec, expected",
     [
         ("plain", ["MODEL.META_ARCHITECTURE", "RetinaNet"]),
-        ("PKD WEIGHT=2", ["MODEL.KD.PKD.WEIGHT", "2.0"]),
+        ("PKD WEIGHT=2", ["MODEL.KD.PKD.WEIGHT", "2"]),
         ("PKD WARMUP_ITERS=5", ["MODEL.KD.WARMUP_ITERS", "5"]),
-        ("FgBg GATE=off BG_WEIGHT=0", ["MODEL.KD.GATE", "off", "MODEL.KD.BG_WEIGHT", "0.0"]),
-        ("FgBg SOLVER.BASE_LR=1", ["SOLVER.BASE_LR", "1.0"]),
+        ("FgBg GATE=off BG_WEIGHT=0", ["MODEL.KD.GATE", "off", "MODEL.KD.BG_WEIGHT", "0"]),
+        ("FgBg SOLVER.BASE_LR=1", ["SOLVER.BASE_LR", "1"]),
         ("plain SEED=3", ["SEED", "3"]),
     ],
 )
 def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
     overrides = method_overrides(distil_cfg, spec)
     assert overrides[-len(expected) :] == expected
-    distil_cfg.merge_from_list(overrides)
+    merge_overrides(distil_cfg, overrides)
     assert spec.startswith("plain") or distil_cfg.MODEL.KD.METHOD == spec.split()[0]
 
 
@@ -61,6 +73,11 @@ def test_differences_are_paired_by_seed():
     mean, half = paired(a, b)  # 1 and 3
     assert mean == 2 and half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))
     assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_the_footnote_names_every_commit():
+    rows = [row("plain", 0, 1.0, commit="abc"), row("plain", 1, 1.0, commit="def+")]
+    assert "commit abc, def+." in markdown(group(rows)["c.yaml"])
 
 
 def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
@@ -109,9 +126,12 @@ def test_the_table_by_hand(tmp_path):
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_heading_tells_no_machine_where_the_teacher_lies():
-    title = "c.yaml SEED 1 MODEL.KD.TEACHER.WEIGHTS /home/me/t.pth SOLVER.MAX_ITER 2"
-    assert heading(title) == "c.yaml SEED 1 SOLVER.MAX_ITER 2"
+def test_a_heading_tells_no_machines_folders():
+    title = (
+        "/home/me/c.yaml MODEL.KD.TEACHER.WEIGHTS /home/me/t.pth DATASETS.TEST_JSON data/val.json"
+    )
+    named = "c.yaml MODEL.KD.TEACHER.WEIGHTS t.pth DATASETS.TEST_JSON data/val.json"
+    assert heading(title) == named
 
 
 def test_a_document_gets_its_tables_and_keeps_the_rest():
@@ -123,10 +143,7 @@ def test_a_document_gets_its_tables_and_keeps_the_rest():
     assert fill(made, {"x": "| new |\n", "y": ""}.get) == made
 
 
-def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import compare
-
+def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, compare_tool):
     class Trains:
         def run(self, name, config, output, opts):
             assert (config, opts) == (str(tmp_path / "teacher.yaml"), [])
@@ -143,36 +160,74 @@ def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, mo
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
     kd = cfg.MODEL.KD.TEACHER
     kd.CONFIG, kd.WEIGHTS = str(tmp_path / "teacher.yaml"), str(weights)
-    assert compare.train_or_find_teacher(Trains(), cfg) == weights
-    assert compare.train_or_find_teacher(Cannot(), cfg) == weights
+    assert compare_tool.train_or_find_teacher(Trains(), cfg) == weights
+    assert compare_tool.train_or_find_teacher(Cannot(), cfg) == weights
     kd.WEIGHTS = str(tmp_path / "elsewhere.pth")
-    with pytest.raises(compare.RunError, match="elsewhere.pth: there is no such file"):
-        compare.train_or_find_teacher(Cannot(), cfg)
+    with pytest.raises(RunError, match="elsewhere.pth: there is no such file"):
+        compare_tool.train_or_find_teacher(Cannot(), cfg)
     kd.CONFIG = ""
-    with pytest.raises(compare.RunError, match="TEACHER.CONFIG is empty"):
-        compare.train_or_find_teacher(Cannot(), cfg)
+    with pytest.raises(RunError, match="TEACHER.CONFIG is empty"):
+        compare_tool.train_or_find_teacher(Cannot(), cfg)
+
+
+def test_how_a_teacher_is_evaluated_on_the_students_test_set(
+    coco, distil_cfg, compare_tool, tmp_path
+):
+    evaluation, kd = compare_tool.teacher_evaluation, distil_cfg.MODEL.KD.TEACHER
+    distil_cfg.DATASETS.TEST = ("tiny_evaluated",)
+    register_datasets(distil_cfg)
+    file, opts = evaluation(distil_cfg, Path(kd.WEIGHTS))
+    assert file == kd.CONFIG
+    evaluated = read_config(file, opts)
+    assert evaluated.MODEL.WEIGHTS == kd.WEIGHTS
+    assert evaluated.DATASETS.TEST == ("tiny_evaluated",)
+    assert (evaluated.DATASETS.TEST_JSON, evaluated.DATASETS.TEST_IMAGES) == coco
+
+    kd.CLASSES = ["stripe", "square"]
+    with pytest.raises(RunError, match="2 classes are not the 2 of tiny_evaluated"):
+        evaluation(distil_cfg, None)
+    kd.CLASSES, kd.WEIGHTS = [], ""
+    kd.CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    with pytest.raises(RunError, match="80 classes are not the 2 of tiny_evaluated"):
+        evaluation(distil_cfg, None)
+
+    # A set of COCO's classes: the zoo's own file and weights, and a Python config.
+    distil_cfg.DATASETS.TEST_JSON, distil_cfg.DATASETS.TEST = "", ("coco_2017_val_100",)
+    file, opts = evaluation(distil_cfg, None)
+    assert Path(file).is_file() and read_config(file, opts).MODEL.WEIGHTS.startswith("https://")
+    kd.CONFIG = str(tmp_path / "teacher.py")
+    Path(kd.CONFIG).write_text(
+        "from detectron2 import model_zoo\n"
+        "_zoo = model_zoo.get_config('COCO-Detection/retinanet_R_50_FPN_1x.py')\n"
+        "model, dataloader, train = _zoo.model, _zoo.dataloader, _zoo.train\n"
+    )
+    file, opts = evaluation(distil_cfg, tmp_path / "a=b.pth")
+    cfg = load_lazy_config(file, [*opts, "train.output_dir='c=d e'"])
+    assert cfg.dataloader.test.dataset.names == cfg.dataloader.evaluator.dataset_name
+    assert cfg.dataloader.evaluator.dataset_name == "coco_2017_val_100"
+    assert cfg.dataloader.evaluator.output_dir == "c=d e/inference"
+    assert cfg.train.init_checkpoint == str(tmp_path / "a=b.pth")
 
 
 def test_the_tool_trains_compares_and_does_nothing_twice(
-    coco, teacher_files, tmp_path, monkeypatch, capsys
+    coco, teacher_files, tmp_path, monkeypatch, capsys, compare_tool
 ):
     cfg = tiny_cfg(coco)
     cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
     cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
     (tmp_path / "c.yaml").write_text(cfg.dump())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import compare
 
     def tool(*arguments):
         monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-        compare.main()
+        compare_tool.main()
         return capsys.readouterr().out
 
     arguments = ["--config-file", "c.yaml", "--seeds", "1", "--jobs", "2", "--output", "out"]
     arguments += ["--methods", "plain", "PKD  WEIGHT=1", "--set", "SOLVER.MAX_ITER", "2"]
     text = tool(*arguments)
-    rows = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    results = Path("out/results.jsonl")
+    rows = read_rows(results)
     assert sorted((r["method"], r["seed"]) for r in rows if r["seed"] == 0) == [
         ("PKD WEIGHT=1", 0),
         ("plain", 0),
@@ -185,13 +240,21 @@ def test_the_tool_trains_compares_and_does_nothing_twice(
     assert trained["SEED"] == 0 and trained["MODEL"]["KD"]["METHOD"] == "PKD"
     assert "| PKD WEIGHT=1 | **0" in text
 
-    monkeypatch.setattr("fgbg_kd.runs.TRAIN_NET", "gone")
+    results.write_text(results.read_text() + '{"method": "torn')
+    monkeypatch.setattr(compare_tool.Runner, "_follow", lambda *_: pytest.fail("it is done"))
     tool(*arguments)
-    assert len(Path("out/results.jsonl").read_text().splitlines()) == len(rows)
+    assert read_rows(results) == rows
     assert "| PKD WEIGHT=1 |" in tool("--table-only", "out/results.jsonl")
+    document = Path("document.md")
+    tables = "<!-- table: out/results.jsonl -->\nnot run\n<!-- end of table -->\n"
+    document.write_text(tables + tables.replace("out/", "elsewhere/"))
+    told = tool("--fill", "document.md")
+    assert "out/results.jsonl: made anew" in told and "elsewhere/results.jsonl: no rows" in told
+    assert document.read_text().count("| PKD WEIGHT=1 | **0") == 1
+    assert document.read_text().endswith(tables.replace("out/", "elsewhere/"))
 
     pytest.importorskip("tidecv")
     assert "| dAP50 | Cls |" in tool(*arguments, "--errors")
-    more = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    more = read_rows(results)
     assert len(more) == 2 * len(rows) and all(r.pop("errors") for r in more[len(rows) :])
     assert sorted(map(str, more[len(rows) :])) == sorted(map(str, rows))

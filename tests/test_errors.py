@@ -1,12 +1,14 @@
-"""Kinds of errors: tidecv on boxes without masks, by hand, and in the table of a comparison."""
+"""Kinds of errors: tidecv on boxes without masks, by hand, and in the table of a comparison; the
+score of an image."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from fgbg_kd.comparison import group, markdown
-from fgbg_kd.errors import KINDS, detection_errors, run_errors, tide
+from fgbg_kd.errors import KINDS, detection_errors, image_scores, run_errors, tide
 
 
 @pytest.fixture
@@ -87,3 +89,26 @@ def test_the_table_has_means_and_paired_differences_to_plain():
     assert table[3].split(" | ")[6] == "4.0 (-1.00 ± 0.00)"
     assert table[4] == "| teacher |" + " 1.0 |" * 8
     assert not any(line.startswith("| PKD") for line in table)
+
+
+def answers(coco, images):
+    """All objects of these images, found; of others nothing."""
+    truth = json.loads(Path(coco[0]).read_text())
+    objects = [a for a in truth["annotations"] if a["image_id"] in images]
+    return [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in objects
+    ]
+
+
+def test_the_score_of_an_image_by_hand(coco, tmp_path):
+    """Image 3 has three objects: one found, one found twice, one missed, and a faint false one."""
+    found = answers(coco, {3})
+    assert len(found) == 3
+    faint = {**found[0], "bbox": [0, 0, 5, 5], "score": 0.2}
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps([found[0], found[1], found[1], faint]))
+    scores = image_scores(Path(coco[0]), file, 0.3)
+    assert scores[3] == pytest.approx(2 * 2 / (2 + 1 + 3))
+    assert scores[0] == 1.0 and scores[1] == 0.0  # none there, none found; one there
+    file.write_text(json.dumps([faint]))
+    assert image_scores(Path(coco[0]), file, 0.3)[3] == 0.0

@@ -10,14 +10,13 @@ import time
 import pytest
 from conftest import tiny_cfg
 
-from fgbg_kd import runs
 from fgbg_kd.engine import read_config
 from fgbg_kd.runs import RunError, Runner, settings_of
 
 # Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
 CHILD = """
 import json, pathlib, sys, time
-out = pathlib.Path(sys.argv[-1])
+out = pathlib.Path(sys.argv[-1].removeprefix("train.output_dir=").strip("'"))
 with open(out / "calls.txt", "a") as calls: print(*sys.argv[1:], file=calls)
 if (out / "fail").exists(): sys.exit("the loss is NaN")
 if (out / "hang").exists():
@@ -29,16 +28,17 @@ for name in ("model_0000001.pth", "model_final.pth", "inference/instances_predic
 with open(out / "metrics.json", "w") as f:
     for t in (9.0, 1.0, 2.0): print(json.dumps({"time": t}), file=f)
 print("eta: 0:01  iter: 19  total_loss: 1.5  max_mem: 120M")
-print("[11/24] d2: copypaste: AP,AP50,AP75,APs,APm,APl")
-print("[11/24] d2: copypaste: 10.5,20.0,5.0,1.0,2.0,nan")
+for task, values in (("bbox", "10.5,20.0,5.0,1.0,2.0,nan"), ("segm", "9.0,9.0,9.0,9.0,9.0,9.0")):
+    print("[11/24] d2: copypaste: Task:", task)
+    print("[11/24] d2: copypaste: AP,AP50,AP75,APs,APm,APl")
+    print("[11/24] d2: copypaste:", values)
 """
 
 
 @pytest.fixture
-def folder(tmp_path, coco, monkeypatch):
+def folder(tmp_path, coco):
     """A folder with a config, an empty run and a train_net.py of a few lines."""
     (tmp_path / "train_net.py").write_text(CHILD)
-    monkeypatch.setattr(runs, "TRAIN_NET", tmp_path / "train_net.py")
     cfg = tiny_cfg(coco)
     (tmp_path / "c.yaml").write_text(cfg.dump())
     (tmp_path / "teacher.pth").write_bytes(b"one")
@@ -47,7 +47,7 @@ def folder(tmp_path, coco, monkeypatch):
 
 
 def run(folder, *opts, **kwargs):
-    with Runner() as runner:
+    with Runner(folder / "train_net.py") as runner:
         return runner.run("x", folder / "c.yaml", folder / "run", list(opts), **kwargs)
 
 
@@ -107,7 +107,7 @@ def test_a_seed_left_open_and_other_data_under_one_name_are_no_obstacle(folder, 
     run(folder, "SEED", "-1")
     run(folder, "SEED", "-1")
     assert len(calls(folder)) == 1
-    with Runner() as runner:
+    with Runner(folder / "train_net.py") as runner:
         opts = ["DATASETS.TEST_IMAGES", str(folder)]
         runner.run("y", folder / "c.yaml", folder / "other", opts)
 
@@ -125,9 +125,31 @@ def test_settings_are_those_that_the_run_reads(folder):
     assert settings(*kd, "FgBg") != settings(*kd, "FgBg", *other_ours)
 
 
+def test_a_run_by_a_python_config_has_its_file_and_overrides_for_settings(folder):
+    (folder / "c.py").write_text("train = dict()")
+
+    def evaluate(*opts):
+        with Runner(folder / "train_net.py") as runner:
+            return runner.run("x", folder / "c.py", folder / "run", list(opts), eval_only=True)
+
+    assert evaluate("train.seed=1") == evaluate("train.seed=1") and len(calls(folder)) == 1
+    with pytest.raises(RunError, match="train.seed was '1', is '2'"):
+        evaluate("train.seed=2")
+    (folder / "c.py").write_text("train = dict(x=1)")
+    with pytest.raises(RunError, match="sha256 of the config"):
+        evaluate("train.seed=1")
+
+
+def test_without_the_script_that_trains_nothing_is_begun(folder):
+    (folder / "train_net.py").unlink()
+    with pytest.raises(RunError, match="train_net.py, which trains, is not there"):
+        run(folder)
+    assert list((folder / "run").iterdir()) == []
+
+
 def test_a_folder_is_run_by_one_process_at_a_time(folder):
     (folder / "run" / "hang").touch()
-    with Runner() as runner:
+    with Runner(folder / "train_net.py") as runner:
         arguments = ("x", folder / "c.yaml", folder / "run", [])
         thread = threading.Thread(target=lambda: pytest.raises(RunError, runner.run, *arguments))
         thread.start()
@@ -150,12 +172,11 @@ def wait_for(path):
 PARENT = """
 import sys, signal
 from pathlib import Path
-from fgbg_kd import runs
-runs.TRAIN_NET = Path(sys.argv[1]) / "train_net.py"
+from fgbg_kd.runs import Runner
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path(sys.argv[1])
 try:
-    with runs.Runner() as runner:
+    with Runner(folder / "train_net.py") as runner:
         runner.run("x", folder / "c.yaml", folder / "run", [])
 except KeyboardInterrupt:
     sys.exit("stopped")

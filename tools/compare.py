@@ -15,7 +15,6 @@ the weights after the last iteration, once: to choose options, name a validation
 import argparse
 import datetime
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -28,6 +27,9 @@ from pathlib import Path
 import _quiet  # noqa: F401
 import detectron2
 import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from fgbg_kd.comparison import (
     PLAIN,
@@ -40,10 +42,15 @@ from fgbg_kd.comparison import (
     plot,
 )
 from fgbg_kd.config import method_options
+from fgbg_kd.data import training_classes
 from fgbg_kd.engine import load_config, read_config
 from fgbg_kd.errors import run_errors, tide
 from fgbg_kd.methods import METHOD_REGISTRY
+from fgbg_kd.records import add_row, read_rows, write_whole
 from fgbg_kd.runs import RunError, Runner
+from fgbg_kd.teacher import build_detector, read_detector_config
+
+TRAIN_NET = Path(__file__).with_name("train_net.py")
 
 
 def folder_name(text: str) -> str:
@@ -86,8 +93,51 @@ def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
     return weights if weights.is_file() else None
 
 
+def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
+    """Config file and overrides by which train_net.py evaluates the teacher on DATASETS.TEST.
+
+    Args:
+        teacher: its checkpoint; None: a download, or what its config names.
+
+    Raises:
+        RunError: it cannot be evaluated there.
+    """
+    kd, (test,) = cfg.MODEL.KD.TEACHER, cfg.DATASETS.TEST
+    theirs, in_zoo = read_detector_config(kd.CONFIG)
+    detector = build_detector(theirs)
+    number = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
+    names = list(kd.CLASSES) or training_classes(theirs)
+    if names and len(names) != number:  # a config of other data than the detector's says nothing
+        names = None
+    classes = MetadataCatalog.get(test).get("thing_classes")
+    if classes and (number != len(classes) or names and names != list(classes)):
+        raise RunError(f"its {number} classes are not the {len(classes)} of {test}.")
+    file, weights = kd.CONFIG, str(teacher or kd.WEIGHTS)
+    if in_zoo:
+        file = model_zoo.get_config_file(kd.CONFIG)
+        weights = weights or model_zoo.get_checkpoint_url(kd.CONFIG)
+    if isinstance(theirs, CfgNode):
+        opts = ["MODEL.WEIGHTS", weights or theirs.MODEL.WEIGHTS, "DATASETS.TEST", str((test,))]
+        for key in ("TEST_JSON", "TEST_IMAGES"):
+            opts += [f"DATASETS.{key}", cfg.DATASETS[key]]
+        return file, [*opts, "MODEL.MASK_ON", "False", "MODEL.KEYPOINT_ON", "False"]  # boxes alone
+    if cfg.DATASETS.TEST_JSON:
+        raise RunError("its Python config cannot read DATASETS.TEST_JSON.")
+    opts = {
+        "train.init_checkpoint": weights or theirs.train.init_checkpoint,
+        "dataloader.test.dataset.names": test,
+        "dataloader.evaluator.dataset_name": test,
+        "dataloader.evaluator.output_dir": "${train.output_dir}/inference",
+    }
+    return file, [f"{key}='{value}'" for key, value in opts.items()]
+
+
 def compare(args, output: Path) -> None:
     cfg = load_config(args.config_file, args.set)
+    if len(cfg.DATASETS.TEST) != 1:
+        raise RunError(
+            f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets: give one to compare on."
+        )
     overrides = {spec: [*args.set, *method_overrides(cfg, spec)] for spec in args.methods}
     options = {spec: {} for spec in overrides}
     for spec, opts in overrides.items():
@@ -118,12 +168,11 @@ def compare(args, output: Path) -> None:
             **about,
         }
         key = {"config", "overrides", "method", "seed", "options", *result} - {"errors"}
-        same = [r for r in read_rows([results]) if all(r.get(k) == row[k] for k in key)]
+        same = [r for r in read_rows(results) if all(r.get(k) == row[k] for k in key)]
         if same and args.errors and not same[-1].get("errors"):  # what ran stays as it was recorded
             row, same = {**same[-1], "errors": result["errors"]}, []
         if not same:
-            with open(results, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(results, row)
         (output / "results.md").write_text(tables([results], output))
         return row
 
@@ -132,17 +181,16 @@ def compare(args, output: Path) -> None:
         return {**result, "errors": run_errors(folder)} if args.errors else result
 
     failures = []
-    with Runner(threads) as runner, ThreadPoolExecutor(args.jobs) as pool:
+    with Runner(TRAIN_NET, threads) as runner, ThreadPoolExecutor(args.jobs) as pool:
         try:
             teacher = train_or_find_teacher(runner, cfg)
-            if teacher and cfg.MODEL.KD.TEACHER.CONFIG.endswith(".yaml"):
-                test = ["DATASETS.TEST", str(tuple(cfg.DATASETS.TEST))]
-                for key in ("TEST_JSON", "TEST_IMAGES"):
-                    test += [f"DATASETS.{key}", cfg.DATASETS[key]]
-                opts = ["MODEL.WEIGHTS", str(teacher), *test]
-                config, folder = cfg.MODEL.KD.TEACHER.CONFIG, base / TEACHER
+            folder = base / TEACHER
+            try:
+                config, opts = teacher_evaluation(cfg, teacher)
                 result = run(TEACHER, config, folder, opts, teacher, eval_only=True)
                 record(TEACHER, None, folder, {**result, "seconds_per_step": None})
+            except RunError as error:  # the comparison of students stands without it
+                runner.say(f"The teacher is not evaluated: {str(error).splitlines()[-1]}")
             jobs = {}
             for seed in range(args.seeds):  # seed by seed: pairs are there early
                 for spec, opts in overrides.items():
@@ -169,20 +217,24 @@ def compare(args, output: Path) -> None:
         raise RunError("\n\n".join([*failures, f"{len(failures)} of {len(jobs)} runs failed"]))
 
 
-def read_rows(files: list[Path]) -> list[dict]:
-    return [json.loads(x) for f in files if f.is_file() for x in f.read_text().splitlines()]
-
-
 def tables(files: list[Path], pictures: Path | None = None) -> str:
     """Markdown of all comparisons in the files, with a plot each in the folder ``pictures``."""
     parts = []
-    for title, methods in group(read_rows(files)).items():
+    rows = [row for file in files for row in read_rows(file)]
+    for title, methods in group(rows).items():
         parts.append(f"`{heading(title)}`\n\n{markdown(methods)}\n")
         if pictures:
             picture = pictures / f"{folder_name(title)}.png"
             plot(methods, picture)
             parts.append(f"![every seed]({picture.name})\n")
     return "\n".join(parts)
+
+
+def filling(name: str) -> str:
+    """The tables of a document's file of rows."""
+    made = tables([Path(name)])
+    print(f"{name}: {'made anew' if made else 'no rows here, the table stays as it is'}")
+    return made
 
 
 def main() -> None:
@@ -205,15 +257,17 @@ def main() -> None:
         "--fill",
         type=Path,
         metavar="FILE",
-        help="a document: only make its tables anew",
+        help="a document: only make its tables anew, from files named as seen from here",
     )
     args = parser.parse_args()
+    for file in args.table_only or ():
+        if not file.is_file():
+            parser.error(f"--table-only: there is no {file}")
     if args.table_only:
         print(tables(args.table_only))
         return
     if args.fill:
-        text = args.fill.read_text()
-        args.fill.write_text(fill(text, lambda name: tables([Path(name)])))
+        write_whole(args.fill, fill(args.fill.read_text(), filling))
         return
     if not args.config_file or not args.methods:
         parser.error("give --config-file and --methods, or --table-only, or --fill")

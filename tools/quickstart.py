@@ -61,7 +61,7 @@ def main() -> None:
         runner.say(f"{title}: {result['AP']:.1f} AP ({folder})")
         return title, result, folder / "model_final.pth"
 
-    with Runner() as runner:
+    with Runner(TOOLS / "train_net.py") as runner:
         runs = [("teacher", *run("teacher", "teacher", output / "teacher"))]
         for seed in args.seeds:
             suffix = f", seed {seed}" if len(args.seeds) > 1 else ""
@@ -96,5 +96,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped; run it again to go on")
-    except RunError as error:
-        sys.exit(f"\n{error}")
+    except (RunError, subprocess.CalledProcessError) as error:
+        sys.exit(f"\nquickstart: {error}")

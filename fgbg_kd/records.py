@@ -1,0 +1,38 @@
+"""Files that runs write and others read, whenever a run may be killed."""
+
+import json
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole, as it was before, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a file of JSON lines (metrics.json, results.jsonl); [] where there is none.
+
+    A last row that is torn, since it is being written or its writer was killed, is left out.
+
+    Raises:
+        ValueError: another row is no JSON.
+    """
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is damaged: {error}") from None
+    return rows
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Adds a row to a file of JSON lines; a torn one before it is removed."""
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        write_whole(path, "".join(f"{json.dumps(r)}\n" for r in read_rows(path)))
+    with open(path, "a") as file:
+        file.write(f"{json.dumps(row)}\n")
