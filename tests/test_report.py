@@ -6,17 +6,20 @@ import math
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_cfg
+from detectron2 import model_zoo
+from detectron2.config import LazyCall, LazyConfig
 from detectron2.modeling import build_model
+from test_errors import answers
 
-from fgbg_kd import report
-from fgbg_kd.report import find_runs, image_scores, write_report
+from fgbg_kd import FgBgDistiller, build_teacher, report
+from fgbg_kd.finished import find_runs
+from fgbg_kd.report import write_report
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,15 +27,6 @@ CHROMIUM = (
 AP = {"teacher": 33.25, "plain/seed0": 4.5, "plain/seed1": 5.5, "distilled/seed0": 10.5,
       "distilled/seed1": 12.5}  # fmt: skip
 GAINED, LOST = 3, 2
-
-
-def answers(coco, images):
-    """All objects of these images, found; of others nothing."""
-    truth = json.loads(Path(coco[0]).read_text())
-    objects = [a for a in truth["annotations"] if a["image_id"] in images]
-    return [
-        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in objects
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -169,20 +163,6 @@ def picture(image):
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
 
-def test_the_score_of_an_image_by_hand(coco, tmp_path):
-    """Image 3 has three objects: one found, one found twice, one missed, and a faint false one."""
-    found = answers(coco, {3})
-    assert len(found) == 3
-    faint = {**found[0], "bbox": [0, 0, 5, 5], "score": 0.2}
-    file = tmp_path / "found.json"
-    file.write_text(json.dumps([found[0], found[1], found[1], faint]))
-    scores = image_scores(Path(coco[0]), file)
-    assert scores[3] == pytest.approx(2 * 2 / (2 + 1 + 3))
-    assert scores[0] == 1.0 and scores[1] == 0.0  # none there, none found; one there
-    file.write_text(json.dumps([faint]))
-    assert image_scores(Path(coco[0]), file)[3] == 0.0
-
-
 def test_the_page_has_the_kinds_of_errors(page):
     pytest.importorskip("tidecv")
     html = Parser(page)
@@ -201,7 +181,65 @@ def test_a_page_without_checkpoints_and_detections_says_so(runs, tmp_path):
     write_report([tmp_path], tmp_path / "report.html", print)
     html = Parser(tmp_path / "report.html")
     assert html.row("plain")[8:] == ["–"] * 3 and html.images == []
-    assert any("No pictures: the detections" in text for text in html.text)
+    text = " ".join(html.text)
+    assert "plain: parameters, GFLOPs and time: its checkpoint" in text
+    assert "Pictures: [Errno 2]" in text and "coco_instances_results.json" in text
+
+
+def not_on_the_page(folder) -> str:
+    write_report([folder], folder / "report.html", print)
+    html = Parser(folder / "report.html")
+    return " ".join(html.text).partition("Not on this page")[2].partition("Configuration")[0]
+
+
+def changed(runs, tmp_path, **changes):
+    """A plain and a distilled run, with other values of DATASETS."""
+    for name in ("plain/seed0", "distilled/seed0"):
+        folder = shutil.copytree(runs / name, tmp_path / name)
+        cfg = tiny_cfg()
+        cfg.merge_from_file(folder / "config.yaml")
+        for key, value in changes.items():
+            cfg.DATASETS[key] = value
+        (folder / "config.yaml").write_text(cfg.dump())
+
+
+def test_without_a_test_set_the_page_is_made_all_the_same(runs, tmp_path):
+    changed(runs, tmp_path, TEST=(), TEST_JSON="")
+    lacks = not_on_the_page(tmp_path)
+    assert "plain: parameters, GFLOPs and time: DATASETS.TEST names 0 sets" in lacks
+    assert "Pictures: plain and distilled have no known test set in common" in lacks
+
+
+def test_without_the_test_images_the_page_is_made_all_the_same(runs, tmp_path, coco):
+    (tmp_path / "images").mkdir()
+    changed(runs, tmp_path, TEST=("gone",), TEST_IMAGES=str(tmp_path / "images"))
+    lacks = not_on_the_page(tmp_path)
+    assert "distilled: parameters, GFLOPs and time: 12 of 12 images" in lacks
+    assert "Pictures: 12 of 12 images" in lacks
+
+
+def test_a_set_of_another_program_is_named(runs, tmp_path):
+    changed(runs, tmp_path, TEST=("mine",), TEST_JSON="")
+    assert "its test set 'mine' is empty, or not registered here" in not_on_the_page(tmp_path)
+
+
+def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
+    plain = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
+    with open(plain / "metrics.json", "a") as file:
+        file.write('\n{"iteration": 10')
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    teacher = LazyCall(build_teacher)(config="x.yaml", weights=str(plain / "model_final.pth"))
+    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    cfg.model = LazyCall(FgBgDistiller)(student=cfg.model, teacher=teacher, kd={})
+    cfg.train.seed = 3
+    LazyConfig.save(cfg, str(folder / "config.yaml"))
+    (folder / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 7.0}\n')
+    found = {r.group: r for r in find_runs([tmp_path])}
+    assert (found["mine"].role, found["mine"].seed) == ("distilled", 3)
+    assert found["plain"].role == "teacher" and found["plain"].result["AP"] == 4.5
+    lacks = not_on_the_page(tmp_path)
+    assert "mine: parameters, GFLOPs and time: it is of a Python config" in lacks
 
 
 def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):

@@ -10,15 +10,15 @@ config.yaml and log.txt.
 """
 
 import argparse
-import json
 import re
 import statistics
 from pathlib import Path
 
 import _quiet  # noqa: F401
-import yaml
 
 from fgbg_kd.analysis import table
+from fgbg_kd.finished import read_record
+from fgbg_kd.records import read_rows
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 COLUMNS = (
@@ -42,22 +42,13 @@ PUBLISHED = (
 ONE_SCHEDULE = 90_000  # iterations of 1x
 
 
-class _Data(yaml.SafeLoader):
-    """Leaves out the Python objects in the record of a .py config."""
-
-
-_Data.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
-
-
 def run_row(name: str, folder: Path) -> dict[str, str]:
     """A line of the table for the run of a config, whatever state it is in."""
     row = dict.fromkeys(COLUMNS, "")
     row["name"] = name
     if not (folder / "metrics.json").is_file():
         return row | {"box AP": "not run"}
-    lines = (folder / "metrics.json").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
-    cfg = yaml.load((folder / "config.yaml").read_text(), Loader=_Data)
+    metrics, cfg = read_rows(folder / "metrics.json"), read_record(folder)
     log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
     if "SOLVER" in cfg:
         iterations, data = cfg["SOLVER"]["MAX_ITER"], list(cfg["DATASETS"]["TEST"])

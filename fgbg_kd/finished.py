@@ -1,0 +1,183 @@
+"""Runs as their folders tell of them: what they were, what came of them, by what versions."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.data import DatasetCatalog
+
+from .analysis import load_detector
+from .comparison import PLAIN, TEACHER
+from .data import register_datasets
+from .engine import read_config
+from .errors import detections_of
+from .records import read_rows
+from .runs import flat
+
+DISTILLED = "distilled"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A folder of a training or evaluation.
+
+    Attributes:
+        group: its name without the seed; runs of a group differ in nothing else.
+        role: "teacher", "plain" or "distilled".
+        config: {"A.B.C": value}, of a YAML or a Python config.
+        rows: of metrics.json.
+        result: COCO metrics by name, those by class as "AP-name", where they are defined; {} if it
+            was not evaluated.
+    """
+
+    folder: Path
+    group: str
+    role: str
+    config: dict[str, Any]
+    rows: list[dict]
+    result: dict[str, float]
+
+    @property
+    def detections(self) -> Path:
+        return detections_of(self.folder)
+
+    @property
+    def is_python(self) -> bool:
+        """Whether its config is a Python one."""
+        return "MODEL.META_ARCHITECTURE" not in self.config
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("SEED", self.config.get("train.seed", -1))
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs in and below the folders: teachers first, then plain runs, then distilled ones.
+
+    Raises:
+        ValueError: a folder without any, or a damaged file.
+    """
+    places = []
+    for folder in folders:
+        found = sorted(p.parent for p in folder.rglob("config.yaml") if _has_run(p.parent))
+        if not found:
+            raise ValueError(f"{folder} holds no run: no config.yaml with a metrics.json or log.")
+        places += [p for p in found if p not in places]
+    base = Path(os.path.commonpath([p.resolve().parent for p in places]))
+    configs = {p: flat(read_record(p)) for p in places}
+    weights = [_teacher_weights(c) for c in configs.values() if _distils(c)]
+    teachers = {Path(w).resolve().parent for w in weights if w}
+    runs = []
+    for folder, config in configs.items():
+        if _distils(config):
+            role = DISTILLED
+        elif folder.resolve() in teachers or folder.name == TEACHER:
+            role = TEACHER
+        else:
+            role = PLAIN
+        name = str(folder.resolve().relative_to(base))
+        group = re.sub(r"[/_-]?seed\d+$", "", name) or name
+        rows = read_rows(folder / "metrics.json")
+        runs.append(Run(folder, group, role, config, rows, _result(folder, rows)))
+    order = [TEACHER, PLAIN, DISTILLED]
+    return sorted(runs, key=lambda r: (order.index(r.role), r.group, r.seed))
+
+
+def _has_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("metrics.json", "done.json", "log.txt"))
+
+
+class _Data(yaml.SafeLoader):
+    """Leaves out the Python objects in the record of a Python config."""
+
+
+_Data.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
+def read_record(folder: Path) -> dict:
+    """A run's config.yaml, of whichever kind its config was; nothing in it is run.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = folder / "config.yaml"
+    try:
+        record = yaml.load(file.read_text(), Loader=_Data)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: it holds no config.")
+    return record
+
+
+def _distils(config: dict) -> bool:
+    name = config.get("MODEL.META_ARCHITECTURE") or config.get("model._target_") or ""
+    return name.rpartition(".")[2] == "FgBgDistiller"
+
+
+def _teacher_weights(config: dict) -> str | None:
+    return config.get("MODEL.KD.TEACHER.WEIGHTS") or config.get("model.teacher.weights")
+
+
+def _result(folder: Path, rows: list[dict]) -> dict[str, float]:
+    tested = [r for r in rows if "bbox/AP" in r]
+    if tested:
+        found = {k.removeprefix("bbox/"): v for k, v in tested[-1].items() if "bbox/" in k}
+    else:
+        found = _done(folder)
+    return {
+        k: v
+        for k, v in found.items()
+        if k.startswith("AP") and isinstance(v, int | float) and not math.isnan(v)
+    }
+
+
+def _done(folder: Path) -> dict:
+    """What fgbg_kd.runs kept of a run that it finished; {} of any other."""
+    file = folder / "done.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def load_run(run: Run) -> tuple:
+    """Config, detector (in eval mode) and records of the test images of a run.
+
+    Raises:
+        ValueError, OSError: why they cannot be had.
+    """
+    if run.is_python:
+        raise ValueError("it is of a Python config, which is a program and is not run for this.")
+    weights = run.folder / "model_final.pth"
+    if not weights.is_file() and not any("total_loss" in row for row in run.rows):
+        weights = run.config["MODEL.WEIGHTS"]  # an evaluation of another's weights
+    if not os.path.isfile(weights):
+        raise ValueError(f"its checkpoint {str(weights)!r} is not here.")
+    cfg = read_config(str(run.folder / "config.yaml"))
+    cfg.DATASETS.TRAIN_JSON = ""  # only the test set is looked at
+    register_datasets(cfg)
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets, not one.")
+    (name,) = cfg.DATASETS.TEST
+    records = DatasetCatalog.get(name) if name in DatasetCatalog.list() else []
+    if not records:
+        raise ValueError(f"its test set {name!r} is empty, or not registered here.")
+    return cfg, load_detector(cfg, str(weights)), records
+
+
+def versions(folder: Path) -> dict[str, str]:
+    """What Detectron2 logged about versions, and the commit, where it was kept."""
+    found = {}
+    log = folder / "log.txt"
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    bars = [i for i, line in enumerate(lines) if re.fullmatch(r"-{5,} +-{5,}", line)]
+    for line in lines[bars[0] + 1 : bars[1]] if len(bars) > 1 else []:
+        name, _, value = line.partition("  ")
+        found[name] = re.sub(r" @\S+", "", value.strip())  # no paths
+    if done := _done(folder):
+        found["commit"] = done.get("commit", "–")
+    return found
