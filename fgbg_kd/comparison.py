@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from .errors import KINDS
 from .methods import METHOD_REGISTRY
 from .runs import METRICS, flat
@@ -208,13 +210,9 @@ def fill(text: str, tables: Callable[[str], str]) -> str:
 
 def plot(methods: dict[str, dict], path: Path) -> None:
     """A dot for every seed's AP, a line for the mean, one row a method; the teacher dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = [m for m in methods if m != TEACHER][::-1]
-    figure, axes = pyplot.subplots(figsize=(6, 0.8 + 0.35 * len(names)))
+    figure = Figure(figsize=(6, 0.8 + 0.35 * len(names)))
+    axes = figure.subplots()
     for y, name in enumerate(names):
         ap = [r["AP"] for r in methods[name].values()]
         color = "C1" if name == OURS else "C0"
@@ -225,4 +223,3 @@ def plot(methods: dict[str, dict], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("COCO AP (dot: a seed, bar: the mean, dashed: the teacher)")
     figure.savefig(path, dpi=100, bbox_inches="tight")
-    pyplot.close(figure)

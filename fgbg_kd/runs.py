@@ -94,8 +94,6 @@ class Runner:
         Raises:
             RunError: other settings, already running, or the training failed.
         """
-        if not self.train_net.is_file():
-            raise RunError(f"{self.train_net}, which trains, is not there: work from the checkout.")
         output.mkdir(parents=True, exist_ok=True)
         if str(config).endswith(".py"):
             settings = python_settings(Path(config), opts, reads)

@@ -209,6 +209,28 @@ def test_how_a_teacher_is_evaluated_on_the_students_test_set(
     assert cfg.train.init_checkpoint == str(tmp_path / "a=b.pth")
 
 
+def test_without_the_teachers_row_the_students_are_compared(
+    distil_cfg, compare_tool, tmp_path, monkeypatch, capsys
+):
+    def run(runner, name, *_, **__):
+        if name == "teacher":
+            raise RunError("its last lines\nteacher: failed, see train.txt")
+        return {
+            k: v for k, v in row(name, 0, 1.0).items() if k.startswith(("AP", "mem", "gpu"))
+        } | {"seconds_per_step": 1.0, "commit": "x"}
+
+    monkeypatch.setattr(compare_tool.Runner, "run", run)
+    (tmp_path / "c.yaml").write_text(distil_cfg.dump())
+    command = ["compare.py", "--config-file", str(tmp_path / "c.yaml"), "--methods", "plain", "PKD"]
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "1", "--output", str(tmp_path / "out")])
+    compare_tool.main()
+    told = capsys.readouterr().out
+    assert "The teacher is not evaluated: teacher: failed, see train.txt\n" in told
+    assert "its last lines" not in told and "| PKD | +0.00 | – | – |" in told
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    assert sorted(r["method"] for r in rows) == ["PKD", "plain"]
+
+
 def test_the_tool_trains_compares_and_does_nothing_twice(
     coco, teacher_files, tmp_path, monkeypatch, capsys, compare_tool
 ):

@@ -140,13 +140,6 @@ def test_a_run_by_a_python_config_has_its_file_and_overrides_for_settings(folder
         evaluate("train.seed=1")
 
 
-def test_without_the_script_that_trains_nothing_is_begun(folder):
-    (folder / "train_net.py").unlink()
-    with pytest.raises(RunError, match="train_net.py, which trains, is not there"):
-        run(folder)
-    assert list((folder / "run").iterdir()) == []
-
-
 def test_a_folder_is_run_by_one_process_at_a_time(folder):
     (folder / "run" / "hang").touch()
     with Runner(folder / "train_net.py") as runner:

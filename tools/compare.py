@@ -9,7 +9,8 @@ A method is `plain` (no distillation) or a name of MODEL.KD.METHOD, and options 
 A run that was interrupted goes on where it stopped; one that is done is not run again. Every run
 adds a line to results.jsonl, from which the tables (results.md) and plots are made. Evaluated are
 the weights after the last iteration, once: to choose options, name a validation set by
---set DATASETS.TEST_JSON. With --errors the table says what kinds of errors each method leaves.
+--set DATASETS.TEST_JSON. The teacher has a row where it has the classes of that set. With --errors
+the table says what kinds of errors each method leaves.
 """
 
 import argparse
@@ -44,10 +45,10 @@ from fgbg_kd.comparison import (
 from fgbg_kd.config import method_options
 from fgbg_kd.data import training_classes
 from fgbg_kd.engine import load_config, read_config
-from fgbg_kd.errors import run_errors, tide
+from fgbg_kd.errors import run_errors, tide, truth_of
 from fgbg_kd.methods import METHOD_REGISTRY
 from fgbg_kd.records import add_row, read_rows, write_whole
-from fgbg_kd.runs import RunError, Runner
+from fgbg_kd.runs import RunError, Runner, flat
 from fgbg_kd.teacher import build_detector, read_detector_config
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
@@ -148,6 +149,8 @@ def compare(args, output: Path) -> None:
             METHOD_REGISTRY.get(changed.MODEL.KD.METHOD)([1], [1], **options[spec])
     if args.errors:
         tide()
+        if truth_of(flat(cfg)) is None:
+            raise RunError(f"--errors: no COCO file is known of {cfg.DATASETS.TEST[0]}.")
     results = output / "results.jsonl"
     output.mkdir(parents=True, exist_ok=True)
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs))

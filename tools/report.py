@@ -8,7 +8,7 @@ Example:
 A folder is that of one run (OUTPUT_DIR) or has runs below it; runs whose names differ in seed0,
 seed1, ... alone are one group. The page needs no network and no other file. To show kinds of errors
 it needs tidecv; to show pictures and cost, the checkpoints, and the data where the runs' configs
-name it, seen from here.
+name it, seen from here. What it cannot show it names.
 """
 
 import argparse
