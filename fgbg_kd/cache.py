@@ -4,21 +4,25 @@ import hashlib
 from collections.abc import Callable
 
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor
 
 from .methods import DenseOutput
+
+_NEEDS = "MODEL.KD.TEACHER.CACHE needs images that do not change from epoch to epoch"
+_MEND = "Use INPUT.RANDOM_FLIP none, no INPUT.CROP and one INPUT.MIN_SIZE_TRAIN, or CACHE False."
 
 
 class TeacherCache:
     """Keeps the teacher's outputs of every image in host memory.
 
-    An image is known by its pixels and by the padded size of its batch, on which its outputs
-    depend as well: one that is augmented, or in a batch of another size, is computed anew and kept
-    beside. Memory is that of the outputs of a data set (each worker its own); it ends with the run.
+    They depend on the pixels and on the padded size of the batch as well. An image whose pixels
+    change is refused; one in a batch of another size is computed anew, and replaces what was kept.
+    So memory is that of the outputs of a data set (each worker its own); it ends with the run.
     """
 
     def __init__(self):
-        self._outputs: dict[tuple, DenseOutput] = {}
+        self._outputs: dict[str | bytes, tuple[bytes, torch.Size, DenseOutput]] = {}
 
     def __call__(
         self, run: Callable[[Tensor], DenseOutput], inputs: Tensor, batched_inputs: list[dict]
@@ -31,16 +35,26 @@ class TeacherCache:
 
         Returns:
             What ``run(inputs)`` would, up to rounding; ``run`` gets the images that are not known.
+
+        Raises:
+            ValueError: an image file comes with other pixels than before.
         """
-        keys = [(_digest(x["image"]), x["image"].shape, inputs.shape[2:]) for x in batched_inputs]
-        missing = [i for i, key in enumerate(keys) if key not in self._outputs]
+        size = inputs.shape[2:]
+        pixels = [_digest(x["image"]) for x in batched_inputs]
+        names = [x.get("file_name", p) for x, p in zip(batched_inputs, pixels)]
+        missing = []
+        for i, name in enumerate(names):
+            kept_pixels, kept_size, _ = self._outputs.get(name, (pixels[i], None, None))
+            if kept_pixels != pixels[i]:
+                raise ValueError(f"{_NEEDS}: {name} came with other pixels than before. {_MEND}")
+            if kept_size != size:
+                missing.append(i)
         if missing:
             output = run(inputs[missing])
             for row, i in enumerate(missing):
-                self._outputs[keys[i]] = _per_map(
-                    lambda x, n=row: x[n].to("cpu", copy=True), output
-                )
-        rows = [self._outputs[key] for key in keys]
+                kept = _per_map(lambda x, n=row: x[n].to("cpu", copy=True), output)
+                self._outputs[names[i]] = pixels[i], size, kept
+        rows = [self._outputs[name][2] for name in names]
         return _per_map(lambda *images: torch.stack(images).to(inputs.device), *rows)
 
 
@@ -55,22 +69,19 @@ def _digest(image: Tensor) -> bytes:
     return hashlib.blake2b(image.contiguous().numpy(force=True), digest_size=16).digest()
 
 
-def check_fixed_input(cfg) -> None:
+def check_fixed_input(mapper) -> None:
     """A cache serves images that come the same every time.
 
+    Args:
+        mapper: Detectron2's DatasetMapper, or another whose augmentations are not known.
+
     Raises:
-        ValueError: names the keys of INPUT that draw at random.
+        ValueError: names the augmentations that draw at random.
     """
-    sizes, sampling = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
     found = []
-    if cfg.INPUT.RANDOM_FLIP != "none":
-        found.append(f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r} (use none)")
-    if cfg.INPUT.CROP.ENABLED:
-        found.append("INPUT.CROP.ENABLED is True (use False)")
-    if len(set(sizes)) > 1:
-        found.append(f"INPUT.MIN_SIZE_TRAIN is {tuple(sizes)}, by {sampling!r} (use one size)")
+    for augmentation in getattr(getattr(mapper, "augmentations", None), "augs", ()):
+        sizes = getattr(augmentation, "short_edge_length", ())
+        if not (isinstance(augmentation, ResizeShortestEdge) and len(set(sizes)) == 1):
+            found.append(str(augmentation))
     if found:
-        raise ValueError(
-            "MODEL.KD.TEACHER.CACHE needs images that do not change from epoch to epoch, but "
-            f"{', '.join(found)}. Or set CACHE False."
-        )
+        raise ValueError(f"{_NEEDS}, but the input has {', '.join(found)}. {_MEND}")

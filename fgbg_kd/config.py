@@ -42,45 +42,21 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     # where names and shapes agree: "fpn", "head"; [] = nothing. A resumed run takes over nothing.
     kd.INHERIT = []
 
-    # How to distil: "FgBg", ours, or a peer to compare it with. A peer has its options in a node of
-    # its name (KD.PKD.WEIGHT); the file of its name in fgbg_kd/methods says what they mean.
+    # How to distil: "FgBg", ours, or a peer to compare it with. The file of its name in
+    # fgbg_kd/methods says what its options mean. Ours stand here, as KD.FG_WEIGHT; a peer's in a
+    # node of its name, as KD.PKD.WEIGHT.
     kd.METHOD = "FgBg"
     for name, method in METHOD_REGISTRY:
-        if name != "FgBg":
-            kd[name.upper()] = CN({k.upper(): v for k, v in method.options().items()})
+        options = CN({k.upper(): v for k, v in method.options().items()})
+        if name == "FgBg":
+            kd.update(options)
+        else:
+            kd[name.upper()] = options
 
     # The losses grow linearly from 0 over so many iterations; 0 = full from the start.
     kd.WARMUP_ITERS = 0
     # From this iteration on the student learns alone; 0 = never.
     kd.STOP_ITER = 0
-
-    # What follows are the options of FgBg. Scale of loss_kd_fg, the cosine term; 0 = off.
-    kd.FG_WEIGHT = 3.0
-    # Scale of loss_kd_bg, the KL term; 0 = off. With both 0 training is plain training.
-    kd.BG_WEIGHT = 1.0
-
-    # "all": every box on every level; "scale": each box on the one level that fits its size.
-    kd.ASSIGN = "all"
-    # Weight of a foreground cell. "object": 1 / (cells of its box on that level); "cell": 1.
-    kd.NORMALIZE = "object"
-    # 1x1 convolution from student to teacher channels, per level. "auto": where they differ;
-    # "conv": always; "none": never (an error where they differ).
-    kd.ADAPTER = "auto"
-    # Distribution of the background KL. "sigmoid": a Bernoulli per class, as RetinaNet and FCOS
-    # predict; "softmax": over the classes and a background logit of 0.
-    kd.KL = "sigmoid"
-    # Temperature of the KL; 1 = the predictions as they are.
-    kd.TEMPERATURE = 1.0
-    # The background KL is divided by the number of foreground ("fg") or background ("bg") cells.
-    kd.BG_NORMALIZER = "fg"
-
-    # The student learns where the teacher's prediction is better. "cell", "object", "image": over
-    # what the two qualities are averaged before they are compared; "off" = everywhere.
-    kd.GATE = "cell"
-    # By how much the teacher's quality (0..1) must be better; 0 = at all.
-    kd.GATE_MARGIN = 0.0
-    # Over 0: a sigmoid of this width in quality instead of a step; 0 = a hard gate.
-    kd.GATE_SOFTNESS = 0.0
 
     # FCOS, for MODEL.META_ARCHITECTURE "FCOS" and MODEL.BACKBONE.NAME
     # "build_fcos_resnet_fpn_backbone"; the defaults are those of Detectron2's lazy config.

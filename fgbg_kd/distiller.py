@@ -1,6 +1,7 @@
 """The meta-architecture: a student that trains beside a frozen teacher and is alone after."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .cache import TeacherCache, check_fixed_input
+from .cache import TeacherCache
 from .config import method_options, student_config
 from .data import training_classes
 from .methods import METHOD_REGISTRY, Batch, DenseOutput
@@ -138,12 +139,10 @@ class FgBgDistiller(nn.Module):
         teacher = None
         options = method_options(cfg)
         if kd.TEACHER.CONFIG and not _is_off(kd.METHOD, options):
-            if kd.TEACHER.CACHE:
-                check_fixed_input(cfg)
-            check_teacher_file(kd.TEACHER.WEIGHTS, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
             teacher = build_teacher(
                 kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256, kd.TEACHER.CLASSES
             )
+            check_teacher_file(teacher.weights, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
         schedule = {"warmup_iters": kd.WARMUP_ITERS, "stop_iter": kd.STOP_ITER}
         return {
             "student": student,
@@ -198,13 +197,14 @@ class FgBgDistiller(nn.Module):
         with torch.no_grad():
             teacher = self.teach(batched_inputs, images)
         losses, statistics = self.kd(self.batch(student, teacher, images, gt))
-        if storage.iter == 0 and statistics:  # later ones are read at the end of a period
-            first = ", ".join(f"{name} {value.item():.3f}" for name, value in statistics.items())
-            logger.info(f"First batch: {first}.")
-        if (storage.iter + 1) % _LOG_PERIOD == 0:
-            storage.put_scalars(
-                **{name: value.item() for name, value in statistics.items()}, smoothing_hint=False
-            )
+        first, last = storage.iter == 0, (storage.iter + 1) % _LOG_PERIOD == 0
+        if first or last:
+            values = {name: value.item() for name, value in statistics.items()}
+            values = {k: v for k, v in values.items() if not math.isnan(v)}  # of no cells
+        if first and values:
+            logger.info(f"First batch: {', '.join(f'{k} {v:.3f}' for k, v in values.items())}.")
+        if last:
+            storage.put_scalars(**values, smoothing_hint=False)
         return {name: scale * loss for name, loss in losses.items()}
 
     def teach(self, batched_inputs: list[dict], images, everything: bool = False) -> DenseOutput:
@@ -254,7 +254,9 @@ class FgBgDistiller(nn.Module):
         The engines call it after MODEL.WEIGHTS is loaded, which would overwrite it, and never in a
         run that resumes. The teacher's weights are those of its checkpoint, not folded.
         """
-        self.student.load_state_dict(self._inherited, strict=False)
+        if self._inherited:
+            self.student.load_state_dict(self._inherited, strict=False)
+            logger.info(f"Inherited from the teacher: {', '.join(self._inherited)}.")
         self._inherited = {}
 
     def _scale_at(self, iteration: int) -> float:

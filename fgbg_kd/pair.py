@@ -224,7 +224,7 @@ _PARTS = {"fpn": "backbone.", "head": "head."}
 def inherited_weights(
     student: nn.Module, teacher: nn.Module, parts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Copies of the teacher's tensors that fit the student by name and shape, and a log of them.
+    """Copies of the teacher's tensors that fit the student by name and shape; logs what does not.
 
     Args:
         parts: of "fpn" (the backbone without its bottom-up network) and "head". A part is
@@ -261,8 +261,7 @@ def inherited_weights(
                 f"MODEL.KD.INHERIT {part!r}: nothing of the teacher's {owners[1].__name__} fits "
                 f"the student's {owners[0].__name__} by name and shape."
             )
-        logger.info(f"Inherited from the teacher, {part}: {', '.join(fits)}.")
         if len(fits) < len(mine):
-            logger.info(f"Not inherited, {part}: {', '.join(k for k in mine if k not in fits)}.")
+            logger.info(f"Does not fit, {part}: {', '.join(k for k in mine if k not in fits)}.")
         found.update(fits)
     return found

@@ -43,8 +43,8 @@ def build_teacher(
             where they are known.
 
     Returns:
-        The detector in eval mode on the CPU, without gradients; its attribute ``class_names`` is
-        None where they are not known.
+        The detector in eval mode on the CPU, without gradients. Its attribute ``class_names`` is
+        None where they are not known; ``weights`` is the path or URL of its checkpoint.
 
     Raises:
         TeacherError: no such config, no weights, weights that do not fill the model exactly, or
@@ -60,6 +60,7 @@ def build_teacher(
         )
     _load(detector, weights, config, sha256)
     detector.class_names = _class_names(detector, cfg, list(classes))
+    detector.weights = weights
     return freeze(detector)
 
 
@@ -117,8 +118,6 @@ def check_teacher_file(weights: str, student_weights: str, output_dir: str) -> N
     Raises:
         TeacherError: it is.
     """
-    if not weights:
-        return
     path, name = os.path.realpath(weights), os.path.basename(weights)
     if path == os.path.realpath(student_weights or "."):
         raise TeacherError(

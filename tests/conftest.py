@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: runs them on the CPU
 
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.data import register_datasets
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
 CLASSES = ("square", "stripe")
 
 
@@ -134,3 +138,28 @@ def make_batch(sizes=((64, 80), (72, 56)), boxes=(((5, 5, 30, 40), (10, 10, 20, 
         image = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "height": h, "width": w})
     return batch
+
+
+def make_trainer(cls, cfg, folder, steps):
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER = str(folder), steps
+    folder.mkdir(exist_ok=True)
+    register_datasets(cfg)
+    seed_all_rng(cfg.SEED)
+    return cls(cfg)
+
+
+def train(cls, cfg, folder, steps, resume=False):
+    trainer = make_trainer(cls, cfg, folder, steps)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "loss" in k} for row in rows if "total_loss" in row]

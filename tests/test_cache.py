@@ -6,6 +6,9 @@ from conftest import make_batch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from fgbg_kd.data import register_datasets
+from fgbg_kd.engine import FgBgTrainer
+
 
 def build(cfg, cache):
     cfg = cfg.clone()
@@ -51,28 +54,36 @@ def test_only_what_is_not_known_is_computed_and_the_order_does_not_matter(distil
 def test_other_pixels_or_another_padding_are_not_taken_for_the_same_image(distil_cfg):
     (plain, _), (cached, seen) = build(distil_cfg, False), build(distil_cfg, True)
     small = make_batch(sizes=((64, 64),), boxes=(((8, 8, 40, 40),),))
-    flipped = [{**small[0], "image": small[0]["image"].flip(2)}]
+    small[0]["file_name"] = "small.png"
     large = make_batch(sizes=((128, 128),), boxes=((),))
-    for batch in (small, flipped, small + large):
+    for batch in (small, small + large, small + large, small):
         expected, got = losses_of(plain, batch), losses_of(cached, batch)
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
-    assert seen == [1, 1, 2]
+    assert seen == [1, 2, 1]  # each image is kept once, as it came last
+    flipped = [{**small[0], "image": small[0]["image"].flip(2)}]
+    with pytest.raises(ValueError, match="TEACHER.CACHE needs .*small.png came with other pixels"):
+        losses_of(cached, flipped)
 
 
 @pytest.mark.parametrize(
-    "key, value",
-    [("RANDOM_FLIP", "horizontal"), ("CROP.ENABLED", True), ("MIN_SIZE_TRAIN", (64, 80))],
+    "key, value, name",
+    [
+        ("RANDOM_FLIP", "horizontal", "RandomFlip"),
+        ("CROP.ENABLED", True, "RandomCrop"),
+        ("MIN_SIZE_TRAIN", (64, 80), "ResizeShortestEdge"),
+    ],
 )
-def test_a_cache_where_images_change_is_refused(distil_cfg, key, value):
-    distil_cfg.INPUT.RANDOM_FLIP = "none"
-    build(distil_cfg, True)
+def test_a_cache_where_images_change_is_refused_before_training(distil_cfg, key, value, name):
+    distil_cfg.MODEL.KD.TEACHER.CACHE = True
+    FgBgTrainer.build_train_loader(distil_cfg)
     distil_cfg.merge_from_list([f"INPUT.{key}", value])
-    with pytest.raises(ValueError, match=f"TEACHER.CACHE .*INPUT.{key} is"):
-        build(distil_cfg, True)
+    with pytest.raises(ValueError, match=f"TEACHER.CACHE needs .* the input has {name}"):
+        FgBgTrainer.build_train_loader(distil_cfg)
 
 
 @pytest.fixture
 def distil_cfg(distil_cfg):
     distil_cfg.INPUT.RANDOM_FLIP = "none"
+    register_datasets(distil_cfg)
     return distil_cfg

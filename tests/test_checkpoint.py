@@ -232,7 +232,7 @@ def test_the_config_hands_the_hash_over(distil_cfg):
 
 
 def test_training_reads_weights_and_resumes_through_it(coco, tmp_path, marker):
-    from engine.test_trainer import make_trainer
+    from conftest import make_trainer
 
     from fgbg_kd.engine import FgBgTrainer
 

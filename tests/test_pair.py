@@ -366,8 +366,8 @@ def test_what_fits_is_inherited_as_it_was_before_folding(caplog):
     for k, v in student.state_dict().items():
         part = not k.startswith("backbone.bottom_up.")
         assert torch.equal(v, saved[k] if part and k in saved else mine[k]), k
-    assert "Inherited from the teacher, fpn: backbone.fpn_lateral3.weight" in caplog.text
-    assert "Not inherited, head: head.cls_subnet.2.weight" in caplog.text
+    assert "Inherited from the teacher: backbone.fpn_lateral3.weight" in caplog.text
+    assert "Does not fit, head: head.cls_subnet.2.weight" in caplog.text
 
 
 def test_parts_of_another_kind_or_name_are_an_error():

@@ -12,31 +12,38 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.checkpoint import SafeCheckpointer
-from fgbg_kd.distiller import FgBgDistiller
-from fgbg_kd.engine import FgBgTrainer, load_config
+from fgbg_kd.engine import FgBgTrainer, build_lazy, load_config, load_lazy_config
 from fgbg_kd.engine.finite import load_batch, not_finite
+from fgbg_kd.engine.hooks import adapters_of, detector_of
+from fgbg_kd.engine.resume import seed_iteration
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, help=".yaml or .py, of the stopped run")
     parser.add_argument("file")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_argument("opts", nargs="*", metavar="OVERRIDE", help="as given to the run")
     args = parser.parse_args()
 
-    cfg = load_config(args.config_file, args.opts)
-    model = FgBgTrainer.build_model(cfg)
-    student, parts = model, {}
-    if isinstance(model, FgBgDistiller):
-        student, parts = model.student, {} if model.kd is None else {"kd": model.kd}
-    saved = SafeCheckpointer(student, **parts).load(args.file)
+    if args.config_file.endswith(".py"):
+        cfg = load_lazy_config(args.config_file, args.opts)
+        model, amp = build_lazy(cfg).to(cfg.train.device), cfg.train.amp.enabled
+    else:
+        # The file holds what the backbone would start from.
+        cfg = load_config(args.config_file, [*args.opts, "MODEL.TIMM.WEIGHTS", ""])
+        model, amp = FgBgTrainer.build_model(cfg), cfg.SOLVER.AMP.ENABLED
+    detector = detector_of(model)
+    saved = SafeCheckpointer(detector, **adapters_of(model)).load(args.file)
+    if saved["loss_normalizer"] is not None:
+        detector.loss_normalizer = saved["loss_normalizer"]
     batch = load_batch(saved)
+    seed_iteration(saved["seed"], saved["iteration"], saved["rank"])
     model.train()
     with (
         EventStorage(saved["iteration"]),
-        torch.autocast(model.device.type, enabled=cfg.SOLVER.AMP.ENABLED),
+        torch.autocast(next(model.parameters()).device.type, enabled=amp),
     ):
         losses = model(batch)
         where = not_finite(model, batch)

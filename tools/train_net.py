@@ -6,6 +6,8 @@ Examples:
     tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=2
 """
 
+import os
+
 import _quiet  # noqa: F401
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -25,13 +27,16 @@ from fgbg_kd.engine import (
     train_lazy,
 )
 
+# Of --eval-only, in OUTPUT_DIR: what a training wrote there stays as it is.
+EVALUATION = "eval"
+
 
 def main(args):
     return main_lazy(args) if args.config_file.endswith(".py") else main_yaml(args)
 
 
 def prepare(cfg, output_dir, args):
-    if comm.is_main_process() and not args.eval_only:
+    if comm.is_main_process():
         lock_output_dir(output_dir)
     default_setup(cfg, args)
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="fgbg_kd")
@@ -39,9 +44,12 @@ def prepare(cfg, output_dir, args):
 
 def main_lazy(args):
     cfg = load_lazy_config(args.config_file, args.opts)
+    run_dir = cfg.train.output_dir
+    if args.eval_only:
+        cfg.train.output_dir = os.path.join(run_dir, EVALUATION)
     prepare(cfg, cfg.train.output_dir, args)
     if args.eval_only:
-        return evaluate_lazy(cfg, load_lazy_student(cfg, args.resume))
+        return evaluate_lazy(cfg, load_lazy_student(cfg, run_dir if args.resume else ""))
     return train_lazy(cfg, args.resume)
 
 
@@ -49,10 +57,15 @@ def main_yaml(args):
     if args.eval_only:  # the checkpoint holds what the backbone would start from
         args.opts += ["MODEL.TIMM.WEIGHTS", ""]
     cfg = load_config(args.config_file, args.opts, args.resume)
+    run_dir = cfg.OUTPUT_DIR
+    if args.eval_only:
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(run_dir, EVALUATION)
+        cfg.freeze()
     prepare(cfg, cfg.OUTPUT_DIR, args)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(student_config(cfg))
-        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        SafeCheckpointer(model, save_dir=run_dir).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = FgBgTrainer.test(cfg, model)

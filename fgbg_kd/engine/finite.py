@@ -12,11 +12,11 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..distiller import FgBgDistiller, run_dense
+from ..distiller import run_dense
 from ..methods import DenseOutput
 from ..pair import is_dense, level_names
+from .hooks import adapters_of, detector_of, unwrapped
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -26,9 +26,9 @@ class NonFiniteLossError(FloatingPointError):
 class FiniteTrainer(SimpleTrainer):
     """SimpleTrainer that checks each worker's losses when it reads them, which it does anyway."""
 
-    def __init__(self, model: nn.Module, data_loader, optimizer, *, output_dir: str):
+    def __init__(self, model: nn.Module, data_loader, optimizer, *, output_dir: str, seed: int):
         super().__init__(model, data_loader, optimizer)
-        self.output_dir = output_dir
+        self.output_dir, self.seed = output_dir, seed
         self._last = _LastInput()
         model.register_forward_pre_hook(self._last)
 
@@ -50,38 +50,45 @@ class FiniteTrainer(SimpleTrainer):
         path = os.path.join(
             self.output_dir, f"not_finite_{self.iter:07d}_rank{comm.get_rank()}.pth"
         )
-        model = self.model
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = unwrapped(self.model)
         names = ", ".join(str(x.get("file_name", "?")) for x in self.batch)
         message = f"Iteration {self.iter}: {' and '.join(bad)}. Images: {names}."
         try:
-            save_batch(path, model, self.batch, self.iter)
+            state = {"iteration": self.iter, "seed": self.seed, "rank": comm.get_rank()}
+            save_batch(path, model, self.batch, {**state, "loss_normalizer": self._last.normalizer})
             message += f" {path} holds them and the weights (tools/replay.py)."
         except OSError as error:
             message += f" They could not be saved: {error}."
         if comm.get_world_size() == 1:  # else the others would be waited for, by SyncBN
             device = next(model.parameters()).device.type
-            with torch.autocast(device, enabled=isinstance(self, AMPTrainer)):
-                message += f" {not_finite(model, self.batch)}"
+            try:
+                with torch.autocast(device, enabled=isinstance(self, AMPTrainer)):
+                    message += f" {not_finite(model, self.batch)}"
+            except Exception as error:  # such as no memory left: the fault itself must be told
+                message += f" Where it began could not be found ({error})."
         raise NonFiniteLossError(message)
 
 
 class _LastInput:
     """A hook apart from the trainer, which cannot be copied along with a model."""
 
-    batch = ()
+    batch, normalizer = (), None
 
-    def __call__(self, _, inputs):
+    def __call__(self, model, inputs):
         self.batch = inputs[0]
+        self.normalizer = getattr(detector_of(unwrapped(model)), "loss_normalizer", None)
 
 
 class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
     """AMPTrainer, likewise."""
 
 
-def save_batch(path: str, model: nn.Module, batch: list[dict], iteration: int) -> None:
-    """Writes a checkpoint of the student (and the adapters) with the batch, whole or not at all."""
-    student, kd = (model.student, model.kd) if isinstance(model, FgBgDistiller) else (model, None)
+def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> None:
+    """Writes a checkpoint of the student (and the adapters) with the batch, whole or not at all.
+
+    Args:
+        state: what else the losses depend on, under names of its own.
+    """
     rows = []
     for x in batch:
         row = {k: v for k, v in x.items() if isinstance(v, (Tensor, int, float, str))}
@@ -89,9 +96,8 @@ def save_batch(path: str, model: nn.Module, batch: list[dict], iteration: int) -
             row["gt_boxes"] = x["instances"].gt_boxes.tensor
             row["gt_classes"] = x["instances"].gt_classes
         rows.append(row)
-    content = {"model": student.state_dict(), "batch": rows, "iteration": iteration}
-    if kd is not None:
-        content["kd"] = kd.state_dict()
+    content = {"model": detector_of(model).state_dict(), "batch": rows, **state}
+    content |= {name: part.state_dict() for name, part in adapters_of(model).items()}
     try:
         torch.save(content, f"{path}.partial")
     except RuntimeError as error:  # torch's name for a full disk
@@ -116,7 +122,7 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
     """Where a batch makes numbers that are not finite, in words: parameters, levels, losses."""
     found = [k for k, v in model.named_parameters() if not v.isfinite().all()]
     found = [f"the parameters {', '.join(found[:5])}{', ...' * (len(found) > 5)}"] if found else []
-    student = model.student if isinstance(model, FgBgDistiller) else model
+    student = detector_of(model)
     outputs = []
     if is_dense(student):
         images = student.preprocess_image(batch)

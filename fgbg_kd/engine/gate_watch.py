@@ -6,7 +6,7 @@ from detectron2.engine import HookBase
 
 logger = logging.getLogger(__name__)
 
-_SHARE = "kd/fg_gate", "kd/bg_gate"
+_SHARES = "kd/fg_gate", "kd/bg_gate"
 
 
 class GateWatch(HookBase):
@@ -23,29 +23,26 @@ class GateWatch(HookBase):
             least: share of the foreground cells on which the teacher must be better.
         """
         self.iterations, self.least = iterations, least
-        self.shares = []  # pairs of foreground and background
+        self.shares = {name: [] for name in _SHARES}
 
     def after_step(self):
         trainer = self.trainer
         if trainer.start_iter > 0 or trainer.iter >= self.iterations:
             return
         latest = trainer.storage.latest()
-        now = [latest[name] for name in _SHARE if name in latest]
-        if len(now) == 2 and now[0][1] == trainer.iter:
-            self.shares.append([share for share, _ in now])
-        if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and self.shares:
-            self._judge()
+        for name, shares in self.shares.items():  # a batch without objects has no share of them
+            share, when = latest.get(name, (0.0, -1))
+            if when == trainer.iter:
+                shares.append(share)
+        if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and all(self.shares.values()):
+            self._judge(*(sum(shares) / len(shares) for shares in self.shares.values()))
 
-    def _judge(self):
-        means = []
-        for shares in zip(*self.shares):
-            shares = [share for share in shares if share > 0]  # a batch without objects has none
-            means.append(sum(shares) / len(shares) if shares else 0.0)
-        if means[0] < self.least:
+    def _judge(self, foreground: float, background: float):
+        if foreground < self.least:
             logger.warning(
                 f"The student has next to nothing to learn on objects: in the first "
                 f"{self.trainer.iter + 1} iterations the teacher is better than the student on "
-                f"{means[0]:.1%} of the foreground cells and {means[1]:.1%} of the background. "
+                f"{foreground:.1%} of the foreground cells and {background:.1%} of the background. "
                 "Where it is not better it is not followed. Are the teacher's weights, classes, "
                 "INPUT.FORMAT and PIXEL_MEAN those it was trained with (MODEL.KD.TEACHER.MIN_AP "
                 "measures it), and is it better than what the student starts from?"

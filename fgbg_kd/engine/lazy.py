@@ -3,7 +3,6 @@ model, dataloader, optimizer, lr_multiplier and train, as in its tools/lazyconfi
 
 import copy
 import logging
-import os
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -16,16 +15,17 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch import nn
 
+from ..cache import check_fixed_input
 from ..checkpoint import SafeCheckpointer
 from ..config import student_model
 from ..data import training_classes
 from ..pair import channel_order
-from .ema import WeightAverage
+from ..teacher import check_teacher_file
 from .finite import FiniteAMPTrainer, FiniteTrainer
-from .gate_watch import GateWatch
+from .hooks import adapters_of, detector_of, run_hooks
 from .loader import ResumableLoader
-from .resume import IterationState, RunCheckpointer, rewind_metrics, warm_up
-from .trainer import Inheritance, TeacherCheck, adapters_of, detector_of, distributed
+from .resume import RunCheckpointer, begin, run_seed
+from .trainer import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ def load_lazy_config(config_file: str, opts: list[str] = ()) -> DictConfig:
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: train.device is set to cpu.")
         cfg.train.device = "cpu"
+    if cfg.train.device == "cpu" and cfg.train.amp.enabled:
+        logger.warning("Detectron2 has mixed precision on CUDA only: train.amp is set off.")
+        cfg.train.amp.enabled = False
     return cfg
 
 
@@ -48,21 +51,24 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     Returns:
         The last results of the evaluation, {} without one.
     """
-    model = build_lazy(cfg).to(cfg.train.device)
+    train, output_dir = cfg.train, cfg.train.output_dir
+    seed = run_seed(train.get("seed", -1), output_dir, resume)
+    model = build_lazy(cfg).to(train.device)
+    teacher = getattr(model, "teacher", None)
+    if teacher is not None:
+        check_teacher_file(teacher.weights, train.init_checkpoint, output_dir)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    seed = cfg.train.get("seed", -1)
-    if seed < 0:
-        seed = comm.shared_random_seed()
-    loader = _train_loader(cfg.dataloader.train, seed)
-    trainer = (FiniteAMPTrainer if cfg.train.amp.enabled else FiniteTrainer)(
-        distributed(model, **cfg.train.ddp),
-        loader,
-        optimizer,
-        output_dir=cfg.train.output_dir,
+    loader = _train_loader(cfg.dataloader.train, seed, bool(getattr(model, "cache", None)))
+    trainer = (FiniteAMPTrainer if train.amp.enabled else FiniteTrainer)(
+        distributed(model, **train.ddp), loader, optimizer, output_dir=output_dir, seed=seed
     )
     checkpointer = RunCheckpointer(
-        detector_of(model), cfg.train.output_dir, trainer=trainer, **adapters_of(model)
+        detector_of(model),
+        output_dir,
+        max_to_keep=train.checkpointer.get("max_to_keep") or 0,
+        trainer=trainer,
+        **adapters_of(model),
     )
     results = {}
 
@@ -71,39 +77,32 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
         results.update(evaluate_lazy(cfg, trainer.model))
         return results
 
-    period = cfg.train.checkpointer.period
-    trainer.register_hooks([IterationState(detector_of(model), seed, period)])
-    if getattr(model, "teacher", None) is not None:
-        min_ap = cfg.train.get("teacher_min_ap", 0)
-        check = TeacherCheck(min_ap, lambda x: evaluate_lazy(cfg, x, channel_order(x)))
-        trainer.register_hooks([check, Inheritance(), GateWatch()])
-    if decay := cfg.train.get("ema_decay", 0):
-        trainer.register_hooks([WeightAverage(detector_of(model), decay)])
-    on_main, saving, writing = comm.is_main_process(), None, None
-    if on_main:
-        saving = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        writing = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
+    period, saving, writing = train.checkpointer.period, None, None
+    if comm.is_main_process():
+        saving = hooks.PeriodicCheckpointer(checkpointer, period)
+        writers = default_writers(output_dir, train.max_iter)
+        writing = hooks.PeriodicWriter(writers, period=train.log_period)
     trainer.register_hooks(
         [
+            *run_hooks(
+                model,
+                seed=seed,
+                checkpoint_period=period,
+                ema_decay=train.get("ema_decay", 0),
+                min_ap=train.get("teacher_min_ap", 0),
+                test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
+            ),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             saving,
-            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            hooks.EvalHook(train.eval_period, evaluate),
             writing,
         ]
     )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    if isinstance(loader, ResumableLoader):
-        loader.start = start
-    elif start:
-        logger.warning("dataloader.train is not Detectron2's loader: the data begins anew.")
-    warm_up(start)
-    metrics = os.path.join(cfg.train.output_dir, "metrics.json")
-    if resume and on_main and os.path.isfile(metrics):
-        rewind_metrics(metrics, start)
-    trainer.train(start, cfg.train.max_iter)
+    begin(start, loader, output_dir, seed, resume)
+    trainer.train(start, train.max_iter)
     return results
 
 
@@ -124,27 +123,32 @@ def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> 
     return results
 
 
-def load_lazy_student(cfg: DictConfig, resume: bool = False) -> nn.Module:
+def load_lazy_student(cfg: DictConfig, run_dir: str = "") -> nn.Module:
     """The student of ``cfg.model``, or the plain detector that it is; no teacher is built.
 
     Args:
-        resume: take the last checkpoint in ``train.output_dir``, not ``train.init_checkpoint``.
+        run_dir: take the last checkpoint in this folder, if there is one; "": that of
+            ``train.init_checkpoint``.
     """
     model = instantiate(student_model(cfg.model)).to(cfg.train.device)
-    SafeCheckpointer(model, cfg.train.output_dir).resume_or_load(
-        cfg.train.init_checkpoint, resume=resume
-    )
+    SafeCheckpointer(model, run_dir).resume_or_load(cfg.train.init_checkpoint, resume=bool(run_dir))
     return model
 
 
-def _train_loader(cfg: DictConfig, seed: int):
-    """``dataloader.train``; if it is Detectron2's own loader, one that can resume, as by YAML."""
+def _train_loader(cfg: DictConfig, seed: int, cached: bool):
+    """``dataloader.train``; if it is Detectron2's own loader, one that can resume, as by YAML.
+
+    Args:
+        cached: the teacher's outputs are kept, so images must not change.
+    """
     options = set(cfg) - {"_target_"}
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
     known = {"dataset", "mapper", "total_batch_size", "aspect_ratio_grouping", "num_workers"}
     if target is not build_detection_train_loader or not options <= known:
         return instantiate(cfg)
     parts = {name: instantiate(cfg[name]) for name in options}
+    if cached:
+        check_fixed_input(parts["mapper"])
     sampler = TrainingSampler(len(parts["dataset"]), seed=seed)
     return ResumableLoader(**parts, sampler=sampler, seed=seed)
 

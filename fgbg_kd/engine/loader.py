@@ -103,12 +103,12 @@ class _SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         position, index = key
-        with _random_numbers(derived_seed(self.seed, position)):
+        with random_numbers(derived_seed(self.seed, position)):
             return self.dataset[index]
 
 
 @contextlib.contextmanager
-def _random_numbers(seed: int):
+def random_numbers(seed: int):
     """Python, NumPy and PyTorch (CPU) draw as seeded; afterwards they go on as before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)

@@ -15,16 +15,17 @@ import zipfile
 
 import numpy as np
 import torch
-import yaml
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import nn
 
 from ..checkpoint import CheckpointError, SafeCheckpointer
-from .loader import derived_seed
+from .loader import ResumableLoader, derived_seed
 
 logger = logging.getLogger(__name__)
+
+_SEED_FILE = "seed.txt"
 
 
 class RunCheckpointer(SafeCheckpointer):
@@ -157,10 +158,7 @@ class IterationState(HookBase):
         self.normalizers = []
 
     def before_step(self):
-        seed = derived_seed(self.seed, self.trainer.iter, comm.get_rank())
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        seed_iteration(self.seed, self.trainer.iter, comm.get_rank())
 
     def after_step(self):
         done = self.trainer.iter + 1
@@ -179,19 +177,57 @@ class IterationState(HookBase):
             self.detector.loss_normalizer = sum(normalizers) / comm.get_world_size()
 
 
+def seed_iteration(seed: int, iteration: int, rank: int) -> None:
+    """Python, NumPy and PyTorch draw, in that iteration of a run and that process, as seeded."""
+    seed = derived_seed(seed, iteration, rank)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def run_seed(seed: int, output_dir: str, resume: bool) -> int:
-    """The seed of a run. A config that leaves it open (SEED -1) gets one, and keeps it on resume.
+    """The seed of a run. A config that leaves it open (-1) gets one, and keeps it on resume.
 
     Args:
-        output_dir: the run's folder, whose config.yaml is the record of its seed.
+        output_dir: the run's folder; :func:`begin` records the seed there.
     """
-    record = os.path.join(output_dir, "config.yaml")
+    record = os.path.join(output_dir, _SEED_FILE)
     if seed < 0 and resume and os.path.isfile(record):
         with open(record) as file:
-            seed = yaml.safe_load(file)["SEED"]
+            seed = int(file.read())
     if seed < 0:
         seed = int.from_bytes(os.urandom(3), "big")
     return comm.all_gather(seed)[0]
+
+
+def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
+    """Puts all that is not in a checkpoint where a run of ``start`` iterations would have it.
+
+    Args:
+        start: the first iteration to come, on every process.
+        loader: a :class:`ResumableLoader`, or another, whose data then begins anew.
+        output_dir: the run's folder, which gets a record of the seed.
+
+    Raises:
+        RuntimeError: the processes see different checkpoints.
+    """
+    starts = sorted(set(comm.all_gather(start)))
+    if len(starts) > 1:
+        raise RuntimeError(
+            f"The processes would go on from iterations {starts}: the output folder "
+            f"({output_dir}) must be on a file system that all machines share."
+        )
+    if isinstance(loader, ResumableLoader):
+        loader.start = start
+    elif start:
+        logger.warning("The data loader is not this package's own: the data begins anew.")
+    warm_up(start)
+    if comm.is_main_process():
+        with _atomic_write(os.path.join(output_dir, _SEED_FILE), "w") as file:
+            file.write(f"{seed}\n")
+        metrics = os.path.join(output_dir, "metrics.json")
+        if resume and os.path.isfile(metrics):
+            rewind_metrics(metrics, start)
 
 
 def warm_up(iterations: int) -> None:

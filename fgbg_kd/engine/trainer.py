@@ -3,29 +3,27 @@
 import logging
 import os
 import weakref
-from collections.abc import Callable
 
 import torch
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from ..cache import check_fixed_input
 from ..config import get_fgbg_kd_cfg
 from ..config_files import merge_overrides, merge_yaml
 from ..data import NamingMapper, check_num_classes, register_datasets
 from ..distiller import FgBgDistiller
 from ..pair import channel_order
 from ..teacher import TeacherError
-from .ema import WeightAverage
 from .finite import FiniteAMPTrainer, FiniteTrainer
-from .gate_watch import GateWatch
-from .loader import ResumableLoader
-from .resume import IterationState, RunCheckpointer, rewind_metrics, run_seed, warm_up
+from .hooks import adapters_of, detector_of, run_hooks
+from .loader import ResumableLoader, random_numbers
+from .resume import RunCheckpointer, begin, run_seed
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +81,9 @@ class FgBgTrainer(DefaultTrainer):
         if isinstance(model, FgBgDistiller):
             parameters = sum(p.numel() for p in model.student.parameters()) / 1e6
             logger.info(f"Student {type(model.student).__name__}: {parameters:.2f} M parameters.")
-        self._trainer = trainer(distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR)
+        self._trainer = trainer(
+            distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
             detector_of(model),
@@ -97,20 +97,7 @@ class FgBgTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume=resume)
-        starts = comm.all_gather(self.start_iter)
-        if len(set(starts)) > 1:
-            raise RuntimeError(
-                f"The processes would go on from iterations {sorted(set(starts))}: OUTPUT_DIR "
-                f"({self.cfg.OUTPUT_DIR}) must be on a file system that all machines share."
-            )
-        if isinstance(self.data_loader, ResumableLoader):
-            self.data_loader.start = self.start_iter
-        elif self.start_iter:
-            logger.warning("The data loader is no ResumableLoader: the data begins anew.")
-        warm_up(self.start_iter)
-        metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-        if resume and comm.is_main_process() and os.path.isfile(metrics):
-            rewind_metrics(metrics, self.start_iter)
+        begin(self.start_iter, self.data_loader, self.cfg.OUTPUT_DIR, self.cfg.SEED, resume)
 
     @classmethod
     def build_model(cls, cfg):
@@ -139,7 +126,11 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        parts = build_detection_train_loader.from_config(cfg, mapper=NamingMapper(cfg, True))
+        mapper = NamingMapper(cfg, True)
+        if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller" and cfg.MODEL.KD.TEACHER.CACHE:
+            check_fixed_input(mapper)
+        with random_numbers(cfg.SEED):  # v0.6 draws the sampler's seed
+            parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         return ResumableLoader(**parts, seed=cfg.SEED)
 
     @classmethod
@@ -151,18 +142,16 @@ class FgBgTrainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self):
-        model, cfg = _unwrapped(self.model), self.cfg
-        hooks = [IterationState(detector_of(model), cfg.SEED, cfg.SOLVER.CHECKPOINT_PERIOD)]
-        if getattr(model, "teacher", None) is not None:
-            trainer = weakref.proxy(self)
-            hooks += [
-                TeacherCheck(cfg.MODEL.KD.TEACHER.MIN_AP, lambda x: trainer.test_teacher(x)),
-                Inheritance(),
-                GateWatch(),
-            ]
-        if cfg.SOLVER.EMA_DECAY != 0:
-            hooks.append(WeightAverage(detector_of(model), cfg.SOLVER.EMA_DECAY))
-        return hooks + super().build_hooks()
+        cfg, trainer = self.cfg, weakref.proxy(self)
+        ours = run_hooks(
+            self.model,
+            seed=cfg.SEED,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            ema_decay=cfg.SOLVER.EMA_DECAY,
+            min_ap=cfg.MODEL.KD.TEACHER.MIN_AP,
+            test_teacher=lambda teacher: trainer.test_teacher(teacher),
+        )
+        return ours + super().build_hooks()
 
     def test_teacher(self, teacher: nn.Module) -> dict:
         """Results on DATASETS.TEST, read in the channel order that the teacher takes."""
@@ -185,55 +174,9 @@ class FgBgTrainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
 
 
-class TeacherCheck(HookBase):
-    """Before the first iteration, measures the teacher and stops the run if it is too weak."""
-
-    def __init__(self, min_ap: float, test: Callable[[nn.Module], dict]):
-        """
-        Args:
-            min_ap: COCO AP (0..100) that it must reach; 0: it is not measured.
-            test: from a detector to its results, as those of DefaultTrainer.test.
-        """
-        self.min_ap, self.test = min_ap, test
-
-    def before_train(self):
-        if self.min_ap <= 0 or self.trainer.iter > 0:
-            return
-        results = self.test(_unwrapped(self.trainer.model).teacher)
-        # Only the first worker has the results, and all of them have to stop.
-        ap = comm.all_gather(results.get("bbox", {}).get("AP", 0.0))[0]
-        if not ap >= self.min_ap:
-            raise TeacherError(
-                f"The teacher reaches {ap:.1f} AP on the test set, less than "
-                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}: is it trained on these classes, and are "
-                "its INPUT.FORMAT and PIXEL_MEAN those of its config?"
-            )
-        logger.info(f"The teacher reaches {ap:.1f} AP on the test set.")
-
-
-class Inheritance(HookBase):
-    """Before the first iteration, when all weights are loaded: MODEL.KD.INHERIT."""
-
-    def before_train(self):
-        if self.trainer.iter == 0:
-            _unwrapped(self.trainer.model).inherit()
-
-
 def distributed(model, **options):
     """The model under DistributedDataParallel (and its options) if there are several processes."""
     # On a CPU, DDP wants no device, which create_ddp_model would give.
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = {"device_ids": None} if on_cpu else {}
     return create_ddp_model(model, **{"broadcast_buffers": False, **devices, **options})
-
-
-def _unwrapped(model):
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def detector_of(model):
-    return model.student if isinstance(model, FgBgDistiller) else model
-
-
-def adapters_of(model):
-    return {"kd": model.kd} if getattr(model, "kd", None) is not None else {}

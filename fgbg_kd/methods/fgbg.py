@@ -33,8 +33,6 @@ class FgBg(Method):
     below, so a term fades as the student catches up. In a batch without any object L_bg is
     divided by the number of background cells. Where the detectors have other anchors (RetinaNet and
     FCOS), the KL compares the largest logit of each class over the anchors of a cell.
-
-    The keyword arguments are the keys of MODEL.KD (config.py says what each means).
     """
 
     def __init__(
@@ -57,6 +55,27 @@ class FgBg(Method):
         """
         Args:
             student_channels, teacher_channels: C per level.
+            fg_weight: scale of loss_kd_fg, the cosine term; 0 = off.
+            bg_weight: scale of loss_kd_bg, the KL term; 0 = off. With both 0 training is plain
+                training.
+            assign: "all": every box on every level; "scale": each box on the one level that fits
+                its size.
+            normalize: weight of a foreground cell: "object": 1 / (cells of its box on that level);
+                "cell": 1.
+            adapter: 1x1 convolution from student to teacher channels, per level. "auto": where they
+                differ; "conv": always; "none": never (an error where they differ).
+            kl: distribution of the background KL. "sigmoid": a Bernoulli per class, as RetinaNet
+                and FCOS predict; "softmax": over the classes and a background logit of 0.
+            temperature: of the KL; 1 = the predictions as they are.
+            bg_normalizer: the background KL is divided by the number of foreground ("fg") or
+                background ("bg") cells.
+            gate: the student learns where the teacher's prediction is better. "cell", "object",
+                "image": over what the two qualities are averaged before they are compared; "off" =
+                it learns everywhere.
+            gate_margin: by how much the teacher's quality (0..1) must be better; 0 = at all; under
+                0 it may be worse by so much.
+            gate_softness: over 0: a sigmoid of this width in quality instead of a step; 0 = a hard
+                gate.
 
         Raises:
             ValueError: an option that is not one of its choices, or out of range.
@@ -101,7 +120,7 @@ class FgBg(Method):
         """
         Returns:
             loss_kd_fg and loss_kd_bg, without a term of weight 0; and kd/fg_gate and kd/bg_gate,
-            the share of cells where the teacher guides.
+            the share of cells where the teacher guides (NaN where there are no such cells).
         """
         student, teacher = batch.student, batch.teacher
         cells = batch.split(self.assign, self.normalize)
@@ -139,7 +158,7 @@ class FgBg(Method):
             normalizer = torch.where(by_fg, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * loss / safe(normalizer)
         shares = {
-            "kd/fg_gate": (gate * foreground).sum() / safe(foreground.sum()),
-            "kd/bg_gate": (gate * background).sum() / safe(background.sum()),
+            "kd/fg_gate": (gate * foreground).sum() / foreground.sum(),
+            "kd/bg_gate": (gate * background).sum() / background.sum(),
         }
         return losses, shares

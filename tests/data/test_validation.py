@@ -292,8 +292,7 @@ def test_exif_that_turns_against_the_recorded_size(data):
 
 
 def test_one_class_is_learnt_with_either_kl(data, distil_cfg, tmp_path):
-    from conftest import save_teacher
-    from engine.test_trainer import train
+    from conftest import save_teacher, train
 
     for a in data.content["annotations"]:
         a["category_id"] = 1

@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import make_batch, tiny_cfg
+from conftest import ROOT, make_batch, tiny_cfg, weights
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from test_trainer import ROOT, weights
 
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.engine.trainer import distributed

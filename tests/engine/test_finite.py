@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, tiny_cfg
+from conftest import make_batch, make_trainer, tiny_cfg
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from engine.test_trainer import make_trainer
 
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.finite import NonFiniteLossError
@@ -78,6 +77,15 @@ def test_the_file_replays_to_the_same_losses_and_the_same_words(
     for x in batch:
         assert f"{x['file_name']}: {len(x['instances'])} boxes" in printed
     assert "loss_cls: nan" in printed and "loss_kd_fg: 0." in printed
+
+
+def test_a_search_that_fails_does_not_hide_the_fault(distil_cfg, tmp_path, monkeypatch):
+    def fails(*_):
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr("fgbg_kd.engine.finite.not_finite", fails)
+    message = run(distil_cfg, tmp_path / "kd", overflow_on_p4)[2]
+    assert "loss_cls is nan" in message and "could not be found (no memory left)" in message
 
 
 def test_parameters_and_a_teacher_that_are_not_finite_are_named(distil_cfg, tmp_path):

@@ -2,12 +2,16 @@
 
 import logging
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_cfg
+import yaml
+from conftest import make_batch, make_trainer, tiny_cfg
 from detectron2.engine import HookBase
-from engine.test_trainer import make_trainer
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from fgbg_kd import TeacherError
 from fgbg_kd.engine import FgBgTrainer
@@ -59,11 +63,23 @@ def test_a_teacher_that_finds_nothing_is_warned_of_once(distil_cfg, tmp_path, ca
     assert "MIN_AP" in text
 
 
+def test_batches_without_objects_have_no_share_and_a_share_of_zero_counts(distil_cfg):
+    model = build_model(distil_cfg).train()
+    model.teacher.head.cls_score.bias.data.fill_(-20.0)  # finds nothing: 0 on objects
+    with EventStorage(19) as storage:
+        model(make_batch())
+        assert storage.latest()["kd/fg_gate"] == (0.0, 19)
+    with EventStorage(19) as storage:
+        model(make_batch(boxes=((), ())))
+        assert "kd/fg_gate" not in storage.latest() and "kd/bg_gate" in storage.latest()
+
+
 def test_a_run_that_resumes_is_not_judged_anew(distil_cfg, tmp_path, caplog):
     make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 2).train()
     trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 20)
     trainer.resume_or_load(resume=True)
     trainer.register_hooks([Teacher(-20.0)])
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="fgbg_kd"):
         trainer.train()
     assert "First batch" not in caplog.text and WARNING not in caplog.text
@@ -86,7 +102,13 @@ def test_a_student_that_starts_as_its_teacher_is_refused(distil_cfg, tmp_path):
 @pytest.mark.parametrize("name", ["model_final.pth", "model_0000099.pth"])
 def test_a_teacher_that_the_run_would_write_over_is_refused(distil_cfg, tmp_path, name):
     (tmp_path / "run").mkdir()
-    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = str(tmp_path / "run" / name)
+    shutil.copy(distil_cfg.MODEL.KD.TEACHER.WEIGHTS, tmp_path / "run" / name)
+    # Named by the teacher's config.
+    teacher = yaml.safe_load(Path(distil_cfg.MODEL.KD.TEACHER.CONFIG).read_text())
+    teacher["MODEL"]["WEIGHTS"] = str(tmp_path / "run" / name)
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(teacher))
+    distil_cfg.MODEL.KD.TEACHER.CONFIG = str(tmp_path / "teacher.yaml")
+    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     with pytest.raises(TeacherError, match=f"{name} are what this run will write over"):
         make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
 

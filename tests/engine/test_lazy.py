@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_the_checkpoint_is_the_plain_students_and_evaluation_needs_no_teacher(co
     plain = instantiate(cfg.model.student)
     assert saved(tmp_path / "lazy")["model"].keys() == plain.state_dict().keys()
     DetectionCheckpointer(plain).load(path)
-    for student in (load_lazy_student(cfg), load_lazy_student(cfg, resume=True)):
+    for student in (load_lazy_student(cfg), load_lazy_student(cfg, str(tmp_path / "lazy"))):
         assert type(student) is type(plain)
         state = student.state_dict()
         assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
@@ -228,8 +229,47 @@ def test_the_tool_takes_python_configs(config, tmp_path):
     assert saved(tmp_path / "lazy")["iteration"] == 1
     main("--resume", "train.max_iter=3")
     assert saved(tmp_path / "lazy")["iteration"] == 2
+    record = tmp_path / "lazy" / "config.yaml"
+    before = record.read_bytes()
     results = main("--eval-only", f"train.init_checkpoint={path}", "model.teacher.config=gone")
     assert "AP50" in results["bbox"]
+    assert record.read_bytes() == before
+    assert (tmp_path / "lazy" / "eval" / "log.txt").is_file()
+
+
+def test_a_teacher_that_the_run_starts_from_or_would_write_over_is_refused(config, tmp_path):
+    weights = tmp_path / "lazy" / "model_final.pth"
+    shutil.copy(load_lazy_config(config).model.teacher.weights, weights)
+    teacher = f"model.teacher.weights={weights}"
+    with pytest.raises(TeacherError, match="model_final.pth are what this run will write over"):
+        run(config, teacher)
+    with pytest.raises(TeacherError, match="both start from"):
+        run(config, teacher, f"train.init_checkpoint={weights}", "train.output_dir=elsewhere")
+
+
+def test_a_cache_wants_images_that_do_not_change(config, tmp_path):
+    with pytest.raises(ValueError, match="TEACHER.CACHE needs .*RandomFlip"):
+        run(config, "model.cache=True")
+    short = "dataloader.train.mapper.augmentations=[${dataloader.test.mapper.augmentations.0}]"
+    run(config, "model.cache=True", short, "train.max_iter=1")
+
+
+def test_an_open_seed_is_drawn_once_and_few_checkpoints_stay(config, tmp_path):
+    keep = "train.checkpointer.max_to_keep"
+    few = ["train.seed=-1", "train.checkpointer.period=1", f"{keep}=2"]
+    cfg = load_lazy_config(config, ["train.max_iter=3", *few])
+    train_lazy(cfg)
+    seed = (tmp_path / "lazy" / "seed.txt").read_text()
+    train_lazy(load_lazy_config(config, ["train.max_iter=4", *few]), resume=True)
+    assert (tmp_path / "lazy" / "seed.txt").read_text() == seed
+    names = sorted(p.name for p in (tmp_path / "lazy").glob("model_0*.pth"))
+    assert names == ["model_0000002.pth", "model_0000003.pth"]
+    with pytest.raises(ValueError, match="at least 2"):
+        run(config, f"{keep}=1")
+
+
+def test_mixed_precision_is_set_off_on_a_cpu(config):
+    assert not load_lazy_config(config, ["train.amp.enabled=True"]).train.amp.enabled
 
 
 def test_the_readmes_python_config_and_command_are_read(tmp_path):

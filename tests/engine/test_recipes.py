@@ -5,10 +5,9 @@ Sizes, crop and flip (INPUT), mixed precision, gradient clipping, averaged weigh
 
 import pytest
 import torch
-from conftest import tiny_cfg
+from conftest import losses, make_trainer, tiny_cfg, train, weights
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from test_trainer import losses, make_trainer, train, weights
 
 from fgbg_kd.engine import FgBgTrainer, load_config
 from fgbg_kd.engine.resume import warm_up

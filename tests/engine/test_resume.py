@@ -7,13 +7,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg
+from conftest import ROOT, make_trainer, tiny_cfg, weights
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from test_trainer import ROOT, make_trainer, weights
 
 from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.data import register_datasets
@@ -22,6 +22,7 @@ from fgbg_kd.engine.loader import ResumableLoader
 from fgbg_kd.engine.resume import (
     IterationState,
     RunCheckpointer,
+    begin,
     rewind_metrics,
     run_seed,
     warm_up,
@@ -275,13 +276,27 @@ def test_the_normaliser_goes_on_in_each_process_and_in_other_numbers_of_them(mon
 
 
 def test_an_open_seed_is_drawn_once_a_run(tmp_path):
-    cfg = tiny_cfg()
     assert run_seed(7, str(tmp_path), resume=True) == 7
-    cfg.SEED = run_seed(-1, str(tmp_path), resume=True)
-    assert cfg.SEED >= 0
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    assert run_seed(-1, str(tmp_path), resume=True) == cfg.SEED
-    assert run_seed(-1, str(tmp_path), resume=False) != cfg.SEED
+    seed = run_seed(-1, str(tmp_path), resume=True)
+    assert seed >= 0
+    begin(0, None, str(tmp_path), seed, resume=False)
+    assert run_seed(-1, str(tmp_path), resume=True) == seed
+    assert run_seed(-1, str(tmp_path), resume=False) != seed
+
+
+def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(comm, "all_gather", lambda start: [start, 0])
+    with pytest.raises(RuntimeError, match=r"from iterations \[0, 20\].*file system that all"):
+        begin(20, None, str(tmp_path), 1, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_images_is_the_seeds_whatever_was_drawn_before(data_cfg):
+    def order():
+        np.random.seed(None)
+        return list(itertools.islice(FgBgTrainer.build_train_loader(data_cfg).sampler, 24))
+
+    assert order() == order()
 
 
 def rows(*iterations):

@@ -5,13 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from conftest import CLASSES, make_batch, save_teacher, tiny_cfg
+from conftest import (
+    CLASSES,
+    ROOT,
+    losses,
+    make_batch,
+    make_trainer,
+    save_teacher,
+    tiny_cfg,
+    train,
+    weights,
+)
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -22,33 +31,6 @@ from detectron2.utils.env import seed_all_rng
 from fgbg_kd import TeacherError, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
-
-ROOT = Path(__file__).parents[2]
-
-
-def make_trainer(cls, cfg, folder, steps):
-    cfg = cfg.clone()
-    cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER = str(folder), steps
-    folder.mkdir(exist_ok=True)
-    register_datasets(cfg)
-    seed_all_rng(cfg.SEED)
-    return cls(cfg)
-
-
-def train(cls, cfg, folder, steps, resume=False):
-    trainer = make_trainer(cls, cfg, folder, steps)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
-
-
-def weights(folder):
-    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "loss" in k} for row in rows if "total_loss" in row]
 
 
 class StockOnOurData(DefaultTrainer):

@@ -1,0 +1,93 @@
+"""What both engines, by YAML and by Python config, do around the iterations of a run."""
+
+import logging
+from collections.abc import Callable
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distiller import FgBgDistiller
+from ..teacher import TeacherError
+from .ema import WeightAverage
+from .gate_watch import GateWatch
+from .resume import IterationState
+
+logger = logging.getLogger(__name__)
+
+
+def run_hooks(
+    model: nn.Module,
+    *,
+    seed: int,
+    checkpoint_period: int,
+    ema_decay: float,
+    min_ap: float,
+    test_teacher: Callable[[nn.Module], dict],
+) -> list[HookBase]:
+    """The hooks of a run, to stand before Detectron2's own.
+
+    Args:
+        model: a plain detector or an FgBgDistiller, distributed or not.
+        seed: of the run.
+        checkpoint_period: in iterations.
+        ema_decay: of the average of the weights; 0: none.
+        min_ap, test_teacher: :class:`TeacherCheck`'s.
+    """
+    model = unwrapped(model)
+    hooks = [IterationState(detector_of(model), seed, checkpoint_period)]
+    if getattr(model, "teacher", None) is not None:
+        hooks += [TeacherCheck(min_ap, test_teacher), Inheritance(), GateWatch()]
+    if ema_decay != 0:
+        hooks.append(WeightAverage(detector_of(model), ema_decay))
+    return hooks
+
+
+class TeacherCheck(HookBase):
+    """Before the first iteration, measures the teacher and stops the run if it is too weak."""
+
+    def __init__(self, min_ap: float, test: Callable[[nn.Module], dict]):
+        """
+        Args:
+            min_ap: COCO AP (0..100) that it must reach; 0: it is not measured.
+            test: from a detector to its results, as those of DefaultTrainer.test.
+        """
+        self.min_ap, self.test = min_ap, test
+
+    def before_train(self):
+        if self.min_ap <= 0 or self.trainer.iter > 0:
+            return
+        results = self.test(unwrapped(self.trainer.model).teacher)
+        # Only the first worker has the results, and all of them have to stop.
+        ap = comm.all_gather(results.get("bbox", {}).get("AP", 0.0))[0]
+        if not ap >= self.min_ap:
+            raise TeacherError(
+                f"The teacher reaches {ap:.1f} AP on the test set, less than "
+                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}: is it trained on these classes, and are "
+                "its INPUT.FORMAT and PIXEL_MEAN those of its config?"
+            )
+        logger.info(f"The teacher reaches {ap:.1f} AP on the test set.")
+
+
+class Inheritance(HookBase):
+    """Before the first iteration, when all weights are loaded: MODEL.KD.INHERIT."""
+
+    def before_train(self):
+        if self.trainer.iter == 0:
+            unwrapped(self.trainer.model).inherit()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def detector_of(model: nn.Module) -> nn.Module:
+    """The student of a distiller; a plain detector itself."""
+    return model.student if isinstance(model, FgBgDistiller) else model
+
+
+def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
+    """What checkpoints keep beside the detector: {"kd": the method's parameters}, or nothing."""
+    return {"kd": model.kd} if getattr(model, "kd", None) is not None else {}
