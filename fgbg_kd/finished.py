@@ -66,6 +66,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     places = []
     for folder in folders:
         found = sorted(p.parent for p in folder.rglob("config.yaml") if _has_run(p.parent))
+        found = [p for p in found if not (p.name == "eval" and p.parent in found)]  # no run
         if not found:
             raise ValueError(f"{folder} holds no run: no config.yaml with a metrics.json or log.")
         places += [p for p in found if p not in places]

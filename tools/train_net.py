@@ -6,8 +6,6 @@ Examples:
     tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=2
 """
 
-import os
-
 import _quiet  # noqa: F401
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -19,6 +17,7 @@ from fgbg_kd.checkpoint import SafeCheckpointer
 from fgbg_kd.engine import (
     FgBgTrainer,
     evaluate_lazy,
+    evaluation_dir,
     launch,
     load_config,
     load_lazy_config,
@@ -26,9 +25,6 @@ from fgbg_kd.engine import (
     lock_output_dir,
     train_lazy,
 )
-
-# Of --eval-only, in OUTPUT_DIR: what a training wrote there stays as it is.
-EVALUATION = "eval"
 
 
 def main(args):
@@ -46,7 +42,7 @@ def main_lazy(args):
     cfg = load_lazy_config(args.config_file, args.opts)
     run_dir = cfg.train.output_dir
     if args.eval_only:
-        cfg.train.output_dir = os.path.join(run_dir, EVALUATION)
+        cfg.train.output_dir = evaluation_dir(run_dir)
     prepare(cfg, cfg.train.output_dir, args)
     if args.eval_only:
         return evaluate_lazy(cfg, load_lazy_student(cfg, run_dir if args.resume else ""))
@@ -60,7 +56,7 @@ def main_yaml(args):
     run_dir = cfg.OUTPUT_DIR
     if args.eval_only:
         cfg.defrost()
-        cfg.OUTPUT_DIR = os.path.join(run_dir, EVALUATION)
+        cfg.OUTPUT_DIR = evaluation_dir(run_dir)
         cfg.freeze()
     prepare(cfg, cfg.OUTPUT_DIR, args)
     if args.eval_only:  # the student alone: no teacher is built

@@ -3,12 +3,14 @@
 from .launch import launch
 from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
 from .output_dir import lock_output_dir
+from .resume import evaluation_dir
 from .trainer import FgBgTrainer, load_config, read_config
 
 __all__ = [
     "FgBgTrainer",
     "build_lazy",
     "evaluate_lazy",
+    "evaluation_dir",
     "launch",
     "load_config",
     "load_lazy_config",

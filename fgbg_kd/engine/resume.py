@@ -25,7 +25,7 @@ from .loader import ResumableLoader, derived_seed
 
 logger = logging.getLogger(__name__)
 
-_SEED_FILE = "seed.txt"
+SEED_FILE = "seed.txt"
 
 
 class RunCheckpointer(SafeCheckpointer):
@@ -191,13 +191,19 @@ def run_seed(seed: int, output_dir: str, resume: bool) -> int:
     Args:
         output_dir: the run's folder; :func:`begin` records the seed there.
     """
-    record = os.path.join(output_dir, _SEED_FILE)
+    record = os.path.join(output_dir, SEED_FILE)
     if seed < 0 and resume and os.path.isfile(record):
         with open(record) as file:
             seed = int(file.read())
     if seed < 0:
         seed = int.from_bytes(os.urandom(3), "big")
     return comm.all_gather(seed)[0]
+
+
+def evaluation_dir(output_dir: str) -> str:
+    """Where --eval-only writes: a folder below that of a training, whose files stay as they are."""
+    trained = os.path.isfile(os.path.join(output_dir, SEED_FILE))
+    return os.path.join(output_dir, "eval") if trained else output_dir
 
 
 def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
@@ -223,7 +229,7 @@ def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
         logger.warning("The data loader is not this package's own: the data begins anew.")
     warm_up(start)
     if comm.is_main_process():
-        with _atomic_write(os.path.join(output_dir, _SEED_FILE), "w") as file:
+        with _atomic_write(os.path.join(output_dir, SEED_FILE), "w") as file:
             file.write(f"{seed}\n")
         metrics = os.path.join(output_dir, "metrics.json")
         if resume and os.path.isfile(metrics):
