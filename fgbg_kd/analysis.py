@@ -9,24 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
-from .checkpoint import SafeCheckpointer
-from .config import student_config, student_model
+from .config import student_model
+from .detector import build_detector, read_detector_config
 from .distiller import run_dense
-from .teacher import build_detector, read_detector_config
-
-
-def load_detector(cfg, weights: str) -> torch.nn.Module:
-    """The (student's) detector of a config with a checkpoint's weights, in eval mode."""
-    cfg = student_config(cfg).clone()
-    cfg.defrost()
-    cfg.MODEL.TIMM.WEIGHTS = ""  # the checkpoint holds them
-    model = build_model(cfg).eval()
-    SafeCheckpointer(model).load(weights)
-    return model
 
 
 def read_input(cfg, path: str) -> dict:
@@ -55,7 +43,7 @@ def detectors_of(config: str) -> dict[str, torch.nn.Module]:
     Returns:
         {"teacher": ..., "student": ...} of a config that distils, else {"detector": ...}.
     """
-    cfg, _ = read_detector_config(config)
+    cfg = read_detector_config(config)
     teacher = ""
     if isinstance(cfg, CfgNode):
         if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller":
@@ -65,7 +53,7 @@ def detectors_of(config: str) -> dict[str, torch.nn.Module]:
     detector = build_detector(cfg).eval()
     if not teacher:
         return {"detector": detector}
-    return {"teacher": build_detector(read_detector_config(teacher)[0]).eval(), "student": detector}
+    return {"teacher": build_detector(read_detector_config(teacher)).eval(), "student": detector}
 
 
 class _Network(torch.nn.Module):

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
+from .detector import load_detector, read_detector_config, weights_of
 from .distiller import run_dense
 from .pair import channel_order, is_dense
-from .teacher import build_teacher, read_detector_config
 
 FORMATS = (".onnx", ".pt")
 _OUTPUTS = ["boxes", "scores", "classes"]
@@ -143,12 +143,13 @@ def load_for_deployment(config: str, weights: str) -> tuple[nn.Module, dict]:
 
     Raises:
         DeployError: a config that is not YAML, or not of a RetinaNet or FCOS.
-        TeacherError: no such config, or weights that do not fill the detector exactly.
+        ConfigError: no such config.
+        CheckpointError: weights that do not fill the detector exactly.
     """
-    cfg, _ = read_detector_config(config)
+    cfg = read_detector_config(config)
     if not isinstance(cfg, CfgNode):
         raise DeployError(f"{config}: only a detector of a YAML config is exported.")
-    detector = build_teacher(config, weights)  # strict, frozen, on the CPU: not only for teachers
+    detector = load_detector(cfg, weights or weights_of(config, cfg))
     _check_dense(detector)
     return detector, describe(cfg, detector)
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from detectron2.data import DatasetCatalog
 
-from .analysis import load_detector
 from .comparison import PLAIN, TEACHER
 from .data import register_datasets
+from .detector import load_detector
 from .engine import read_config
 from .errors import detections_of
 from .records import read_rows

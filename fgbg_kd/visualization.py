@@ -17,12 +17,12 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError
+from .detector import load_exactly
 from .distiller import FgBgDistiller, run_dense
 from .gate import teacher_gate
 from .methods import Batch, DenseOutput, FgBg
 from .ops import BACKGROUND, Split, cosine_similarity
 from .pair import channel_order
-from .teacher import ReportingCheckpointer
 
 # Okabe and Ito's colours, which everybody can tell apart.
 TEACHER_COLOR, STUDENT_COLOR = "#E69F00", "#0072B2"
@@ -158,12 +158,7 @@ def load_student(
     """
     distiller.student = copy.deepcopy(distiller.student)
     distiller.kd = copy.deepcopy(distiller.kd)
-    checkpointer = ReportingCheckpointer(distiller.student)
-    rest = checkpointer.load(weights)
-    report = checkpointer.report
-    faults = [*report.missing_keys, *(name for name, *_ in report.incorrect_shapes)]
-    if faults:
-        raise CheckpointError(f"{weights} is no student of this config: {', '.join(faults[:5])}.")
+    rest = load_exactly(distiller.student, weights)
     adapters = own_adapters(distiller)
     if "kd" in rest:
         try:

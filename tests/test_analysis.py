@@ -12,8 +12,10 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 
 from fgbg_kd import get_fgbg_kd_cfg, student_config
-from fgbg_kd.analysis import cost, draw_side_by_side, load_detector, read_input
+from fgbg_kd.analysis import cost, draw_side_by_side, read_input
+from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.data import register_datasets
+from fgbg_kd.detector import load_detector
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -99,12 +101,17 @@ def test_cost_counts_a_convolution_by_hand():
 def test_a_distilled_checkpoint_costs_and_loads_as_the_plain_student(coco, distil_cfg, tmp_path):
     model = build_model(distil_cfg)
     torch.save({"model": model.student.state_dict()}, tmp_path / "s.pth")
+    distil_cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "not_here.pth")  # the checkpoint holds them
     loaded = load_detector(distil_cfg, str(tmp_path / "s.pth"))
     assert type(loaded) is type(model.student) and not loaded.training
     plain = build_model(tiny_cfg()).eval()
     example = make_batch()[0]
     a, b = cost(loaded, example, runs=1), cost(plain, example, runs=1)
     assert a["parameters_m"] == b["parameters_m"] and a["gflops"] == b["gflops"] > 0
+    distil_cfg.MODEL.FPN.OUT_CHANNELS = 24
+    with pytest.raises(CheckpointError, match="another shape in the model: backbone.fpn_") as error:
+        load_detector(distil_cfg, str(tmp_path / "s.pth"))
+    assert "missing" not in str(error.value) and "eacher" not in str(error.value)
 
 
 def test_the_picture_has_a_panel_each(coco):

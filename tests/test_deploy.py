@@ -12,7 +12,8 @@ from conftest import tiny_cfg, tiny_fcos_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from fgbg_kd import TeacherError, deploy
+from fgbg_kd import deploy
+from fgbg_kd.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 SIZES = ((72, 90), (64, 131), (33, 40))
@@ -193,7 +194,7 @@ def test_files_of_another_origin_are_refused_with_the_reason(tmp_path):
 def test_weights_that_do_not_fill_the_detector_are_not_deployed(teacher_files, tmp_path):
     config = tmp_path / "student.yaml"
     config.write_text(tiny_cfg().dump())
-    with pytest.raises(TeacherError, match="is not a checkpoint of"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of"):
         deploy.load_for_deployment(str(config), teacher_files[1])
 
 

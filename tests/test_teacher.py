@@ -101,7 +101,7 @@ train = dict(init_checkpoint="")
     torch.save({"model": model.state_dict()}, tmp_path / "fcos.pth")
     teacher = build_teacher(str(path), str(tmp_path / "fcos.pth"))
     assert type(teacher).__name__ == "FCOS"
-    with pytest.raises(TeacherError, match="has no weights"):
+    with pytest.raises(TeacherError, match="no weights are given"):
         build_teacher(str(path))
     kd = distil_cfg.MODEL.KD
     kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.BG_WEIGHT = str(path), str(tmp_path / "fcos.pth"), 0.0
@@ -177,7 +177,7 @@ def test_a_config_that_is_nowhere_is_named():
 
 
 def test_weights_that_are_nowhere_are_named(teacher_files):
-    with pytest.raises(TeacherError, match="nowhere.pth of .* cannot be read"):
+    with pytest.raises(TeacherError, match="The teacher .*: nowhere.pth cannot be read"):
         build_teacher(teacher_files[0], "nowhere.pth")
 
 

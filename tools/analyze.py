@@ -16,6 +16,7 @@ import _quiet  # noqa: F401
 import torch
 
 from fgbg_kd.analysis import cost, detectors_of, table
+from fgbg_kd.config_files import ConfigError
 
 
 def main() -> None:
@@ -47,4 +48,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"analyze: {error}")

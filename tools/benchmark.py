@@ -37,7 +37,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from fgbg_kd import FgBgDistiller  # noqa: E402
 from fgbg_kd.distiller import run_dense  # noqa: E402
 from fgbg_kd.ops import DenseOutput, compare_predictions, cosine_loss, split  # noqa: E402
-from fgbg_kd.teacher import PRECISIONS, freeze, precision  # noqa: E402
+from fgbg_kd.teacher import PRECISIONS, precision  # noqa: E402
 
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -274,7 +274,8 @@ def steps(args) -> list[dict]:
         cfg.MODEL.DEVICE = device
         torch.manual_seed(0)
         models[name] = build_model(cfg)
-    student, teacher = models["R_50_FPN_1x"].train(), freeze(models["R_101_FPN_3x"])
+    student = models["R_50_FPN_1x"].train()
+    teacher = models["R_101_FPN_3x"].eval().requires_grad_(False)
     distiller = FgBgDistiller(
         student=student,
         teacher=teacher,

@@ -24,7 +24,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.utils.logger import setup_logger
 
-from fgbg_kd import TeacherError, deploy
+from fgbg_kd import deploy
 from fgbg_kd.analysis import table
 from fgbg_kd.engine import FgBgTrainer, load_config
 from fgbg_kd.pair import channel_order
@@ -120,5 +120,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (deploy.DeployError, TeacherError, ValueError) as error:
+    except (deploy.DeployError, ValueError) as error:
         sys.exit(f"export: {error}")

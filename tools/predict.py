@@ -19,7 +19,9 @@ from pathlib import Path
 import _quiet  # noqa: F401
 import cv2
 
-from fgbg_kd import TeacherError, deploy
+from fgbg_kd import deploy
+from fgbg_kd.checkpoint import CheckpointError
+from fgbg_kd.config_files import ConfigError
 
 
 def files(paths: list[Path]):
@@ -148,5 +150,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (deploy.DeployError, TeacherError) as error:
+    except (deploy.DeployError, CheckpointError, ConfigError) as error:
         sys.exit(f"predict: {error}")

@@ -22,11 +22,11 @@ from detectron2.data import DatasetCatalog
 from fgbg_kd.analysis import (
     cost,
     draw_side_by_side,
-    load_detector,
     pick,
     read_input,
     table,
 )
+from fgbg_kd.detector import load_detector
 from fgbg_kd.engine import load_config
 from fgbg_kd.runs import RunError, Runner
 

@@ -12,6 +12,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.checkpoint import SafeCheckpointer
+from fgbg_kd.detector import without_pretrained
 from fgbg_kd.engine import FgBgTrainer, build_lazy, load_config, load_lazy_config
 from fgbg_kd.engine.finite import load_batch, not_finite
 from fgbg_kd.engine.hooks import adapters_of, detector_of
@@ -31,9 +32,8 @@ def main():
         cfg = load_lazy_config(args.config_file, args.opts)
         model, amp = build_lazy(cfg).to(cfg.train.device), cfg.train.amp.enabled
     else:
-        # The file holds what the backbone would start from.
-        cfg = load_config(args.config_file, [*args.opts, "MODEL.TIMM.WEIGHTS", ""])
-        model, amp = FgBgTrainer.build_model(cfg), cfg.SOLVER.AMP.ENABLED
+        cfg = load_config(args.config_file, args.opts)
+        model, amp = FgBgTrainer.build_model(without_pretrained(cfg)), cfg.SOLVER.AMP.ENABLED
     detector = detector_of(model)
     saved = SafeCheckpointer(detector, **adapters_of(model)).load(args.file)
     if saved["loss_normalizer"] is not None:

@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import student_config
 from fgbg_kd.checkpoint import SafeCheckpointer
+from fgbg_kd.detector import without_pretrained
 from fgbg_kd.engine import (
     FgBgTrainer,
     evaluate_lazy,
@@ -50,8 +51,6 @@ def main_lazy(args):
 
 
 def main_yaml(args):
-    if args.eval_only:  # the checkpoint holds what the backbone would start from
-        args.opts += ["MODEL.TIMM.WEIGHTS", ""]
     cfg = load_config(args.config_file, args.opts, args.resume)
     run_dir = cfg.OUTPUT_DIR
     if args.eval_only:
@@ -60,7 +59,7 @@ def main_yaml(args):
         cfg.freeze()
     prepare(cfg, cfg.OUTPUT_DIR, args)
     if args.eval_only:  # the student alone: no teacher is built
-        model = FgBgTrainer.build_model(student_config(cfg))
+        model = FgBgTrainer.build_model(without_pretrained(student_config(cfg)))
         SafeCheckpointer(model, save_dir=run_dir).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )

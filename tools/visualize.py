@@ -29,9 +29,9 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
-from fgbg_kd import FgBgDistiller, TeacherError
+from fgbg_kd import FgBgDistiller
 from fgbg_kd.analysis import pick
-from fgbg_kd.checkpoint import CheckpointError
+from fgbg_kd.detector import without_pretrained
 from fgbg_kd.engine import build_lazy, load_config, load_lazy_config
 from fgbg_kd.observation import collect, draw_observation
 from fgbg_kd.visualization import cell_maps, detect, draw, load_student
@@ -50,7 +50,7 @@ def read_config(config: str, opts: list[str]):
         sets = [data[part].dataset.names for part in ("train", "test")]
     else:
         cfg = load_config(config, opts)
-        model = build_model(cfg)
+        model = build_model(without_pretrained(cfg))
         test = build_augmentation(cfg, False), cfg.INPUT.FORMAT
         sets = [cfg.DATASETS.TRAIN, cfg.DATASETS.TEST]
     if not isinstance(model, FgBgDistiller) or model.teacher is None:
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     logging.getLogger("fgbg_kd").setLevel(logging.ERROR)
     try:
         main()
-    except (CheckpointError, TeacherError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"visualize: {error}")
     except cv2.error as error:
         sys.exit(f"visualize: OpenCV has no window here, use --output ({error})")

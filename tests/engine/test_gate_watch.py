@@ -44,7 +44,7 @@ def test_before_the_first_step_the_log_tells_teacher_student_and_keys(distil_cfg
         trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
     text = caplog.text
     student = sum(p.numel() for p in trainer.model.student.parameters()) / 1e6
-    assert re.search(r"teacher.yaml: all \d+ tensors loaded from .*, \d\.\d\d M parameters", text)
+    assert re.search(r"teacher.pth: all \d+ tensors loaded, \d\.\d\d M parameters", text)
     assert f"Student RetinaNet: {student:.2f} M parameters" in text
 
 
