@@ -17,21 +17,30 @@ from .config_files import ConfigError, merge_yaml
 logger = logging.getLogger(__name__)
 
 
-def read_detector_config(config: str) -> CfgNode | DictConfig:
-    """A local .yaml or .py config, or one of the model zoo; the device of a .yaml is the CPU.
+def find_config(config: str) -> str:
+    """Path of a config: a local one, or one of the model zoo by its name.
 
     Raises:
-        ConfigError: it is neither, or cannot be used.
+        ConfigError: it is neither.
     """
-    path = config
-    if not os.path.isfile(config):
-        try:
-            path = model_zoo.get_config_file(config)
-        except RuntimeError:
-            raise ConfigError(
-                f"{config} is neither a file here nor a name in Detectron2's model zoo (such as "
-                "COCO-Detection/retinanet_R_101_FPN_3x.yaml)."
-            ) from None
+    if os.path.isfile(config):
+        return config
+    try:
+        return model_zoo.get_config_file(config)
+    except RuntimeError:
+        raise ConfigError(
+            f"{config} is neither a file here nor a name in Detectron2's model zoo (such as "
+            "COCO-Detection/retinanet_R_101_FPN_3x.yaml)."
+        ) from None
+
+
+def read_detector_config(config: str) -> CfgNode | DictConfig:
+    """The .yaml or .py config of :func:`find_config`; the device of a .yaml is the CPU.
+
+    Raises:
+        ConfigError: there is none, or it cannot be used.
+    """
+    path = find_config(config)
     if path.endswith(".py"):
         return LazyConfig.load(path)
     cfg = get_fgbg_kd_cfg()

@@ -28,7 +28,6 @@ from pathlib import Path
 import _quiet  # noqa: F401
 import detectron2
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
@@ -44,12 +43,12 @@ from fgbg_kd.comparison import (
 )
 from fgbg_kd.config import method_options
 from fgbg_kd.data import training_classes
+from fgbg_kd.detector import build_detector, find_config, read_detector_config, weights_of
 from fgbg_kd.engine import load_config, read_config
 from fgbg_kd.errors import run_errors, tide, truth_of
 from fgbg_kd.methods import METHOD_REGISTRY
 from fgbg_kd.records import add_row, read_rows, write_whole
 from fgbg_kd.runs import RunError, Runner, flat
-from fgbg_kd.teacher import build_detector, read_detector_config
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 
@@ -104,7 +103,7 @@ def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
         RunError: it cannot be evaluated there.
     """
     kd, (test,) = cfg.MODEL.KD.TEACHER, cfg.DATASETS.TEST
-    theirs, in_zoo = read_detector_config(kd.CONFIG)
+    theirs = read_detector_config(kd.CONFIG)
     detector = build_detector(theirs)
     number = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
     names = list(kd.CLASSES) or training_classes(theirs)
@@ -113,19 +112,17 @@ def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
     classes = MetadataCatalog.get(test).get("thing_classes")
     if classes and (number != len(classes) or names and names != list(classes)):
         raise RunError(f"its {number} classes are not the {len(classes)} of {test}.")
-    file, weights = kd.CONFIG, str(teacher or kd.WEIGHTS)
-    if in_zoo:
-        file = model_zoo.get_config_file(kd.CONFIG)
-        weights = weights or model_zoo.get_checkpoint_url(kd.CONFIG)
+    file = find_config(kd.CONFIG)
+    weights = str(teacher or kd.WEIGHTS) or weights_of(kd.CONFIG, theirs)
     if isinstance(theirs, CfgNode):
-        opts = ["MODEL.WEIGHTS", weights or theirs.MODEL.WEIGHTS, "DATASETS.TEST", str((test,))]
+        opts = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", str((test,))]
         for key in ("TEST_JSON", "TEST_IMAGES"):
             opts += [f"DATASETS.{key}", cfg.DATASETS[key]]
         return file, [*opts, "MODEL.MASK_ON", "False", "MODEL.KEYPOINT_ON", "False"]  # boxes alone
     if cfg.DATASETS.TEST_JSON:
         raise RunError("its Python config cannot read DATASETS.TEST_JSON.")
     opts = {
-        "train.init_checkpoint": weights or theirs.train.init_checkpoint,
+        "train.init_checkpoint": weights,
         "dataloader.test.dataset.names": test,
         "dataloader.evaluator.dataset_name": test,
         "dataloader.evaluator.output_dir": "${train.output_dir}/inference",
