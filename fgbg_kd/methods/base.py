@@ -10,6 +10,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from ..ops import Comparison, DenseOutput, Split, compare_predictions, pack, split
+from ..ops.dispatch import accumulation_dtype
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
@@ -130,14 +131,11 @@ def _adapter(student: int, teacher: int, mode: str) -> nn.Module:
 def aligned(adapters: nn.ModuleList, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
     """Adapted student's and teacher's features (N, C, H, W) of each level that has an adapter.
 
-    In fp32, or fp64 if given: sums over a map leave the range of fp16.
+    In fp32, or fp64 if given so.
     """
     for phi, s, t in zip(adapters, batch.student.features, batch.teacher.features):
-        yield at_least_fp32(phi(s)), at_least_fp32(t)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        dtype = accumulation_dtype(s, t)
+        yield phi(s).to(dtype), t.to(dtype)
 
 
 def per_level(values: Tensor, level_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What the operators share: which implementation runs, in which precision, on which device."""
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Sequence
 
@@ -29,9 +30,9 @@ def on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def accumulation_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """fp32, or fp64 if either is given so."""
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp32, or fp64 if any is given so: sums over a map leave the range of fp16."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def levels(maps: Sequence[Tensor]) -> list[tuple[int, int, int, int, int]]:

@@ -202,7 +202,7 @@ def _best_anchor(logits: Tensor, num_classes: int) -> Tensor:
 def _per_anchor(x: Tensor, channels: int) -> Tensor:
     """(N, A*channels, H, W) -> (N, H*W, A, channels) in fp32 or better, the order of anchors."""
     n, _, h, w = x.shape
-    x = x.to(accumulation_dtype(x, x)).reshape(n, -1, channels, h * w)
+    x = x.to(accumulation_dtype(x)).reshape(n, -1, channels, h * w)
     return x.permute(0, 3, 1, 2)
 
 
