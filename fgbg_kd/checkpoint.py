@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
 
-from .data.packages import sha256_of
+from .hashing import sha256_of
 
 
 class CheckpointError(ValueError):

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from .config import get_fgbg_kd_cfg
-from .data.packages import sha256_of
 from .engine import read_config
+from .hashing import sha256_of
 from .methods import METHOD_REGISTRY, FgBg
 from .records import read_rows, write_whole
 

