@@ -1,6 +1,8 @@
 """What a detector costs, and what it sees: parameters, GFLOPs, latency, pictures."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,8 +30,12 @@ def read_input(cfg, path: str) -> dict:
 
 
 def pick(records: list[dict], count: int) -> list[dict]:
-    """Images with objects, spread evenly over the set: no choice by result."""
-    records = [r for r in records if any(not a.get("iscrowd") for a in r["annotations"])]
+    """Images, with objects where any has some, spread evenly over the set: no choice by result."""
+
+    def has_objects(record):
+        return any(not a.get("iscrowd") for a in record.get("annotations", ()))
+
+    records = list(filter(has_objects, records)) or records
     places = np.linspace(0, len(records) - 1, min(count, len(records)))
     return [records[i] for i in places.astype(int)]
 
@@ -83,18 +89,28 @@ def cost(model: torch.nn.Module, example: dict, runs: int = 30) -> dict[str, flo
     flops = FlopCountAnalysis(_Network(model), model.preprocess_image([example]).tensor)
     flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     gflops = flops.total() / 1e9
-    times = []
-    for _ in range(runs + 3):  # three to warm up
-        start = time.perf_counter()
-        model([example])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
+    (milliseconds,) = latency({"": lambda _: model([example])}, runs).values()
     return {
         "parameters_m": round(parameters, 3),
         "gflops": round(gflops, 4),
-        "ms_per_image": round(float(np.median(times[3:])), 2),
+        "ms_per_image": round(milliseconds, 2),
     }
+
+
+def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
+    """Median milliseconds of each call, which gets the number of the run.
+
+    They take turns, so that what else the machine does meets all of them.
+    """
+    times = {name: [] for name in calls}
+    for i in range(runs + 3):  # three to warm up
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(i)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: float(np.median(x[3:])) for name, x in times.items()}
 
 
 def table(rows: list[dict]) -> str:

@@ -173,7 +173,7 @@ def load_student(
 
 
 @torch.no_grad()
-def detect(detector: nn.Module, inputs: dict, image_format: str) -> Instances:
+def confident(detector: nn.Module, inputs: dict, image_format: str) -> Instances:
     """Detections of one image at its own size, on the CPU.
 
     Args:
@@ -197,12 +197,12 @@ def draw_training(distiller: FgBgDistiller, inputs: dict) -> np.ndarray:
     """
     order = channel_order(distiller.student)
     detectors = {"teacher": distiller.teacher, "student": distiller.student}
-    found = {name: detect(d, inputs, order) for name, d in detectors.items()}
+    found = {name: confident(d, inputs, order) for name, d in detectors.items()}
     maps = {"student": cell_maps(distiller, inputs)}
-    return draw(inputs, order, maps, found).transpose(2, 0, 1)
+    return draw_panels(inputs, order, maps, found).transpose(2, 0, 1)
 
 
-def draw(
+def draw_panels(
     inputs: dict,
     image_format: str,
     maps: dict[str, CellMaps],

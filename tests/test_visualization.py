@@ -18,7 +18,14 @@ from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.methods import Batch, DenseOutput
 from fgbg_kd.observation import Vectors, collect
 from fgbg_kd.pair import Level
-from fgbg_kd.visualization import cell_maps, detect, draw, fit_adapters, load_student, observe
+from fgbg_kd.visualization import (
+    cell_maps,
+    confident,
+    draw_panels,
+    fit_adapters,
+    load_student,
+    observe,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -89,7 +96,7 @@ def test_each_cell_is_drawn_where_it_is(distil_cfg):
     def picture(*cells):
         gate = torch.zeros_like(maps.gate)
         gate[0, list(cells)] = 1
-        return draw(inputs, "BGR", {"student": maps._replace(gate=gate)}, {}).astype(int)
+        return draw_panels(inputs, "BGR", {"student": maps._replace(gate=gate)}, {}).astype(int)
 
     closed = picture()
 
@@ -155,8 +162,8 @@ def test_a_detector_of_the_other_channel_order_gets_its_own():
         (lambda x: seen.append(x[0]["image"]) or keep(x)),
         (model.preprocess_image),
     )
-    detect(model, {"image": image}, "BGR")
-    detect(model, {"image": image.flip(0)}, "RGB")
+    confident(model, {"image": image}, "BGR")
+    confident(model, {"image": image.flip(0)}, "RGB")
     assert torch.equal(seen[0], image) and torch.equal(seen[1], image)
 
 

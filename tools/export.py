@@ -25,7 +25,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import deploy
-from fgbg_kd.analysis import table
+from fgbg_kd.analysis import latency, pick, table
 from fgbg_kd.engine import FgBgTrainer, load_config
 from fgbg_kd.pair import channel_order
 
@@ -34,11 +34,9 @@ def read(paths, about: dict) -> list[np.ndarray]:
     return [deploy.resized(utils.read_image(str(p), "RGB"), about) for p in paths]
 
 
-def spread(name: str, count: int) -> list[str]:
-    """Images of a registered set, evenly over it."""
-    records = DatasetCatalog.get(name)
-    places = np.linspace(0, len(records) - 1, min(count, len(records))).astype(int)
-    return [records[i]["file_name"] for i in places]
+def some_of(name: str, count: int) -> list[str]:
+    """Files of a registered set."""
+    return [record["file_name"] for record in pick(DatasetCatalog.get(name), count)]
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -84,7 +82,7 @@ def main() -> None:
     cfg = None
     if args.evaluate or not args.images or args.int8 == "static":
         cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu"])
-    images = read(args.images or spread(cfg.DATASETS.TEST[0], 8), about)
+    images = read(args.images or some_of(cfg.DATASETS.TEST[0], 8), about)
 
     deploy.export(model, about, args.output, images[0], nms_inside=args.nms == "inside")
     exported = deploy.ExportedDetector(args.output)
@@ -102,11 +100,15 @@ def main() -> None:
         smaller = str(Path(args.output).with_suffix(".int8.onnx"))
         calibration = None
         if args.int8 == "static":
-            calibration = read(spread(cfg.DATASETS.TRAIN[0], args.calibration), about)
+            calibration = read(some_of(cfg.DATASETS.TRAIN[0], args.calibration), about)
         deploy.quantize(args.output, smaller, calibration)
         models[smaller] = deploy.ExportedDetector(smaller)
 
-    rows, milliseconds = [], deploy.latency(models, about, images)
+    calls = {
+        name: lambda i, m=m: deploy.detect(m, about, images[i % len(images)])
+        for name, m in models.items()
+    }
+    rows, milliseconds = [], latency(calls)
     for name, detector in models.items():
         size = os.path.getsize(name) if detector is not model else weight_bytes(model)
         row = {"detector": name, "MB": f"{size / 1e6:.2f}"}

@@ -34,12 +34,12 @@ from fgbg_kd.analysis import pick
 from fgbg_kd.detector import without_pretrained
 from fgbg_kd.engine import build_lazy, load_config, load_lazy_config
 from fgbg_kd.observation import collect, draw_observation
-from fgbg_kd.visualization import cell_maps, detect, draw, load_student
+from fgbg_kd.visualization import cell_maps, confident, draw_panels, load_student
 
 FITTED_ON = 64  # images for the adapters of a student that has none
 
 
-def read_config(config: str, opts: list[str]):
+def open_distiller(config: str, opts: list[str]):
     """The distiller of a YAML or Python config, augmentations and channel order of its test input,
     and the names of a training and a test set."""
     if config.endswith(".py"):
@@ -75,7 +75,7 @@ def visualize(args) -> None:
     for path in filter(None, (args.weights, args.before)):
         if "://" not in path and not Path(path).is_file():
             raise ValueError(f"{path}: there is no such checkpoint.")
-    distiller, augmentations, order, train, test = read_config(args.config_file, args.opts)
+    distiller, augmentations, order, train, test = open_distiller(args.config_file, args.opts)
     name = args.set or test[0]
     if name not in DatasetCatalog.list():
         raise ValueError(f"There is no set {name!r}; this config has {', '.join(train + test)}.")
@@ -103,11 +103,11 @@ def visualize(args) -> None:
         return
     for record in tqdm(records, desc="drawing", leave=False, disable=None):
         inputs = mapper(record)
-        maps, found = {}, {"teacher": detect(distiller.teacher, inputs, order)}
+        maps, found = {}, {"teacher": confident(distiller.teacher, inputs, order)}
         for role, (distiller.student, distiller.kd, adapters) in students.items():
             maps[role] = cell_maps(distiller, inputs, adapters)
-            found[role] = detect(distiller.student, inputs, order)
-        picture = draw(inputs, order, maps, found, classes, Path(record["file_name"]).name)
+            found[role] = confident(distiller.student, inputs, order)
+        picture = draw_panels(inputs, order, maps, found, classes, Path(record["file_name"]).name)
         if args.show:
             cv2.imshow("fgbg_kd: any key for the next, q to end", picture[:, :, ::-1])
             if cv2.waitKey() == ord("q"):
