@@ -24,12 +24,9 @@ from fgbg_kd.engine import load_lazy_config, read_config
 from fgbg_kd.records import read_rows
 from fgbg_kd.runs import RunError
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def compare_tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import compare
 
     return compare

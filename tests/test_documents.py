@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_teacher, tiny_cfg
+from conftest import ROOT, save_teacher, tiny_cfg
 
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.config_files import merge_overrides
 
-ROOT = Path(__file__).parents[1]
 TOOLS = sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py"))
 DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 

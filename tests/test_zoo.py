@@ -2,15 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from detectron2.config import LazyConfig
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
 import zoo  # noqa: E402
+from detectron2.config import LazyConfig
 
 NAME = "retinanet_R50_3x_to_R18_1x"
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 from pycocotools.coco import COCO
 
 from fgbg_kd.data import packages, scenes, tree_crowns
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,16 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, make_trainer, tiny_cfg
+from conftest import ROOT, make_batch, make_trainer, tiny_cfg
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.finite import NonFiniteLossError
-
-ROOT = Path(__file__).parents[2]
 
 
 class Spoil(HookBase):

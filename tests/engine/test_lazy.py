@@ -3,11 +3,10 @@
 import re
 import runpy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, save_teacher
+from conftest import CLASSES, ROOT, save_teacher
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -21,8 +20,6 @@ from fgbg_kd.config import student_model
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
 from fgbg_kd.engine.resume import warm_up
-
-ROOT = Path(__file__).parents[2]
 
 # The detector of tiny_cfg, from the zoo's parts; then the lines that distil it.
 CONFIG = """
@@ -294,7 +291,6 @@ def test_the_readmes_python_config_and_command_are_read(tmp_path):
 def test_pictures_are_drawn_by_a_python_config(config, tmp_path, monkeypatch):
     student = instantiate(student_model(load_lazy_config(config).model))
     torch.save({"model": student.state_dict()}, tmp_path / "student.pth")
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import visualize
 
     arguments = ["--weights", str(tmp_path / "student.pth"), "--image", "1.png"]

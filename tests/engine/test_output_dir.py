@@ -5,17 +5,15 @@ import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from fgbg_kd.engine import lock_output_dir
 from fgbg_kd.engine.output_dir import OutputDirError
 from fgbg_kd.engine.resume import RunCheckpointer
-
-ROOT = Path(__file__).parents[2]
 
 # Without the package around it, which takes seconds to import. The child outlives its parent, as a
 # loading process may.
