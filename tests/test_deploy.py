@@ -1,4 +1,5 @@
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fgbg_kd import deploy
 from fgbg_kd.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 SIZES = ((72, 90), (64, 131), (33, 40))
 
 
@@ -214,6 +216,45 @@ def test_predict_never_writes_over_what_it_reads(tmp_path):
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_predict_gives_each_image_an_id_of_its_own(coco, tmp_path):
+    import predict
+
+    folder = tmp_path / "photos"
+    shutil.copytree(coco[1], folder / "more")
+    shutil.copy(f"{coco[1]}/1.png", folder)
+    inputs = predict.find([folder])
+    assert {Path("1.png"), Path("more/1.png")} < inputs.keys() and len(inputs) == 13
+    (tmp_path / "film.avi").touch(), (tmp_path / "film.mp4").touch()
+    films = predict.find([tmp_path / "film.avi", tmp_path / "film.mp4"])
+    with pytest.raises(deploy.DeployError, match="written twice"):
+        predict.check_not_overwritten(films, list(predict.targets(films, tmp_path / "o").values()))
+    with pytest.raises(deploy.DeployError, match="would both be 1.png"):
+        predict.find([folder / "1.png", folder / "more" / "1.png"])
+
+    content = json.loads(Path(coco[0]).read_text())
+    content["images"][3]["file_name"] = "more/1.png"
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    ids = predict.ids_in(tmp_path / "coco.json", dict.fromkeys([Path("1.png"), Path("more/1.png")]))
+    assert ids == {Path("1.png"): 1, Path("more/1.png"): 3}
+    with pytest.raises(deploy.DeployError, match="no image with the file_name more/2.png"):
+        predict.ids_in(tmp_path / "coco.json", {Path("more/2.png"): None})
+
+
+def test_predict_says_what_it_cannot_read_or_write(tmp_path, monkeypatch):
+    import predict
+
+    film, config = tmp_path / "film.avi", tmp_path / "student.yaml"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
+    writer.write(photo(64, 80))
+    writer.release()
+    with pytest.raises(deploy.DeployError, match="cannot be written"):
+        predict.Video(film).writer(tmp_path / "no_folder" / "film.mp4", (80, 64))
+    config.write_text("MODEL: {WEIGHT: x}")
+    monkeypatch.setattr(sys, "argv", ["predict.py", str(config), str(film)])
+    with pytest.raises(SystemExit, match="predict: .*no key MODEL.WEIGHT"):
+        runpy.run_path(predict.__file__, run_name="__main__")
+
+
 def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
     cfg = tiny_cfg(coco)
     model = detector(cfg)
@@ -247,7 +288,7 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
         text=True,
     )
     assert done.returncode != 0 and "is a damaged image" in done.stderr
-    assert {r["image_id"] for r in json.loads(results.read_text())} == {1}
+    assert {r["image_id"] for r in json.loads(results.read_text())} == {"1.png"}
 
     folder = tmp_path / "photos"
     shutil.copytree(coco[1], folder)
@@ -262,7 +303,7 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
     run("predict.py", file, folder, film, "--json", results, "--score", "0.1", "--output", out)
     found = json.loads(results.read_text())
     assert {f"film.avi:{i}" for i in range(2)} <= {r["image_id"] for r in found}
-    assert set(range(12)) & {r["image_id"] for r in found}
+    assert {"3.png", "more/3.png"} <= {r["image_id"] for r in found}
     assert {r["category_id"] for r in found} == {1, 2}
     assert min(r["score"] for r in found) >= 0.1
     assert {p.name for p in out.glob("*.*")} == {*(f"{i}.png" for i in range(12)), "film.mp4"}

@@ -3,12 +3,12 @@
 
 Examples:
     tools/predict.py student.onnx photo.jpg folder/ film.mp4 --output predictions
-    tools/predict.py student.pt folder/ --json results.json --score 0.05
+    tools/predict.py student.pt val2017/ --json results.json --ids val2017.json --score 0.05
     tools/predict.py my_student.yaml --weights output/distilled/model_final.pth photo.jpg
 
 A detector is a file of tools/export.py, or a YAML config with --weights. In the JSON an image's id
-is the number that its file is named by (000000000139.jpg), or else the file's name; of a video it
-is "film.mp4:FRAME".
+is its name or, of one in a folder that is given, its path from there ("more/1.png"); a frame's is
+"film.mp4:FRAME". With --ids it is the id in that COCO file, whose file_name is that path.
 """
 
 import argparse
@@ -22,34 +22,56 @@ import cv2
 from fgbg_kd import deploy
 from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.config_files import ConfigError
+from fgbg_kd.data import DataError
+from fgbg_kd.data.validation import read_coco
 
 
-def files(paths: list[Path]):
-    """Images and videos, and the images of folders, each with its place in the output."""
+def find(paths: list[Path]) -> dict[Path, Path]:
+    """Images, videos, and the images of folders, by their place in the output."""
+    found = {}
     for path in paths:
         if not path.exists():
             raise deploy.DeployError(f"{path}: there is no such file or folder.")
+        inside = [path]
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.is_file() and is_image(p))
-            yield from ((p, p.relative_to(path)) for p in inside)
-        else:
-            yield path, Path(path.name)
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_image(p)]
+        for file in inside:
+            place = file.relative_to(path if path.is_dir() else path.parent)
+            if place in found:
+                raise deploy.DeployError(
+                    f"{found[place]} and {file} would both be {place}: give the folder above them."
+                )
+            found[place] = file
+    return found
 
 
-def target(output: Path, path: Path, place: Path) -> Path:
-    """Where an image, or the MP4 of a video, is drawn."""
-    return output / place if is_image(path) else output / f"{path.stem}.mp4"
+def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
+    """Where each place is drawn: an image, or the MP4 of a video."""
+    return {
+        place: output / (place if is_image(file) else place.with_suffix(".mp4"))
+        for place, file in inputs.items()
+    }
 
 
-def check_not_overwritten(
-    inputs: list[tuple[Path, Path]], output: Path | None, results: Path | None
-) -> None:
-    """Nothing that is read is written over."""
-    sources = {path.resolve() for path, _ in inputs}
-    targets = [target(output, *pair) for pair in inputs] if output else []
-    for path in [*targets, *([results] if results else [])]:
-        if path.resolve() in sources:
+def check_not_overwritten(inputs: dict[Path, Path], written: list[Path]) -> None:
+    """Nothing that is read, or written before, is written over."""
+    sources, seen = {file.resolve() for file in inputs.values()}, set()
+    for path in (p.resolve() for p in written):
+        if path in sources:
             raise deploy.DeployError(f"{path} is an input: give another --output or --json.")
+        if path in seen:
+            raise deploy.DeployError(f"{path} would be written twice: give one of its inputs.")
+        seen.add(path)
+
+
+def ids_in(file: Path, inputs: dict[Path, Path]) -> dict[Path, int]:
+    """The ids that a COCO file gives to images, all of them."""
+    content = read_coco(str(file), training=False)
+    known = {image["file_name"]: image["id"] for image in content["images"]}
+    for place in inputs:
+        if place.as_posix() not in known:
+            raise deploy.DeployError(f"{file} has no image with the file_name {place.as_posix()}.")
+    return {place: known[place.as_posix()] for place in inputs}
 
 
 def is_image(path: Path) -> bool:
@@ -74,7 +96,10 @@ class Video:
 
     def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
         rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
-        return cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not writer.isOpened():
+            raise deploy.DeployError(f"{path} cannot be written: OpenCV opens no MP4 there.")
+        return writer
 
 
 def progress(text: str, end: bool = False) -> None:
@@ -94,15 +119,20 @@ def main() -> None:
     parser.add_argument("--weights", default="", metavar="FILE", help="of a config")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: predictions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write that; draw with --output")
+    parser.add_argument("--ids", type=Path, metavar="FILE", help="of COCO, for --json; see above")
     parser.add_argument("--score", type=float, default=0.5, help="at least; default: %(default)s")
     args = parser.parse_args()
+    if args.ids and not args.json:
+        parser.error("--ids is for --json")
     output = args.output or (None if args.json else Path("predictions"))
 
-    inputs = list(files(args.inputs))
-    check_not_overwritten(inputs, output, args.json)
+    inputs = find(args.inputs)
+    drawn_to = targets(inputs, output) if output else {}
+    check_not_overwritten(inputs, [*drawn_to.values(), *filter(None, [args.json])])
+    ids = ids_in(args.ids, inputs) if args.ids else {}
     model, about = deploy.open_detector(args.detector, args.weights)
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
+    for path in [*drawn_to.values(), *filter(None, [args.json])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
     rows, images, detections = [], 0, 0
 
     def see(image, image_id):
@@ -113,33 +143,32 @@ def main() -> None:
         images, detections = images + 1, detections + len(found)
         return deploy.draw(found, about, image)[:, :, ::-1] if output else None
 
-    try:
-        for path, place in inputs:
-            if is_image(path):
-                image = cv2.imread(str(path))
-                if image is None:
-                    raise deploy.DeployError(f"{path} is a damaged image.")
-                drawn = see(
-                    cv2.cvtColor(image, cv2.COLOR_BGR2RGB),
-                    int(path.stem) if path.stem.isdigit() else path.name,
-                )
-                if output:
-                    drawn_to = target(output, path, place)
-                    drawn_to.parent.mkdir(parents=True, exist_ok=True)
-                    if not cv2.imwrite(str(drawn_to), drawn):
-                        raise deploy.DeployError(f"{drawn_to} cannot be written.")
-                progress(f"{images} images, {detections} detections: {path}")
-                continue
-            video, writer = Video(path), None
+    def see_image(file, place):
+        image = cv2.imread(str(file))
+        if image is None:
+            raise deploy.DeployError(f"{file} is a damaged image.")
+        drawn = see(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), ids.get(place, place.as_posix()))
+        if output and not cv2.imwrite(str(drawn_to[place]), drawn):
+            raise deploy.DeployError(f"{drawn_to[place]} cannot be written.")
+        progress(f"{images} images, {detections} detections: {file}")
+
+    def see_video(file, place):
+        video, writer = Video(file), None
+        try:
             for number, frame in enumerate(video):
-                drawn = see(frame, f"{path.name}:{number}")
+                drawn = see(frame, f"{place}:{number}")
                 if output:
-                    size = drawn.shape[1], drawn.shape[0]
-                    writer = writer or video.writer(target(output, path, place), size)
+                    height, width = drawn.shape[:2]
+                    writer = writer or video.writer(drawn_to[place], (width, height))
                     writer.write(drawn)
-                progress(f"{path}: frame {number + 1} of {video.count}")
+                progress(f"{file}: frame {number + 1} of {video.count}")
+        finally:
             if writer:
                 writer.release()
+
+    try:
+        for place, file in inputs.items():
+            (see_image if is_image(file) else see_video)(file, place)
     finally:  # a damaged file or Ctrl-C does not lose what was found before
         if args.json:
             args.json.write_text(json.dumps(rows))
@@ -150,5 +179,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (deploy.DeployError, CheckpointError, ConfigError) as error:
+    except (deploy.DeployError, CheckpointError, ConfigError, DataError, OSError) as error:
         sys.exit(f"predict: {error}")
