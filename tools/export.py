@@ -34,9 +34,12 @@ def read(paths, about: dict) -> list[np.ndarray]:
     return [deploy.resized(utils.read_image(str(p), "RGB"), about) for p in paths]
 
 
-def some_of(name: str, count: int) -> list[str]:
-    """Files of a registered set."""
-    return [record["file_name"] for record in pick(DatasetCatalog.get(name), count)]
+def some_of(cfg, part: str, count: int) -> list[str]:
+    """Files of the set that DATASETS.TRAIN or TEST names first."""
+    records = [r for name in cfg.DATASETS[part][:1] for r in DatasetCatalog.get(name)]
+    if not records:
+        raise ValueError(f"DATASETS.{part} gives no images.")
+    return [record["file_name"] for record in pick(records, count)]
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -82,7 +85,7 @@ def main() -> None:
     cfg = None
     if args.evaluate or not args.images or args.int8 == "static":
         cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu"])
-    images = read(args.images or some_of(cfg.DATASETS.TEST[0], 8), about)
+    images = read(args.images or some_of(cfg, "TEST", 8), about)
 
     deploy.export(model, about, args.output, images[0], nms_inside=args.nms == "inside")
     exported = deploy.ExportedDetector(args.output)
@@ -93,14 +96,15 @@ def main() -> None:
         f"{found['score']:.1e}, corners by up to {found['pixels']:.1e} pixels."
     )
     if found["partners"] < 0.99:
-        sys.exit(f"export: {args.output} does not do what PyTorch does: do not use it.")
+        os.remove(args.output)
+        sys.exit(f"export: {args.output} did not do what PyTorch does, and is removed.")
 
     models = {"PyTorch": model, args.output: exported}
     if args.int8:
         smaller = str(Path(args.output).with_suffix(".int8.onnx"))
         calibration = None
         if args.int8 == "static":
-            calibration = read(some_of(cfg.DATASETS.TRAIN[0], args.calibration), about)
+            calibration = read(some_of(cfg, "TRAIN", args.calibration), about)
         deploy.quantize(args.output, smaller, calibration)
         models[smaller] = deploy.ExportedDetector(smaller)
 
@@ -122,5 +126,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (deploy.DeployError, ValueError) as error:
+    except (deploy.DeployError, ValueError, OSError) as error:
         sys.exit(f"export: {error}")

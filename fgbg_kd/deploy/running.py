@@ -29,11 +29,10 @@ class ExportedDetector:
 
     input_format = "RGB"
 
-    def __init__(self, file: str, threads: int | None = None):
+    def __init__(self, file: str):
         """
         Args:
             file: .onnx or .pt, of :func:`export` or :func:`quantize`.
-            threads: of onnxruntime; None: as many as PyTorch uses.
 
         Raises:
             DeployError: no such file, or one of another origin.
@@ -42,7 +41,7 @@ class ExportedDetector:
             raise DeployError(f"{file}: there is no such file.")
         try:
             read = self._open_onnx if file.endswith(".onnx") else self._open_torchscript
-            about = read(file, threads or torch.get_num_threads())
+            about = read(file)
         except DeployError:
             raise
         except Exception as error:  # a torn file can raise anything
@@ -51,10 +50,10 @@ class ExportedDetector:
             raise DeployError(f"{file} has not been written by tools/export.py.")
         self.about = json.loads(about)
 
-    def _open_onnx(self, file: str, threads: int) -> str:
+    def _open_onnx(self, file: str) -> str:
         runtime = need("onnxruntime")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         session = runtime.InferenceSession(
             file, options, providers=runtime.get_available_providers()
@@ -62,7 +61,7 @@ class ExportedDetector:
         self.run: Callable = lambda image: session.run(OUTPUTS, {"image": image})
         return session.get_modelmeta().custom_metadata_map.get(METADATA, "")
 
-    def _open_torchscript(self, file: str, threads: int) -> str:
+    def _open_torchscript(self, file: str) -> str:
         extra = {METADATA: ""}
         module = torch.jit.load(file, map_location="cpu", _extra_files=extra)
         self.run = torch.no_grad()(lambda image: [x.numpy() for x in module(torch.tensor(image))])
