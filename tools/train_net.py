@@ -13,12 +13,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import student_config
-from fgbg_kd.checkpoint import SafeCheckpointer
-from fgbg_kd.detector import without_pretrained
+from fgbg_kd.detector import load_exactly, without_pretrained
 from fgbg_kd.engine import (
     FgBgTrainer,
     evaluate_lazy,
     evaluation_dir,
+    last_checkpoint,
     launch,
     load_config,
     load_lazy_config,
@@ -60,9 +60,7 @@ def main_yaml(args):
     prepare(cfg, cfg.OUTPUT_DIR, args)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(without_pretrained(student_config(cfg)))
-        SafeCheckpointer(model, save_dir=run_dir).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        load_exactly(model, last_checkpoint(run_dir if args.resume else "") or cfg.MODEL.WEIGHTS)
         results = FgBgTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -16,15 +16,15 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..cache import check_fixed_input
-from ..checkpoint import SafeCheckpointer
 from ..config import student_model
 from ..data import training_classes
+from ..detector import load_exactly
 from ..pair import channel_order
 from ..teacher import check_teacher_file
 from .finite import FiniteAMPTrainer, FiniteTrainer
 from .hooks import adapters_of, detector_of, run_hooks
 from .loader import ResumableLoader
-from .resume import RunCheckpointer, begin, run_seed
+from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
 from .trainer import distributed
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def load_lazy_student(cfg: DictConfig, run_dir: str = "") -> nn.Module:
             ``train.init_checkpoint``.
     """
     model = instantiate(student_model(cfg.model)).to(cfg.train.device)
-    SafeCheckpointer(model, run_dir).resume_or_load(cfg.train.init_checkpoint, resume=bool(run_dir))
+    load_exactly(model, last_checkpoint(run_dir) or cfg.train.init_checkpoint)
     return model
 
 

@@ -93,6 +93,18 @@ class RunCheckpointer(SafeCheckpointer):
         return sorted(files, key=os.path.getmtime, reverse=True)
 
 
+def last_checkpoint(run_dir: str) -> str:
+    """Path of the last whole checkpoint in a run's folder, "" if there is none (or no folder).
+
+    Raises:
+        CheckpointError: there are some, and each is damaged.
+    """
+    if not run_dir:
+        return ""
+    checkpointer = RunCheckpointer(nn.Identity(), run_dir)
+    return checkpointer.last_whole_checkpoint() if checkpointer.has_checkpoint() else ""
+
+
 def _damage(path: str) -> str | None:
     """What is wrong with a .pth file, which is a zip archive with a checksum for each tensor."""
     try:

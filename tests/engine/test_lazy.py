@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
+from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.config import student_model
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
@@ -231,6 +232,8 @@ def test_the_tool_takes_python_configs(config, tmp_path):
     results = main("--eval-only", f"train.init_checkpoint={path}", "model.teacher.config=gone")
     assert "AP50" in results["bbox"]
     assert record.read_bytes() == before
+    with pytest.raises(CheckpointError, match="missing in the file"):
+        main("--eval-only", "--resume", "model.student.head.conv_dims=[16,16]")
     assert (tmp_path / "lazy" / "eval" / "log.txt").is_file()
 
 
