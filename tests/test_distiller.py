@@ -27,7 +27,7 @@ def test_adds_two_losses_and_keeps_the_students_own(distil_cfg):
 
 
 def test_gradients_reach_student_and_adapters_and_never_the_teacher(distil_cfg):
-    distil_cfg.MODEL.KD.GATE = "off"
+    distil_cfg.MODEL.KD.GATE, distil_cfg.MODEL.KD.ASSIGN = "off", "all"
     model = build_model(distil_cfg)
     losses = losses_of(model, make_batch())
     (losses["loss_kd_fg"] + losses["loss_kd_bg"]).backward()

@@ -358,8 +358,8 @@ def test_what_fits_is_inherited_as_it_was_before_folding(caplog):
     mine = {k: v.clone() for k, v in student.state_dict().items()}
     with caplog.at_level(logging.INFO, logger="fgbg_kd"):
         model = distiller(student, teacher, inherit=["fpn", "head"])
-    assert all(torch.equal(v, mine[k]) for k, v in student.state_dict().items())  # not yet
-    model.inherit()
+        assert all(torch.equal(v, mine[k]) for k, v in student.state_dict().items())  # not yet
+        model.inherit()
     inherited = {k for k, v in student.state_dict().items() if torch.equal(v, saved.get(k, 0 * v))}
     assert {"backbone.fpn_output3.weight", "backbone.fpn_lateral4.norm.running_var"} <= inherited
     assert {"head.cls_subnet.0.weight", "head.cls_score.bias"} <= inherited

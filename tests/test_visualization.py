@@ -30,7 +30,7 @@ from fgbg_kd.visualization import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 OPTIONS = [
-    {},
+    {"gate_margin": 0.0},
     {"kl": "softmax", "temperature": 2.0, "gate_margin": 0.02},
     {"gate": "object", "gate_softness": 0.1, "assign": "scale"},
     {"gate": "off"},
@@ -41,6 +41,7 @@ OPTIONS = [
 def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     for key, value in options.items():
         distil_cfg.MODEL.KD[key.upper()] = value
+    torch.manual_seed(1)
     model = build_model(distil_cfg).eval()
     inputs = make_batch()[0]
     maps = cell_maps(model, inputs)

@@ -6,7 +6,7 @@ from detectron2.engine import HookBase
 
 logger = logging.getLogger(__name__)
 
-_SHARES = "kd/fg_gate", "kd/bg_gate"
+_SHARES = "kd/fg_better", "kd/bg_better"
 
 
 class GateWatch(HookBase):
@@ -43,7 +43,7 @@ class GateWatch(HookBase):
                 f"The student has next to nothing to learn on objects: in the first "
                 f"{self.trainer.iter + 1} iterations the teacher is better than the student on "
                 f"{foreground:.1%} of the foreground cells and {background:.1%} of the background. "
-                "Where it is not better it is not followed. Are the teacher's weights, classes, "
-                "INPUT.FORMAT and PIXEL_MEAN those it was trained with (MODEL.KD.TEACHER.MIN_AP "
-                "measures it), and is it better than what the student starts from?"
+                "Are the teacher's weights, classes, INPUT.FORMAT and PIXEL_MEAN those it was "
+                "trained with (MODEL.KD.TEACHER.MIN_AP measures it), and is it better than what "
+                "the student starts from?"
             )

@@ -42,14 +42,14 @@ class FgBg(Method):
         *,
         fg_weight: float = 3.0,
         bg_weight: float = 1.0,
-        assign: str = "all",
+        assign: str = "scale",
         normalize: str = "object",
         adapter: str = "auto",
         kl: str = "sigmoid",
         temperature: float = 1.0,
         bg_normalizer: str = "fg",
         gate: str = "cell",
-        gate_margin: float = 0.0,
+        gate_margin: float = -0.2,
         gate_softness: float = 0.0,
     ):
         """
@@ -73,7 +73,8 @@ class FgBg(Method):
                 "image": over what the two qualities are averaged before they are compared; "off" =
                 it learns everywhere.
             gate_margin: by how much the teacher's quality (0..1) must be better; 0 = at all; under
-                0 it may be worse by so much.
+                0 it may be worse by so much, for a teacher that is a little less sure of the
+                background than an untrained student still says what the background looks like.
             gate_softness: over 0: a sigmoid of this width in quality instead of a step; 0 = a hard
                 gate.
 
@@ -119,8 +120,9 @@ class FgBg(Method):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:
-            loss_kd_fg and loss_kd_bg, without a term of weight 0; and kd/fg_gate and kd/bg_gate,
-            the share of cells where the teacher guides (NaN where there are no such cells).
+            loss_kd_fg and loss_kd_bg, without a term of weight 0; and shares of the foreground
+            and background cells (NaN where there are none): kd/fg_gate and kd/bg_gate, where the
+            teacher guides; with a gate kd/fg_better and kd/bg_better, where its quality is higher.
         """
         student, teacher = batch.student, batch.teacher
         cells = batch.split(self.assign, self.normalize)
@@ -157,8 +159,10 @@ class FgBg(Method):
             by_fg = (num_fg > 0) & (self.bg_normalizer == "fg")
             normalizer = torch.where(by_fg, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * loss / safe(normalizer)
-        shares = {
-            "kd/fg_gate": (gate * foreground).sum() / foreground.sum(),
-            "kd/bg_gate": (gate * background).sum() / background.sum(),
-        }
+        shares = {}
+        for name, here in (("fg", foreground), ("bg", background)):
+            shares[f"kd/{name}_gate"] = (gate * here).sum() / here.sum()
+            if self.needs_boxes:
+                better = compared.teacher_quality > compared.student_quality
+                shares[f"kd/{name}_better"] = (better * here).sum() / here.sum()
         return losses, shares

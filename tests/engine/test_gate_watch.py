@@ -52,7 +52,7 @@ def test_the_first_batchs_shares_are_logged_and_a_good_teacher_is_not_warned_of(
     distil_cfg, tmp_path, caplog
 ):
     text = messages(distil_cfg, tmp_path / "run", caplog, 3.0, 20)
-    first = re.findall(r"First batch: kd/fg_gate ([\d.]+), kd/bg_gate ([\d.]+)\.", text)
+    first = re.findall(r"First batch: kd/fg_gate ([\d.]+), kd/fg_better ([\d.]+), kd/bg_gate", text)
     assert len(first) == 1 and float(first[0][0]) > 0.5
     assert WARNING not in text
 
@@ -68,10 +68,10 @@ def test_batches_without_objects_have_no_share_and_a_share_of_zero_counts(distil
     model.teacher.head.cls_score.bias.data.fill_(-20.0)  # finds nothing: 0 on objects
     with EventStorage(19) as storage:
         model(make_batch())
-        assert storage.latest()["kd/fg_gate"] == (0.0, 19)
+        assert storage.latest()["kd/fg_better"] == (0.0, 19)
     with EventStorage(19) as storage:
         model(make_batch(boxes=((), ())))
-        assert "kd/fg_gate" not in storage.latest() and "kd/bg_gate" in storage.latest()
+        assert "kd/fg_better" not in storage.latest() and "kd/bg_better" in storage.latest()
 
 
 def test_a_run_that_resumes_is_not_judged_anew(distil_cfg, tmp_path, caplog):
