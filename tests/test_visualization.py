@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 OPTIONS = [
     {"gate_margin": 0.0},
-    {"kl": "softmax", "temperature": 2.0, "gate_margin": 0.02},
+    {"kl": "softmax", "temperature": 2.0, "gate_margin": -0.02},
     {"gate": "object", "gate_softness": 0.1, "assign": "scale"},
     {"gate": "off"},
 ]
