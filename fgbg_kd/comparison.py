@@ -66,24 +66,39 @@ def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float | Non
 
 
 def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """Rows by comparison (config and its overrides), then method, then seed.
+    """Rows by comparison (config and its overrides), then method (:func:`name_of`), then seed.
 
-    Of rows with one key the last counts. Rows of a method whose options have other values by now
-    (a default changed) are left out.
+    Of rows with one key the last counts.
     """
     groups: dict = {}
     for row in rows:
         title = " ".join([row["config"], *row["overrides"]])
-        groups.setdefault(title, {}).setdefault(row["method"], {})[row["seed"]] = row
-    for methods in groups.values():
-        for name, by_seed in methods.items():
-            newest = max(by_seed.values(), key=lambda r: r["finished"])["options"]
-            methods[name] = {
-                seed: row
-                for seed, row in sorted(by_seed.items(), key=lambda item: item[0] or 0)
-                if all(newest.get(k, v) == v for k, v in row["options"].items())
-            }
-    return groups
+        groups.setdefault(title, {}).setdefault(name_of(row), {})[row["seed"]] = row
+    return {
+        title: {
+            name: dict(sorted(by_seed.items(), key=lambda item: item[0] or 0))
+            for name, by_seed in methods.items()
+        }
+        for title, methods in groups.items()
+    }
+
+
+def name_of(row: dict) -> str:
+    """A row's method, with the options that are not today's defaults.
+
+    Not as it was typed: what a row shows stays true when a default changes.
+    """
+    name, *typed = row["method"].split()
+    if name not in METHOD_REGISTRY:  # plain, the teacher
+        return row["method"]
+    defaults = METHOD_REGISTRY.get(name).options()
+    other = [f"{k.upper()}={_short(v)}" for k, v in row["options"].items() if defaults.get(k) != v]
+    keys = [x for x in typed if x.partition("=")[0].lower() not in row["options"]]
+    return " ".join([name, *other, *keys])
+
+
+def _short(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def heading(title: str) -> str:

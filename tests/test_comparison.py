@@ -95,17 +95,24 @@ def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
     }
 
 
-def test_of_two_rows_the_later_counts_and_rows_of_old_defaults_do_not():
+def test_of_two_rows_the_later_counts_and_a_row_keeps_its_meaning_when_a_default_changes():
     rows = [
-        row("FgBg", 0, 1.0, "2026-01-01", {"gate": "cell"}),
-        row("FgBg", 1, 2.0, "2026-01-01", {"gate": "cell"}),
-        row("FgBg", 0, 3.0, "2026-01-02", {"gate": "off", "new": 1}),
-        row("FgBg", 2, 4.0, "2026-01-01", {"gate": "off"}),
-        row("FgBg", 0, 5.0, "2026-01-03", overrides=["SEED", "1"]),
+        row("FgBg", 2, 1.0, "2026-01-01", {"gate": "cell", "bg_weight": 1.0}),
+        row("FgBg", 0, 2.0, "2026-01-01", {"gate": "cell"}),
+        row("FgBg GATE=cell", 0, 3.0, "2026-01-02", {"gate": "cell"}),
+        row("FgBg", 0, 4.0, "2026-01-01", {"gate": "off", "bg_weight": 3.0}),
+        row("PKD WEIGHT=2 SOLVER.MAX_ITER=9", 0, 5.0, options={"weight": 2.0}),
+        row("FgBg", 0, 6.0, "2026-01-03", overrides=["SEED", "1"]),
     ]
     groups = group(rows)
     assert list(groups) == ["c.yaml", "c.yaml SEED 1"]
-    assert {s: r["AP"] for s, r in groups["c.yaml"]["FgBg"].items()} == {0: 3.0, 2: 4.0}
+    assert {
+        name: {s: r["AP"] for s, r in by_seed.items()} for name, by_seed in groups["c.yaml"].items()
+    } == {
+        "FgBg": {0: 3.0, 2: 1.0},
+        "FgBg GATE=off BG_WEIGHT=3": {0: 4.0},
+        "PKD WEIGHT=2 SOLVER.MAX_ITER=9": {0: 5.0},
+    }
 
 
 def test_the_table_by_hand(tmp_path):
