@@ -68,19 +68,19 @@ def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float | Non
 def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """Rows by comparison (config and its overrides), then method (:func:`name_of`), then seed.
 
-    Of rows with one key the last counts.
+    Of rows with one key the last counts. The variants of a method stand together.
     """
     groups: dict = {}
     for row in rows:
         title = " ".join([row["config"], *row["overrides"]])
         groups.setdefault(title, {}).setdefault(name_of(row), {})[row["seed"]] = row
-    return {
-        title: {
-            name: dict(sorted(by_seed.items(), key=lambda item: item[0] or 0))
-            for name, by_seed in methods.items()
+    for title, methods in groups.items():
+        families = [name.split()[0] for name in methods]
+        groups[title] = {
+            name: dict(sorted(methods[name].items(), key=lambda item: item[0] or 0))
+            for name in sorted(methods, key=lambda name: families.index(name.split()[0]))
         }
-        for title, methods in groups.items()
-    }
+    return groups
 
 
 def name_of(row: dict) -> str:

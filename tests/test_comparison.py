@@ -102,15 +102,18 @@ def test_of_two_rows_the_later_counts_and_a_row_keeps_its_meaning_when_a_default
         row("FgBg GATE=cell", 0, 3.0, "2026-01-02", {"gate": "cell"}),
         row("FgBg", 0, 4.0, "2026-01-01", {"gate": "off", "bg_weight": 3.0}),
         row("PKD WEIGHT=2 SOLVER.MAX_ITER=9", 0, 5.0, options={"weight": 2.0}),
+        row("FgBg BG_WEIGHT=2", 0, 7.0, options={"bg_weight": 2.0}),
         row("FgBg", 0, 6.0, "2026-01-03", overrides=["SEED", "1"]),
     ]
     groups = group(rows)
+    assert list(groups["c.yaml"])[-1].startswith("PKD")  # after all variants of FgBg
     assert list(groups) == ["c.yaml", "c.yaml SEED 1"]
     assert {
         name: {s: r["AP"] for s, r in by_seed.items()} for name, by_seed in groups["c.yaml"].items()
     } == {
         "FgBg": {0: 3.0, 2: 1.0},
         "FgBg GATE=off BG_WEIGHT=3": {0: 4.0},
+        "FgBg BG_WEIGHT=2": {0: 7.0},
         "PKD WEIGHT=2 SOLVER.MAX_ITER=9": {0: 5.0},
     }
 
