@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT, save_teacher, tiny_cfg
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.comparison import fill
 from fgbg_kd.config_files import merge_overrides
 
 TOOLS = sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py"))
@@ -149,6 +150,15 @@ def test_help_has_an_example(tool, monkeypatch, capsys):
         parse(monkeypatch, tool, ["--help"])
     assert stop.value.code == 0
     assert f"tools/{tool}" in capsys.readouterr().out.split("usage:")[1].split("\n", 1)[1]
+
+
+def test_the_tables_of_results_are_those_of_their_rows(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    import compare
+
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert re.findall(r"table: (docs/results/\w+\.jsonl)", text)
+    assert fill(text, compare.filling) == text
 
 
 def test_the_api_page_is_up_to_date():
