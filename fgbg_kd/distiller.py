@@ -104,6 +104,10 @@ class FgBgDistiller(nn.Module):
                 raise ValueError(
                     f"MODEL.KD.{name.upper()} is {getattr(self, name)}: it must be >= 0."
                 )
+        if method in METHOD_REGISTRY:
+            known = METHOD_REGISTRY.get(method).options()
+            if unknown := sorted(kd.keys() - known.keys()):
+                raise ValueError(f"{method} has no option {unknown}: choose from {sorted(known)}.")
         if _is_off(method, kd):
             teacher = None
         self.__dict__["teacher"] = teacher
@@ -143,6 +147,13 @@ class FgBgDistiller(nn.Module):
                 kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.TEACHER.SHA256, kd.TEACHER.CLASSES
             )
             check_teacher_file(teacher.weights, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR)
+        elif not kd.TEACHER.CONFIG:
+            if kd.TEACHER.WEIGHTS:
+                raise TeacherError(
+                    f"MODEL.KD.TEACHER.WEIGHTS is {kd.TEACHER.WEIGHTS}, MODEL.KD.TEACHER.CONFIG is "
+                    "empty: give the config that they were trained with."
+                )
+            logger.warning("MODEL.KD.TEACHER.CONFIG is empty: this is plain training.")
         schedule = {"warmup_iters": kd.WARMUP_ITERS, "stop_iter": kd.STOP_ITER}
         return {
             "student": student,

@@ -65,7 +65,7 @@ def test_inference_is_the_student(distil_cfg):
 @pytest.mark.parametrize("key", ["weights", "teacher"])
 def test_without_weights_or_teacher_nothing_is_added(distil_cfg, key):
     if key == "teacher":
-        distil_cfg.MODEL.KD.TEACHER.CONFIG = ""
+        distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
         distil_cfg.MODEL.KD.FG_WEIGHT = distil_cfg.MODEL.KD.BG_WEIGHT = 0.0
     model = build_model(distil_cfg)

@@ -40,7 +40,7 @@ def prepare(cfg, output_dir, args):
 
 
 def main_lazy(args):
-    cfg = load_lazy_config(args.config_file, args.opts)
+    cfg = load_lazy_config(args.config_file, args.opts, args.resume)
     run_dir = cfg.train.output_dir
     if args.eval_only:
         cfg.train.output_dir = evaluation_dir(run_dir)

@@ -136,6 +136,8 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
             bad = [n for n, x in zip(level_names(detector), levels or ()) if not x.isfinite().all()]
             if bad:
                 found.append(f"{what} of {name} on {', '.join(bad)}")
+    if not found and not outputs:
+        return "The parameters are finite; features are looked at in dense detectors only."
     if not found:
         return "Parameters, features and predictions are finite: the loss itself overflows."
     return f"Not finite: {'; '.join(found)}."

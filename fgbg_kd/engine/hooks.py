@@ -36,11 +36,15 @@ def run_hooks(
         min_ap, test_teacher: :class:`TeacherCheck`'s.
     """
     model = unwrapped(model)
-    hooks = [IterationState(detector_of(model), seed, checkpoint_period)]
+    student = detector_of(model)
+    if student is not model:
+        parameters = sum(p.numel() for p in student.parameters()) / 1e6
+        logger.info(f"Student {type(student).__name__}: {parameters:.2f} M parameters.")
+    hooks = [IterationState(student, seed, checkpoint_period)]
     if getattr(model, "teacher", None) is not None:
         hooks += [TeacherCheck(min_ap, test_teacher), Inheritance(), GateWatch()]
     if ema_decay != 0:
-        hooks.append(WeightAverage(detector_of(model), ema_decay))
+        hooks.append(WeightAverage(student, ema_decay))
     return hooks
 
 
@@ -59,6 +63,11 @@ class TeacherCheck(HookBase):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
         results = self.test(unwrapped(self.trainer.model).teacher)
+        if comm.is_main_process() and "bbox" not in results:
+            raise TeacherError(
+                "MODEL.KD.TEACHER.MIN_AP: the test set or the config gives no AP to measure the "
+                "teacher by. Give annotations of a test set, or set MIN_AP 0."
+            )
         # Only the first worker has the results, and all of them have to stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP", 0.0))[0]
         if not ap >= self.min_ap:

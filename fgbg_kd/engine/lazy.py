@@ -2,37 +2,52 @@
 model, dataloader, optimizer, lr_multiplier and train, as in its tools/lazyconfig_train_net.py."""
 
 import copy
+import difflib
 import logging
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..cache import check_fixed_input
 from ..config import student_model
+from ..config_files import ConfigError
 from ..data import training_classes
 from ..detector import load_exactly
 from ..pair import channel_order
 from ..teacher import check_teacher_file
 from .finite import FiniteAMPTrainer, FiniteTrainer
 from .hooks import adapters_of, detector_of, run_hooks
-from .loader import ResumableLoader
+from .loader import ResumableLoader, random_numbers
 from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
 from .trainer import distributed
 
 logger = logging.getLogger(__name__)
 
 
-def load_lazy_config(config_file: str, opts: list[str] = ()) -> DictConfig:
-    """Reads a Python config, which is code that runs, and overrides like ``train.max_iter=9``."""
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(config_file), list(opts))
+# Keys of ``train`` that Detectron2's configs do not have, or not all of them.
+_OWN_KEYS = "train.seed", "train.ema_decay", "train.teacher_min_ap"
+
+
+def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = False) -> DictConfig:
+    """Reads a Python config, which is code that runs, and overrides like ``train.max_iter=9``.
+
+    An open ``train.seed`` (-1, or none) is drawn, or on resume that of the run.
+
+    Raises:
+        ConfigError: an override of a key that is not there.
+    """
+    cfg = LazyConfig.load(config_file)
+    for override in opts:
+        _check_key(cfg, override.partition("=")[0])
+    cfg = LazyConfig.apply_overrides(cfg, list(opts))
+    cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: train.device is set to cpu.")
         cfg.train.device = "cpu"
@@ -40,6 +55,20 @@ def load_lazy_config(config_file: str, opts: list[str] = ()) -> DictConfig:
         logger.warning("Detectron2 has mixed precision on CUDA only: train.amp is set off.")
         cfg.train.amp.enabled = False
     return cfg
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    """What takes arguments (``_target_``, ``model.kd``) checks their names itself."""
+    where, _, name = key.lstrip("+~").rpartition(".")
+    node = OmegaConf.select(cfg, where) if where else cfg
+    if key in _OWN_KEYS or not isinstance(node, DictConfig):
+        return
+    if name not in node and "_target_" not in node and where != "model.kd":
+        near = difflib.get_close_matches(name, [str(k) for k in node], 1)
+        raise ConfigError(
+            f"{key} is no key of the config{f': is it {near[0]}?' if near else '.'} "
+            f"{where or 'The config'} has {', '.join(sorted(map(str, node)))}."
+        )
 
 
 def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
@@ -143,13 +172,20 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
     """
     options = set(cfg) - {"_target_"}
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
-    known = {"dataset", "mapper", "total_batch_size", "aspect_ratio_grouping", "num_workers"}
-    if target is not build_detection_train_loader or not options <= known:
+    needed = {"dataset", "mapper", "total_batch_size"}
+    known = needed | {"aspect_ratio_grouping", "num_workers"}
+    if target is not build_detection_train_loader or not needed <= options <= known:
         return instantiate(cfg)
     parts = {name: instantiate(cfg[name]) for name in options}
     if cached:
         check_fixed_input(parts["mapper"])
-    sampler = TrainingSampler(len(parts["dataset"]), seed=seed)
+    # The order of images that this version of Detectron2 makes of SEED, as by YAML.
+    with_seed = get_cfg()
+    with_seed.SEED = seed
+    with random_numbers(seed):
+        sampler = build_detection_train_loader.from_config(
+            with_seed, mapper=parts["mapper"], dataset=parts["dataset"]
+        )["sampler"]
     return ResumableLoader(**parts, sampler=sampler, seed=seed)
 
 

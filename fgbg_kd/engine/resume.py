@@ -224,7 +224,9 @@ def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
     Args:
         start: the first iteration to come, on every process.
         loader: a :class:`ResumableLoader`, or another, whose data then begins anew.
-        output_dir: the run's folder, which gets a record of the seed.
+        output_dir: the run's folder, which gets a record of the seed. The checkpoints of a run
+            before it are moved to its folder "previous" when a new one begins, which would
+            otherwise resume from them.
 
     Raises:
         RuntimeError: the processes see different checkpoints.
@@ -241,11 +243,24 @@ def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
         logger.warning("The data loader is not this package's own: the data begins anew.")
     warm_up(start)
     if comm.is_main_process():
+        if start == 0:
+            _set_aside(output_dir)
         with _atomic_write(os.path.join(output_dir, SEED_FILE), "w") as file:
             file.write(f"{seed}\n")
         metrics = os.path.join(output_dir, "metrics.json")
         if resume and os.path.isfile(metrics):
             rewind_metrics(metrics, start)
+
+
+def _set_aside(output_dir: str) -> None:
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    names = [n for n in names if re.fullmatch(r"model_(\d{7}|final)\.pth|last_checkpoint", n)]
+    if names:
+        previous = os.path.join(output_dir, "previous")
+        os.makedirs(previous, exist_ok=True)
+        for name in sorted(names):  # last_checkpoint first: killed here, nothing is resumed
+            os.replace(os.path.join(output_dir, name), os.path.join(previous, name))
+        logger.warning(f"A new run begins: the checkpoints of the one before are in {previous}.")
 
 
 def warm_up(iterations: int) -> None:

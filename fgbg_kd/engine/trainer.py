@@ -17,7 +17,6 @@ from ..cache import check_fixed_input
 from ..config import get_fgbg_kd_cfg
 from ..config_files import merge_overrides, merge_yaml
 from ..data import NamingMapper, check_num_classes, register_datasets
-from ..distiller import FgBgDistiller
 from ..pair import channel_order
 from ..teacher import TeacherError
 from .finite import FiniteAMPTrainer, FiniteTrainer
@@ -78,9 +77,6 @@ class FgBgTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
         loader = self.build_train_loader(cfg)
-        if isinstance(model, FgBgDistiller):
-            parameters = sum(p.numel() for p in model.student.parameters()) / 1e6
-            logger.info(f"Student {type(model.student).__name__}: {parameters:.2f} M parameters.")
         self._trainer = trainer(
             distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
         )

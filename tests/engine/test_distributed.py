@@ -35,7 +35,7 @@ def build(yaml, method):
     cfg.merge_from_other_cfg(cfg.load_cfg(yaml))
     cfg.MODEL.KD.METHOD = method
     torch.manual_seed(1)
-    return build_model(cfg).train()
+    return build_model(cfg).train().double()  # so that rounding does not stand in the way
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:

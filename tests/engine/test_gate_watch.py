@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 
 from fgbg_kd import TeacherError
 from fgbg_kd.engine import FgBgTrainer
+from fgbg_kd.engine.hooks import TeacherCheck
 
 WARNING = "next to nothing to learn"
 
@@ -88,6 +89,24 @@ def test_a_run_that_resumes_is_not_judged_anew(distil_cfg, tmp_path, caplog):
 def test_without_a_gate_nothing_is_said(distil_cfg, tmp_path, caplog):
     distil_cfg.MODEL.KD.METHOD = "PKD"
     assert "First batch" not in messages(distil_cfg, tmp_path / "run", caplog, -20.0, 20)
+
+
+def test_a_teacher_that_cannot_be_measured_is_no_teacher_of_0_ap(distil_cfg, tmp_path):
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
+    check = TeacherCheck(30, lambda teacher: {})
+    check.trainer = trainer
+    trainer.iter = 0
+    with pytest.raises(TeacherError, match="no AP to measure the teacher by"):
+        check.before_train()
+
+
+def test_weights_without_a_config_are_refused_and_no_teacher_is_told(distil_cfg, caplog):
+    distil_cfg.MODEL.KD.TEACHER.CONFIG = ""
+    with pytest.raises(TeacherError, match="MODEL.KD.TEACHER.CONFIG is empty: give the config"):
+        build_model(distil_cfg)
+    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
+    build_model(distil_cfg)
+    assert "this is plain training" in caplog.text
 
 
 # --- a teacher that is the student's own file ---

@@ -12,12 +12,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
 from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.config import student_model
+from fgbg_kd.config_files import ConfigError
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
 from fgbg_kd.engine.resume import warm_up
@@ -106,12 +106,8 @@ def saved(folder, name="model_final"):
     return torch.load(folder / f"{name}.pth", weights_only=False)
 
 
-def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(
-    config, distil_cfg, recorded, tmp_path, monkeypatch
-):
+def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, recorded, tmp_path):
     """Of the same seed: same start, same images, same augmentation, same steps."""
-    # By YAML v0.6 draws the seed of the images' order, where main takes SEED.
-    monkeypatch.setattr(comm, "shared_random_seed", lambda: distil_cfg.SEED)
     warm_up(4)
     run(config, "train.max_iter=6")
     lazy = list(recorded)
@@ -178,8 +174,13 @@ def test_overrides_reach_the_method(config, recorded):
     recorded.clear()
     run(config, "model.kd.fg_weight=0", "model.kd.bg_weight=0", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg"}
-    with pytest.raises(TypeError, match="fg_wieght"):
+    with pytest.raises(ValueError, match="FgBg has no option .'fg_wieght'.: choose from"):
         run(config, "model.kd.fg_wieght=2")
+    for key, near in (("train.max_iters", "max_iter"), ("train.checkpointer.perid", "period")):
+        with pytest.raises(ConfigError, match=f"{key} is no key of the config: is it {near}"):
+            load_lazy_config(config, [f"{key}=2"])
+    with pytest.raises(ConfigError, match="dataloadr is no key"):
+        load_lazy_config(config, ["dataloadr=2"])
 
 
 def test_a_weak_teacher_stops_the_run(config, tmp_path):
@@ -260,7 +261,8 @@ def test_an_open_seed_is_drawn_once_and_few_checkpoints_stay(config, tmp_path):
     cfg = load_lazy_config(config, ["train.max_iter=3", *few])
     train_lazy(cfg)
     seed = (tmp_path / "lazy" / "seed.txt").read_text()
-    train_lazy(load_lazy_config(config, ["train.max_iter=4", *few]), resume=True)
+    assert cfg.train.seed == int(seed)  # what default_setup seeds the process with
+    train_lazy(load_lazy_config(config, ["train.max_iter=4", *few], resume=True), resume=True)
     assert (tmp_path / "lazy" / "seed.txt").read_text() == seed
     names = sorted(p.name for p in (tmp_path / "lazy").glob("model_0*.pth"))
     assert names == ["model_0000002.pth", "model_0000003.pth"]

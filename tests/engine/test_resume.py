@@ -284,6 +284,16 @@ def test_an_open_seed_is_drawn_once_a_run(tmp_path):
     assert run_seed(-1, str(tmp_path), resume=False) != seed
 
 
+def test_a_new_run_is_not_resumed_as_the_one_before_it_in_its_folder(distil_cfg, tmp_path):
+    make_trainer(FgBgTrainer, distil_cfg, tmp_path, 2).train()
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path, 2)
+    trainer.resume_or_load(resume=False)  # and killed before its first checkpoint
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path, 2)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
+    assert (tmp_path / "previous" / "model_final.pth").is_file()
+
+
 def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
     monkeypatch.setattr(comm, "all_gather", lambda start: [start, 0])
     with pytest.raises(RuntimeError, match=r"from iterations \[0, 20\].*file system that all"):

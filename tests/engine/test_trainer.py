@@ -46,7 +46,7 @@ def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
 ):
     """Augmentation alone differs: it is a function of the position in the data, stock's is not."""
     if off == "no teacher":
-        distil_cfg.MODEL.KD.TEACHER.CONFIG = ""
+        distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
         distil_cfg.MODEL.KD.FG_WEIGHT = distil_cfg.MODEL.KD.BG_WEIGHT = 0.0
     plain_cfg = tiny_cfg(coco)
