@@ -1,4 +1,4 @@
-"""The gate: the student learns only where the teacher's prediction is better than its own."""
+"""The gate: the student learns only where the teacher's prediction is better, with a tolerance."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def teacher_gate(
         mode: over what the advantage of the teacher is averaged first: "cell": nothing; "object":
             all cells of a box (background cells stay on their own); "image": the foreground cells
             of an image, and its background cells.
-        margin: how much better the teacher must be.
+        margin: how much better the teacher must be; negative: how much worse it may be.
         softness: over 0, the gate is sigmoid((advantage - margin) / softness) instead.
 
     Returns:

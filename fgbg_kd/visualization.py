@@ -39,8 +39,10 @@ class CellMaps(NamedTuple):
         strides: in pixels, per level.
         cosine: (1, R) of the student's adapted and the teacher's features. None where they have
             other channels and there is no adapter.
-        gate: (1, R), 1 where the teacher is better. None for a teacher that is not dense.
+        gate: (1, R), 1 where the student learns from the teacher. None for a teacher that is not
+            dense.
         kl: (1, R), the background KL times the gate, as it enters the loss. None likewise.
+        margin: of the gate.
     """
 
     cells: Split
@@ -48,6 +50,7 @@ class CellMaps(NamedTuple):
     cosine: Tensor | None = None
     gate: Tensor | None = None
     kl: Tensor | None = None
+    margin: float = 0.0
 
 
 def observe(distiller: FgBgDistiller, inputs: dict) -> Batch:
@@ -97,7 +100,8 @@ def cell_maps(
         margin=option["gate_margin"],
         softness=option["gate_softness"],
     )
-    return CellMaps(cells, batch.strides, cosine, gate, found.kl if off else found.kl * gate)
+    kl = found.kl if off else found.kl * gate
+    return CellMaps(cells, batch.strides, cosine, gate, kl, option["gate_margin"])
 
 
 def own_adapters(distiller: FgBgDistiller) -> Sequence[nn.Module] | None:
@@ -335,10 +339,11 @@ def _columns(maps: dict[str, CellMaps]) -> dict[str, _Map]:
     if last.gate is not None:
         gate = levels(last.gate)
         shares = [means(gate, masks, "{:.0%}") for masks in (foreground, background)]
-        columns["gate"] = _Map(
+        margin = f" {'-' if last.margin < 0 else '+'} {abs(last.margin):g}" if last.margin else ""
+        columns[f"gate: teacher > student{margin}"] = _Map(
             only(gate, [f | b for f, b in zip(foreground, background)]),
             [f"open: foreground {f}, background {b}" for f, b in zip(*shares)],
-            {"teacher better": TEACHER_COLOR, "student better": STUDENT_COLOR},
+            {"good enough to learn from": TEACHER_COLOR, "not good enough": STUDENT_COLOR},
             cmap=LinearSegmentedColormap.from_list("gate", [STUDENT_COLOR, TEACHER_COLOR]),
             vmin=0,
             vmax=1,

@@ -53,6 +53,9 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     torch.testing.assert_close(maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
     torch.testing.assert_close(gate[foreground].mean(), shares["kd/fg_gate"])
     assert 0 < maps.gate.mean() < 1  # shown where it would be open, also when it is off
+    titles = {0.0: "student", -0.02: "student - 0.02", -0.2: "student - 0.2"}
+    title = f"gate: teacher > {titles[distil_cfg.MODEL.KD.GATE_MARGIN]}"
+    assert title in visualization._columns({"student": maps})
 
 
 def test_a_teacher_without_predictions_has_split_and_cosine_only(distil_cfg):

@@ -7,10 +7,10 @@ Example:
         --before output/quickstart/student_seed0/model_final.pth --count 4
 
 A picture an image: ground truth and detections above; below, per level, which object owns each
-cell, where the teacher is better, the cosine of the student's and the teacher's features (before
-and after), and the background KL that enters the loss. A checkpoint without adapters, such as a
-plain student's, gets some for the cosine where it needs them: linear maps, fitted by least squares
-on 64 images of the training set.
+cell, where the teacher is good enough to learn from (MODEL.KD.GATE_MARGIN), the cosine of the
+student's and the teacher's features (before and after), and the background KL that enters the
+loss. A checkpoint without adapters, such as a plain student's, gets some for the cosine where it
+needs them: linear maps, fitted by least squares on 64 images of the training set.
 
 With --observation FILE it draws instead, of all these images and the student of --weights, two
 real feature vectors that softmax and KL take for nearly the same, though they point elsewhere.
