@@ -163,6 +163,46 @@ def test_categories_are_those_of_the_data_with_their_ids(coco, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("content", (None, {"categories": [{"id": 9, "name": "nine"}]}))
+def test_ids_that_the_data_do_not_give_are_not_made_up(content, tmp_path, caplog):
+    path, model = tmp_path / "own.json", detector(tiny_cfg())
+    if content:
+        path.write_text(json.dumps(content))
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TRAIN_JSON = ("own",), str(path)
+    with pytest.raises(
+        deploy.DeployError, match="own.json is not there|1 categories for 2 classes"
+    ):
+        deploy.describe(cfg, model)
+    about = deploy.describe(cfg, model, need_ids=False)
+    assert [c["name"] for c in about["categories"]] == ["class 0", "class 1"]
+    assert "ids of the classes are not known" in caplog.text
+
+
+def test_a_good_file_stays_until_the_new_one_is_checked(tmp_path, monkeypatch):
+    import export
+
+    (model, about), file = variant("RetinaNet"), tmp_path / "a.pt"
+    file.write_bytes(b"good")
+    write = lambda m: export.export_checked(m, about, file, [photo(64, 64)], True)  # noqa: E731
+    cfg = tiny_cfg()
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 1.0
+    with pytest.raises(ValueError, match="not written: it cannot be checked.* --images"):
+        write(detector(cfg))
+    with monkeypatch.context() as patch:
+        bad = {"detections": 9, "partners": 0.5, "score": 0.0, "pixels": 0.0}
+        patch.setattr(deploy, "agreement", lambda *_: bad)
+        with pytest.raises(ValueError, match="did not do what PyTorch does"):
+            write(model)
+    assert file.read_bytes() == b"good"
+    write(model)
+    assert deploy.ExportedDetector(str(file)).about["categories"] == about["categories"]
+    assert list(tmp_path.iterdir()) == [file]
+    file.unlink(), file.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        write(model)
+
+
 def test_boxes_are_in_the_pixels_of_the_image_that_is_given():
     _, about = variant("RetinaNet")
     seen = []

@@ -12,6 +12,7 @@ The file takes one image, uint8 RGB (H, W, 3) of any size, and gives boxes, scor
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -46,13 +47,47 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(x.nbytes for x in model.state_dict().values())
 
 
+def check_annotated(cfg) -> None:
+    if not any(r.get("annotations") for r in DatasetCatalog.get(cfg.DATASETS.TEST[0])):
+        raise ValueError(f"--evaluate: the set {cfg.DATASETS.TEST[0]} has no annotations.")
+
+
 def average_precision(cfg, model) -> float:
     with tempfile.TemporaryDirectory() as folder:
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.OUTPUT_DIR = folder
+        cfg.OUTPUT_DIR, cfg.DATASETS.TEST = folder, cfg.DATASETS.TEST[:1]
         cfg.INPUT.FORMAT = channel_order(model)
         return FgBgTrainer.test(cfg, model)["bbox"]["AP"]
+
+
+def export_checked(model, about: dict, output: Path, images: list[np.ndarray], nms_inside: bool):
+    """Writes the file; one that is there already stays until the new one has proved good."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: give the name of a file.")
+    partial = output.with_suffix(f".partial{output.suffix}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.touch()  # shows whether it can be written
+        deploy.export(model, about, str(partial), images[0], nms_inside)
+        exported = deploy.ExportedDetector(str(partial))
+        found = deploy.agreement(model, exported, about, images)
+        if math.isnan(found["partners"]):
+            raise ValueError(
+                f"{output} is not written: it cannot be checked on images where nothing is "
+                "detected. Give --images with objects, and trained weights."
+            )
+        print(
+            f"{output}: {found['detections']} detections by PyTorch in {len(images)} images, "
+            f"{found['partners']:.2%} of its and the file's have a partner; scores differ by up to "
+            f"{found['score']:.1e}, corners by up to {found['pixels']:.1e} pixels."
+        )
+        if found["partners"] < 0.99:
+            raise ValueError(f"{output} is not written: it did not do what PyTorch does.")
+        os.replace(partial, output)
+        return exported
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -74,7 +109,9 @@ def main() -> None:
     parser.add_argument(
         "--images", nargs="+", metavar="FILE", help="to check it on; default: 8 of DATASETS.TEST"
     )
-    parser.add_argument("--evaluate", action="store_true", help="AP of each on DATASETS.TEST")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="AP of each on the (first) set of DATASETS.TEST"
+    )
     args = parser.parse_args()
     if args.int8 and not args.output.endswith(".onnx"):
         parser.error("--int8 is for an --output in .onnx")
@@ -86,18 +123,9 @@ def main() -> None:
     if args.evaluate or not args.images or args.int8 == "static":
         cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu"])
     images = read(args.images or some_of(cfg, "TEST", 8), about)
-
-    deploy.export(model, about, args.output, images[0], nms_inside=args.nms == "inside")
-    exported = deploy.ExportedDetector(args.output)
-    found = deploy.agreement(model, exported, about, images)
-    print(
-        f"{args.output}: {found['detections']} detections by PyTorch in {len(images)} images, "
-        f"{found['partners']:.2%} of its and the file's have a partner; scores differ by up to "
-        f"{found['score']:.1e}, corners by up to {found['pixels']:.1e} pixels."
-    )
-    if found["partners"] < 0.99:
-        os.remove(args.output)
-        sys.exit(f"export: {args.output} did not do what PyTorch does, and is removed.")
+    if args.evaluate:
+        check_annotated(cfg)
+    exported = export_checked(model, about, Path(args.output), images, args.nms == "inside")
 
     models = {"PyTorch": model, args.output: exported}
     if args.int8:

@@ -130,7 +130,7 @@ def main() -> None:
     drawn_to = targets(inputs, output) if output else {}
     check_not_overwritten(inputs, [*drawn_to.values(), *filter(None, [args.json])])
     ids = ids_in(args.ids, inputs) if args.ids else {}
-    model, about = deploy.open_detector(args.detector, args.weights)
+    model, about = deploy.open_detector(args.detector, args.weights, need_ids=bool(args.json))
     for path in [*drawn_to.values(), *filter(None, [args.json])]:
         path.parent.mkdir(parents=True, exist_ok=True)
     rows, images, detections = [], 0, 0

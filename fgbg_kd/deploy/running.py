@@ -1,6 +1,7 @@
 """Running an exported file, or a config with its weights, on images."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -82,8 +83,11 @@ class ExportedDetector:
         return detector_postprocess(instances, x.get("height", height), x.get("width", width))
 
 
-def open_detector(path: str, weights: str = "") -> tuple[Callable, dict]:
+def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[Callable, dict]:
     """A detector to run, from an exported file, or a YAML config and its weights.
+
+    Args:
+        need_ids: as :func:`describe` takes it, of a config.
 
     Returns:
         A Detectron2 model, and its :func:`describe`.
@@ -91,7 +95,7 @@ def open_detector(path: str, weights: str = "") -> tuple[Callable, dict]:
     if Path(path).suffix in FORMATS:
         model = ExportedDetector(path)
         return model, model.about
-    return load_for_deployment(path, weights)
+    return load_for_deployment(path, weights, need_ids)
 
 
 def resized(image: np.ndarray, about: dict) -> np.ndarray:
@@ -134,7 +138,8 @@ def agreement(
     A detection has a partner if the other has one of the same class and IoU over 0.9.
 
     Returns:
-        "detections": of the reference; "partners": share of detections of either that have one;
+        "detections": of the reference; "partners": share of detections of either that have one,
+        NaN where neither has any;
         "score": the largest difference of partners' scores; "pixels": of their corners.
     """
     total = paired = detections = 0
@@ -153,5 +158,5 @@ def agreement(
         if len(a):
             score = max(score, float((a.scores - b.scores).abs().max()))
             pixels = max(pixels, float((a.pred_boxes.tensor - b.pred_boxes.tensor).abs().max()))
-    share = paired / total if total else 1.0
+    share = paired / total if total else math.nan
     return {"detections": detections, "partners": share, "score": score, "pixels": pixels}

@@ -1,6 +1,7 @@
 """Writing a detector into a file of its own, and into a smaller one in int8."""
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterable
@@ -18,12 +19,14 @@ from .deployable import OUTPUTS, Deployable, DeployError, check_dense, suppressi
 FORMATS = (".onnx", ".pt")
 METADATA = "fgbg_kd.json"  # its name in either kind of file
 
+logger = logging.getLogger(__name__)
 
-def load_for_deployment(config: str, weights: str) -> tuple[nn.Module, dict]:
+
+def load_for_deployment(config: str, weights: str, need_ids: bool = True) -> tuple[nn.Module, dict]:
     """The (student's) detector of a YAML config, whole or not at all, and its :func:`describe`.
 
     Raises:
-        DeployError: a config that is not YAML, or not of a RetinaNet or FCOS.
+        DeployError: a config that is not YAML, not of a RetinaNet or FCOS, or as :func:`describe`.
         ConfigError: no such config.
         CheckpointError: weights that do not fill the detector exactly.
     """
@@ -32,37 +35,54 @@ def load_for_deployment(config: str, weights: str) -> tuple[nn.Module, dict]:
         raise DeployError(f"{config}: only a detector of a YAML config is exported.")
     detector = load_detector(cfg, weights or weights_of(config, cfg))
     check_dense(detector)
-    return detector, describe(cfg, detector)
+    return detector, describe(cfg, detector, need_ids)
 
 
-def describe(cfg: CfgNode, detector: nn.Module) -> dict:
+def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
     """What a user of a detector needs to know, in JSON's types.
+
+    Args:
+        need_ids: False: where the data that the config names do not give the categories, the
+            classes are numbered, with a warning.
 
     Returns:
         "categories": COCO's, [{"id", "name"}, ...] in the order of the classes' numbers;
         "min_size", "max_size": the shorter side's length to resize to, and the longer's limit;
         "suppression": keyword arguments of :func:`suppress`.
+
+    Raises:
+        DeployError: the data that the config names do not give the categories.
     """
     return {
-        "categories": _categories(cfg, detector.num_classes),
+        "categories": _categories(cfg, detector.num_classes, need_ids),
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "suppression": suppression_of(detector),
     }
 
 
-def _categories(cfg: CfgNode, number: int) -> list[dict]:
+def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
+    problems = []
     for part in ("TRAIN", "TEST"):
         path, found = cfg.DATASETS[f"{part}_JSON"], []
         if os.path.isfile(path):
             found = json.loads(Path(path).read_text())["categories"]
-        elif not path and cfg.DATASETS[part]:
+        elif path:
+            problems.append(f"DATASETS.{part}_JSON {path} is not there")
+        elif cfg.DATASETS[part]:
             known = MetadataCatalog.get(cfg.DATASETS[part][0])
             ids = known.get("thing_dataset_id_to_contiguous_id") or {}
             found = [{"id": i, "name": known.thing_classes[n]} for i, n in ids.items()]
         if len(found) == number:
             found = sorted(found, key=lambda c: c["id"])
             return [{"id": c["id"], "name": c["name"]} for c in found]
+        if found:
+            problems.append(f"DATASETS.{part} has {len(found)} categories for {number} classes")
+    if problems:
+        unknown = f"Names and COCO ids of the classes are not known: {', '.join(problems)}."
+        if need_ids:
+            raise DeployError(f"{unknown} Put the file there, or correct the config.")
+        logger.warning(f"{unknown} They are numbered.")
     return [{"id": i + 1, "name": f"class {i}"} for i in range(number)]
 
 
