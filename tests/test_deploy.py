@@ -280,15 +280,32 @@ def test_predict_gives_each_image_an_id_of_its_own(coco, tmp_path):
         predict.ids_in(tmp_path / "coco.json", {Path("more/2.png"): None})
 
 
-def test_predict_says_what_it_cannot_read_or_write(tmp_path, monkeypatch):
+def test_predict_says_what_it_cannot_read_or_write(tmp_path, monkeypatch, capsys):
     import predict
 
     film, config = tmp_path / "film.avi", tmp_path / "student.yaml"
+    about = {"min_size": 64, "max_size": 80, "categories": [{"id": 1, "name": "one"}]}
+    nothing = Instances((64, 80), pred_boxes=Boxes(torch.zeros(0, 4)))
+    nothing.scores, nothing.pred_classes = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    model = lambda _: [{"instances": nothing}]  # noqa: E731
     writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
-    writer.write(photo(64, 80))
+    for seed in range(2):
+        writer.write(photo(64, 80, seed))
     writer.release()
     with pytest.raises(deploy.DeployError, match="cannot be written"):
         predict.Video(film).writer(tmp_path / "no_folder" / "film.mp4", (80, 64))
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "open_detector", lambda *_, **__: (model, about))
+        patch.setattr(sys, "argv", ["predict.py", "x.pt", str(film), "--json", str(tmp_path)])
+        with pytest.raises(IsADirectoryError):
+            predict.main()
+        sys.argv[-1] = str(tmp_path / "results.json")
+        patch.setattr(predict.Video, "__iter__", lambda _: iter([photo(64, 80)]))  # cut off
+        predict.main()
+        assert f"{film}: only 1 of the 2 frames" in capsys.readouterr().err
+        patch.setattr(predict.Video, "__iter__", lambda _: iter(()))
+        with pytest.raises(predict.Unreadable, match="1 of 1 inputs"):
+            predict.main()
     config.write_text("MODEL: {WEIGHT: x}")
     monkeypatch.setattr(sys, "argv", ["predict.py", str(config), str(film)])
     with pytest.raises(SystemExit, match="predict: .*no key MODEL.WEIGHT"):
@@ -320,14 +337,19 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path):
     (torch_ap,), (file_ap,) = ([float(r[-2])] for r in rows[-2:])
     assert torch_ap == file_ap
 
-    (tmp_path / "torn.png").write_bytes((Path(coco[1]) / "0.png").read_bytes()[:60])
-    command = [sys.executable, str(ROOT / "tools" / "predict.py"), str(file), f"{coco[1]}/1.png"]
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "torn.png").write_bytes((Path(coco[1]) / "0.png").read_bytes()[:60])
+    (damaged / "empty.jpg").touch()
+    (damaged / "notes.txt").write_text("no image")
+    command = [sys.executable, str(ROOT / "tools" / "predict.py"), str(file), str(damaged)]
     done = subprocess.run(
-        [*command, str(tmp_path / "torn.png"), "--json", str(results), "--score", "0.1"],
+        [*command, f"{coco[1]}/1.png", "--json", str(results), "--score", "0.1"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and "is a damaged image" in done.stderr
+    assert done.returncode != 0 and "2 of 3 inputs could not be read" in done.stderr
+    assert all(f"{x} is a damaged image" in done.stderr for x in ("torn.png", "empty.jpg"))
     assert {r["image_id"] for r in json.loads(results.read_text())} == {"1.png"}
 
     folder = tmp_path / "photos"

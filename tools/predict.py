@@ -9,6 +9,8 @@ Examples:
 A detector is a file of tools/export.py, or a YAML config with --weights. In the JSON an image's id
 is its name or, of one in a folder that is given, its path from there ("more/1.png"); a frame's is
 "film.mp4:FRAME". With --ids it is the id in that COCO file, whose file_name is that path.
+
+What cannot be read is named and left out, and the exit status is not 0.
 """
 
 import argparse
@@ -24,6 +26,12 @@ from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.config_files import ConfigError
 from fgbg_kd.data import DataError
 from fgbg_kd.data.validation import read_coco
+
+IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Unreadable(deploy.DeployError):
+    """An input that is damaged, or no image and no video."""
 
 
 def find(paths: list[Path]) -> dict[Path, Path]:
@@ -75,7 +83,7 @@ def ids_in(file: Path, inputs: dict[Path, Path]) -> dict[Path, int]:
 
 
 def is_image(path: Path) -> bool:
-    return cv2.haveImageReader(str(path))
+    return path.suffix.lower() in IMAGES or cv2.haveImageReader(str(path))
 
 
 class Video:
@@ -84,7 +92,7 @@ class Video:
     def __init__(self, path: Path):
         self.capture = cv2.VideoCapture(str(path))
         if not self.capture.isOpened():
-            raise deploy.DeployError(f"{path} is neither an image nor a video that OpenCV reads.")
+            raise Unreadable(f"{path} is neither an image nor a video that OpenCV reads.")
         self.count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
 
     def __iter__(self):
@@ -133,7 +141,9 @@ def main() -> None:
     model, about = deploy.open_detector(args.detector, args.weights, need_ids=bool(args.json))
     for path in [*drawn_to.values(), *filter(None, [args.json])]:
         path.parent.mkdir(parents=True, exist_ok=True)
-    rows, images, detections = [], 0, 0
+    if args.json:
+        args.json.open("a").close()  # shows whether it can be written
+    rows, images, detections, unread = [], 0, 0, 0
 
     def see(image, image_id):
         """The picture with what is in it, if it is wanted, BGR."""
@@ -146,14 +156,14 @@ def main() -> None:
     def see_image(file, place):
         image = cv2.imread(str(file))
         if image is None:
-            raise deploy.DeployError(f"{file} is a damaged image.")
+            raise Unreadable(f"{file} is a damaged image.")
         drawn = see(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), ids.get(place, place.as_posix()))
         if output and not cv2.imwrite(str(drawn_to[place]), drawn):
             raise deploy.DeployError(f"{drawn_to[place]} cannot be written.")
         progress(f"{images} images, {detections} detections: {file}")
 
     def see_video(file, place):
-        video, writer = Video(file), None
+        video, writer, number = Video(file), None, -1
         try:
             for number, frame in enumerate(video):
                 drawn = see(frame, f"{place}:{number}")
@@ -165,15 +175,26 @@ def main() -> None:
         finally:
             if writer:
                 writer.release()
+        if number < 0:
+            raise Unreadable(f"{file}: no frame of it can be read.")
+        if number + 1 < video.count:
+            text = f"only {number + 1} of the {video.count} frames that its header counts were read"
+            progress(f"predict: {file}: {text}", end=True)
 
     try:
         for place, file in inputs.items():
-            (see_image if is_image(file) else see_video)(file, place)
+            try:
+                (see_image if is_image(file) else see_video)(file, place)
+            except Unreadable as error:
+                unread += 1
+                progress(f"predict: {error}", end=True)
     finally:  # a damaged file or Ctrl-C does not lose what was found before
         if args.json:
             args.json.write_text(json.dumps(rows))
     places = " and ".join(str(p) for p in (output, args.json) if p)
     progress(f"{images} images, {detections} detections: {places}", end=True)
+    if unread:
+        raise Unreadable(f"{unread} of {len(inputs)} inputs could not be read, see above.")
 
 
 if __name__ == "__main__":
