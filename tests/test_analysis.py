@@ -154,6 +154,15 @@ def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, mon
         assert ratio[i] == f"{float(student[i]) / float(teacher[i]):.2f}"
 
 
+def test_analyze_says_that_a_device_is_not_there(monkeypatch, capsys):
+    import analyze
+
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "absent.yaml", "--device", "cuda:99"])
+    with pytest.raises(SystemExit):
+        analyze.main()
+    assert "error: --device cuda:99: " in capsys.readouterr().err
+
+
 def test_a_two_stage_detector_costs_backbone_and_rpn(tmp_path, monkeypatch, capsys):
     import analyze
     from detectron2 import model_zoo

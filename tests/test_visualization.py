@@ -211,7 +211,8 @@ def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_
     weights, output = str(tmp_path / "plain.pth"), tmp_path / "out"
     distil_cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "not_here.pth")  # the checkpoints hold them
     also = ["--weights", weights, "--output", str(output)]
-    run_tool(monkeypatch, tmp_path, distil_cfg, *also, "--before", weights, "--image", "3.png")
+    also_before = [*also, "--before", weights, "--image", "3.png", "MODEL.KD.GATE", "off"]
+    run_tool(monkeypatch, tmp_path, distil_cfg, *also_before)
     run_tool(monkeypatch, tmp_path, distil_cfg, *also, "--count", "1", "--set", "seen_train")
     assert sorted(p.name for p in output.iterdir()) == ["1.png", "3.png"]
     two, one = (cv2.imread(str(output / name)) for name in ("3.png", "1.png"))
@@ -223,6 +224,20 @@ def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_
         (["--image", "absent.png"], "absent.png is no image of the set seen_test"),
         (["--set", "absent"], "There is no set 'absent'; this config has seen_train, seen_test"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "does not distil"),
+        (["DATASETS.TEST", "()", "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", ""], "--set"),
+        (["--config-file", "absent.py"], "there is no such config"),
+        (["--output", weights], "File exists"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileExistsError), match=message):
             run_tool(monkeypatch, tmp_path, distil_cfg, *also, *arguments)
+    with pytest.raises(ValueError, match="ends in .png"):
+        run_tool(monkeypatch, tmp_path, distil_cfg, *also[:2], "--observation", "a.txt")
+
+
+def test_images_of_one_name_get_a_picture_each():
+    from visualize import path_of_its_own
+
+    folder, drawn = Path("out"), set()
+    for file in ("a/1.png", "b/1.jpg", "c/1.png"):
+        drawn.add(path_of_its_own(folder, file, drawn))
+    assert drawn == {folder / name for name in ("1.png", "1_2.png", "1_3.png")}

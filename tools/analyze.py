@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--runs", type=int, default=10, help="of which the latency is the median")
     args = parser.parse_args()
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA in it
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     example = {"image": torch.randint(256, (3, *args.size)).float()}
     rows, two_stage = [], False
     for config in args.configs:
@@ -41,7 +45,7 @@ def main() -> None:
             teacher, student = rows[-2:]
             ratio = {k: f"{student[k] / teacher[k]:.2f}" for k in student if k != "name"}
             rows.append({"name": "student / teacher", **ratio})
-    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(f"one image of {args.size[0]}x{args.size[1]}, {device}, fp32\n\n{table(rows)}")
     if two_stage:
         print("\nGFLOPs of a two-stage detector are those of its backbone and RPN.")

@@ -18,6 +18,7 @@ real feature vectors that softmax and KL take for nearly the same, though they p
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def open_distiller(config: str, opts: list[str]):
     """The distiller of a YAML or Python config, augmentations and channel order of its test input,
     and the names of a training and a test set."""
     if config.endswith(".py"):
+        if not Path(config).is_file():
+            raise ValueError(f"{config}: there is no such config.")
         cfg = load_lazy_config(config, opts)
         model, data = build_lazy(cfg).to(cfg.train.device), cfg.dataloader
         mapper = data.test.mapper
@@ -75,7 +78,11 @@ def visualize(args) -> None:
     for path in filter(None, (args.weights, args.before)):
         if "://" not in path and not Path(path).is_file():
             raise ValueError(f"{path}: there is no such checkpoint.")
+    if not args.show:
+        check_writable(args.observation or args.output / "x.png")
     distiller, augmentations, order, train, test = open_distiller(args.config_file, args.opts)
+    if not args.set and not test:
+        raise ValueError("DATASETS.TEST names no set: give one with --set.")
     name = args.set or test[0]
     if name not in DatasetCatalog.list():
         raise ValueError(f"There is no set {name!r}; this config has {', '.join(train + test)}.")
@@ -85,6 +92,8 @@ def visualize(args) -> None:
     classes = MetadataCatalog.get(name).get("thing_classes")
 
     def training():
+        if not train:
+            raise ValueError("No adapters can be fitted: DATASETS.TRAIN names no set.")
         images = pick(DatasetCatalog.get(train[0]), FITTED_ON)
         for record in tqdm(images, desc="fitting adapters", leave=False, disable=None):
             yield mapper(record)
@@ -101,6 +110,7 @@ def visualize(args) -> None:
         picture = draw_observation(distiller, vectors, mapper(records[number]))
         write(args.observation, picture)
         return
+    drawn: set[Path] = set()
     for record in tqdm(records, desc="drawing", leave=False, disable=None):
         inputs = mapper(record)
         maps, found = {}, {"teacher": confident(distiller.teacher, inputs, order)}
@@ -113,13 +123,33 @@ def visualize(args) -> None:
             if cv2.waitKey() == ord("q"):
                 return
         else:
-            write(args.output / f"{Path(record['file_name']).stem}.png", picture)
+            path = path_of_its_own(args.output, record["file_name"], drawn)
+            write(path, picture)
+            drawn.add(path)
+
+
+def path_of_its_own(folder: Path, file: str, taken: set[Path]) -> Path:
+    """Images of a set can have one name in several folders: the second gets a number."""
+    stem, number = Path(file).stem, 1
+    path = folder / f"{stem}.png"
+    while path in taken:
+        number += 1
+        path = folder / f"{stem}_{number}.png"
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Before the work, not after it."""
+    if not cv2.haveImageWriter(str(path)):
+        raise ValueError(f"{path} cannot be written: give a name that ends in .png or .jpg.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written there.")
 
 
 def write(path: Path, picture) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture[:, :, ::-1]):
-        raise ValueError(f"{path} cannot be written: give a name that ends in .png or .jpg.")
+        raise ValueError(f"{path} cannot be written.")
     tqdm.write(str(path))
 
 
@@ -132,7 +162,7 @@ def main() -> None:
     parser.add_argument("--before", metavar="FILE", help="another, such as a plain student's")
     parser.add_argument("--set", metavar="NAME", help="a registered set; default: the test set")
     images = parser.add_mutually_exclusive_group()
-    images.add_argument("--image", nargs="+", metavar="FILE", help="of the set")
+    images.add_argument("--image", action="append", metavar="FILE", help="of the set; repeatable")
     images.add_argument("--count", type=int, default=4, help="images, spread evenly over the set")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, default=Path("output/visualize"), metavar="FOLDER")
@@ -149,7 +179,7 @@ if __name__ == "__main__":
     logging.getLogger("fgbg_kd").setLevel(logging.ERROR)
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"visualize: {error}")
     except cv2.error as error:
         sys.exit(f"visualize: OpenCV has no window here, use --output ({error})")
