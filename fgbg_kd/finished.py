@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ DISTILLED = "distilled"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A folder of a training or evaluation.
+    """A folder of a training, or of a teacher's evaluation by fgbg_kd.runs.
 
     Attributes:
         group: its name without the seed; runs of a group differ in nothing else.
@@ -33,7 +33,7 @@ class Run:
         config: {"A.B.C": value}, of a YAML or a Python config.
         rows: of metrics.json.
         result: COCO metrics by name, those by class as "AP-name", where they are defined; {} if it
-            was not evaluated.
+            was not evaluated at its end.
     """
 
     folder: Path
@@ -53,6 +53,16 @@ class Run:
         return "MODEL.META_ARCHITECTURE" not in self.config
 
     @property
+    def iterations(self) -> int:
+        return self.config.get("SOLVER.MAX_ITER") or self.config.get("train.max_iter") or 0
+
+    @property
+    def task(self) -> tuple:
+        """What runs must have in common for their AP to be compared: test set and iterations."""
+        names = self.config.get("DATASETS.TEST") or self.config.get("dataloader.test.dataset.names")
+        return str(names), self.config.get("DATASETS.TEST_JSON"), self.iterations
+
+    @property
     def seed(self) -> int:
         return self.config.get("SEED", self.config.get("train.seed", -1))
 
@@ -66,9 +76,10 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     places = []
     for folder in folders:
         found = sorted(p.parent for p in folder.rglob("config.yaml") if _has_run(p.parent))
-        found = [p for p in found if not (p.name == "eval" and p.parent in found)]  # no run
         if not found:
-            raise ValueError(f"{folder} holds no run: no config.yaml with a metrics.json or log.")
+            raise ValueError(
+                f"{folder} holds no run: no config.yaml with a training's metrics.json beside it."
+            )
         places += [p for p in found if p not in places]
     base = Path(os.path.commonpath([p.resolve().parent for p in places]))
     configs = {p: flat(read_record(p)) for p in places}
@@ -84,14 +95,18 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
             role = PLAIN
         name = str(folder.resolve().relative_to(base))
         group = re.sub(r"[/_-]?seed\d+$", "", name) or name
-        rows = read_rows(folder / "metrics.json")
-        runs.append(Run(folder, group, role, config, rows, _result(folder, rows)))
+        rows = _last_of_them(read_rows(folder / "metrics.json"))
+        run = Run(folder, group, role, config, rows, {})
+        runs.append(replace(run, result=_result(run)))
     order = [TEACHER, PLAIN, DISTILLED]
     return sorted(runs, key=lambda r: (order.index(r.role), r.group, r.seed))
 
 
 def _has_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("metrics.json", "done.json", "log.txt"))
+    """An evaluation alone is none: it may be of any weights."""
+    if (folder / "done.json").is_file():
+        return True
+    return any("total_loss" in row for row in read_rows(folder / "metrics.json"))
 
 
 class _Data(yaml.SafeLoader):
@@ -126,12 +141,19 @@ def _teacher_weights(config: dict) -> str | None:
     return config.get("MODEL.KD.TEACHER.WEIGHTS") or config.get("model.teacher.weights")
 
 
-def _result(folder: Path, rows: list[dict]) -> dict[str, float]:
-    tested = [r for r in rows if "bbox/AP" in r]
+def _last_of_them(rows: list[dict]) -> list[dict]:
+    """The rows of the last run that wrote to a metrics.json: a new one begins anew."""
+    starts = [i for i in range(1, len(rows)) if rows[i]["iteration"] < rows[i - 1]["iteration"]]
+    return rows[starts[-1] :] if starts else rows
+
+
+def _result(run: Run) -> dict[str, float]:
+    """The metrics after the last iteration, by name."""
+    tested = [r for r in run.rows if "bbox/AP" in r and r["iteration"] >= run.iterations - 1]
     if tested:
         found = {k.removeprefix("bbox/"): v for k, v in tested[-1].items() if "bbox/" in k}
     else:
-        found = _done(folder)
+        found = _done(run.folder)
     return {
         k: v
         for k, v in found.items()

@@ -45,15 +45,14 @@ def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], Non
     for run in runs:
         groups.setdefault(run.group, []).append(run)
     colors = _colors(groups)
-    plain = next((r.group for r in runs if r.role == PLAIN), None)
+    plain = _baselines(groups)
     lacks: list[str] = []
     load = functools.cache(load_run)
     page = _template().render(
         title=f"Runs of {Path(folders[0]).resolve().name}",
         subtitle=f"{len(runs)} runs: {', '.join(f'{len(m)} {g}' for g, m in groups.items())}",
         colors=colors,
-        plain=plain,
-        gains=_gains(groups, plain),
+        gains=_gains(groups, plain, lacks),
         results=_results(groups, load, say, lacks),
         classes=_classes(groups, colors),
         errors=_errors(groups, say, lacks),
@@ -98,18 +97,29 @@ def _or_lacks(lacks: list[str], what: str):
 # --- numbers ---
 
 
-def _gains(groups, plain: str | None) -> list[tuple[str, str, str]]:
-    """Of each distilled group: its name, mean paired gain over the plain one, and of what."""
+def _baselines(groups) -> dict[str, str | None]:
+    """Of each distilled group the plain one of the same test set and iterations, or None."""
+    plain = {m[0].task: g for g, m in reversed(groups.items()) if m[0].role == PLAIN}
+    return {g: plain.get(m[0].task) for g, m in groups.items() if m[0].role == DISTILLED}
+
+
+def _gains(groups, plain: dict, lacks: list[str]) -> list[tuple[str, str, str, str]]:
+    """Of each distilled group: its name, mean paired gain, over which plain one, and of what."""
     aps = {g: {r.seed: r.result["AP"] for r in m if "AP" in r.result} for g, m in groups.items()}
     gains = []
-    for name, members in groups.items():
-        gain = members[0].role == DISTILLED and plain and paired(aps[name], aps[plain])
+    for name, base in plain.items():
+        gain = paired(aps[name], aps[base]) if base else None
         if gain:
-            count = len(aps[name].keys() & aps[plain].keys())
+            count = len(aps[name].keys() & aps[base].keys())
             seeds = (
                 "one seed" if count == 1 else f"{count} seeds (95 % interval of the mean, paired)"
             )
-            gains.append((name, signed(gain, 1), seeds))
+            gains.append((name, signed(gain, 1), base, seeds))
+        else:
+            lacks.append(
+                f"{name}: its gain, which needs a plain run to its end on the same test set, of as "
+                "many iterations and of the same seed"
+            )
     return gains
 
 
@@ -213,7 +223,9 @@ def _curves(runs: list[Run], colors) -> dict[str, Markup]:
     keys = {k for r in runs for row in r.rows for k in row}
     sections = {
         "Losses": sorted(k for k in keys if k.startswith("loss") or k == "total_loss"),
-        "Gate: share of cells where the teacher guides": sorted(k for k in keys if "_gate" in k),
+        "Shares of cells: where the teacher guides (gate), where it is better": sorted(
+            k for k in keys if k.endswith(("_gate", "_better"))
+        ),
         "AP over iterations": [k for k in ("bbox/AP", "bbox/AP50", "bbox/AP75") if k in keys],
     }
     return {name: _plot(runs, of, colors, name) for name, of in sections.items() if of}
@@ -269,17 +281,19 @@ def _svg(figure: Figure, title: str) -> Markup:
 # --- pictures ---
 
 
-def _pictures(groups, plain: str | None, load, say, lacks) -> list[dict]:
+def _pictures(groups, plain: dict, load, say, lacks) -> list[dict]:
     """Sections of the images that gained and lost most, from the plain run to the first of the best
     distilled group, of one seed."""
     sections = []
     with _or_lacks(lacks, "Pictures"):
-        ways = [members for members in groups.values() if members[0].role == DISTILLED]
-        if plain is None or not ways:
-            raise ValueError("they need a plain and a distilled run.")
+        ways = [groups[name] for name, base in plain.items() if base]
+        if not ways:
+            raise ValueError("they need a plain and a distilled run on one test set.")
         distilled = max(ways, key=lambda m: _mean(m, "AP") or 0)[0]
-        before = next((r for r in groups[plain] if r.seed == distilled.seed), groups[plain][0])
-        teacher = next((m[0] for m in groups.values() if m[0].role == TEACHER), None)
+        base = groups[plain[distilled.group]]
+        before = next((r for r in base if r.seed == distilled.seed), base[0])
+        teachers = [m[0] for m in groups.values() if m[0].role == TEACHER]
+        teacher = next((t for t in teachers if t.task[:2] == distilled.task[:2]), None)
         say("looking for the largest gains and losses")
         old, new = _scores(before, distilled)
         gain = {image: new[image] - old[image] for image in old}

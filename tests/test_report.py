@@ -38,7 +38,7 @@ def runs(tmp_path_factory, coco):
         (folder / "inference").mkdir(parents=True)
         cfg = tiny_cfg(coco, "reported")
         cfg.SEED = int(name[-1]) if name[-1].isdigit() else 0
-        cfg.OUTPUT_DIR = str(folder)
+        cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER = str(folder), 101
         torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
         rows = [
             {"iteration": i, "loss_cls": 2 - i / 50, "total_loss": 3.0} for i in range(0, 99, 20)
@@ -47,7 +47,8 @@ def runs(tmp_path_factory, coco):
             cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
             cfg.MODEL.KD.TEACHER.CONFIG = "<b>teacher</b>.yaml"
             cfg.MODEL.KD.TEACHER.WEIGHTS = str(base / "teacher" / "model_final.pth")
-            rows = [{**r, "loss_kd_fg": 0.5, "kd/fg_gate": 0.4, "kd/bg_gate": 0.1} for r in rows]
+            kd = {"loss_kd_fg": 0.5, "kd/fg_gate": 0.4, "kd/bg_gate": 0.1, "kd/fg_better": 0.3}
+            rows = [{**r, **kd} for r in rows]
         metrics = {"AP": ap, "AP50": 2 * ap, "APl": math.nan, "AP-square": 7.25, "AP-stripe": 1.5}
         rows.append({"iteration": 100, **{f"bbox/{k}": v for k, v in metrics.items()}})
         (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
@@ -140,7 +141,15 @@ def test_the_page_has_the_numbers_of_the_runs(page):
 
 def test_the_page_has_every_curve_and_needs_no_network(page):
     html = Parser(page)
-    for name in ("loss_cls", "loss_kd_fg", "total_loss", "kd/fg_gate", "kd/bg_gate", "bbox/AP"):
+    for name in (
+        "loss_cls",
+        "loss_kd_fg",
+        "total_loss",
+        "kd/fg_gate",
+        "kd/bg_gate",
+        "kd/fg_better",
+        "bbox/AP",
+    ):
         assert any(name == text.strip() for text in html.text), name
     assert html.tags.count("svg") == 4  # classes, losses, gates, AP
     assert "link" not in html.tags and "script" not in html.tags
@@ -234,12 +243,42 @@ def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
     cfg.model = LazyCall(FgBgDistiller)(student=cfg.model, teacher=teacher, kd={})
     cfg.train.seed = 3
     LazyConfig.save(cfg, str(folder / "config.yaml"))
-    (folder / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 7.0}\n')
+    (folder / "metrics.json").write_text('{"iteration": 9, "total_loss": 1, "bbox/AP": 7.0}\n')
     found = {r.group: r for r in find_runs([tmp_path])}
+    assert found["mine"].result == {}  # of 90,000 iterations
     assert (found["mine"].role, found["mine"].seed) == ("distilled", 3)
     assert found["plain"].role == "teacher" and found["plain"].result["AP"] == 4.5
     lacks = not_on_the_page(tmp_path)
     assert "mine: parameters, GFLOPs and time: it is of a Python config" in lacks
+
+
+def test_runs_are_compared_with_those_of_their_own_test_set_and_schedule(runs, tmp_path):
+    for name in ("plain", "distilled"):
+        shutil.copytree(runs / name / "seed0", tmp_path / "a" / name)
+        folder = shutil.copytree(runs / name / "seed0", tmp_path / "b" / name)
+        text = (folder / "config.yaml").read_text().replace("reported_test", "other_test")
+        (folder / "config.yaml").write_text(text)
+        rows = (folder / "metrics.json").read_text().replace('"bbox/AP": ', '"bbox/AP": 2')
+        (folder / "metrics.json").write_text(rows)
+    only = shutil.copytree(runs / "distilled" / "seed0", tmp_path / "longer")
+    text = (only / "config.yaml").read_text().replace("MAX_ITER: 101", "MAX_ITER: 100")
+    (only / "config.yaml").write_text(text)
+    evaluated = shutil.copytree(runs / "plain" / "seed0", tmp_path / "a" / "an_evaluation")
+    (evaluated / "metrics.json").unlink()  # by the plain config, of whatever weights
+    write_report([tmp_path], tmp_path / "report.html", print)
+    text = " ".join(" ".join(Parser(tmp_path / "report.html").text).split())
+    assert "an_evaluation" not in text
+    assert "a/distilled: +6.0 AP over a/plain, one seed" in text
+    assert "b/distilled: +186.0 AP over b/plain, one seed" in text
+    assert "longer: its gain, which needs a plain run" in text
+
+
+def test_a_new_run_in_a_file_of_metrics_is_read_alone(runs, tmp_path):
+    folder = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
+    with open(folder / "metrics.json", "a") as file:
+        file.write('\n{"iteration": 20, "total_loss": 3.0}\n')
+    (run,) = find_runs([tmp_path])
+    assert run.result == {} and [r["iteration"] for r in run.rows] == [20]
 
 
 def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
@@ -247,7 +286,9 @@ def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
     shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
     for name, ap in (("CWD", 5.0), ("FgBg", 9.0)):
         folder = shutil.copytree(runs / "distilled" / "seed0", tmp_path / name / "seed0")
-        (folder / "metrics.json").write_text(json.dumps({"iteration": 9, "bbox/AP": ap}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"iteration": 100, "total_loss": 1.0, "bbox/AP": ap})
+        )
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     cfg = tiny_cfg()

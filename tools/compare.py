@@ -118,7 +118,7 @@ def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
         opts = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", str((test,))]
         for key in ("TEST_JSON", "TEST_IMAGES"):
             opts += [f"DATASETS.{key}", cfg.DATASETS[key]]
-        return file, [*opts, "MODEL.MASK_ON", "False", "MODEL.KEYPOINT_ON", "False"]  # boxes alone
+        return file, opts
     if cfg.DATASETS.TEST_JSON:
         raise RunError("its Python config cannot read DATASETS.TEST_JSON.")
     opts = {

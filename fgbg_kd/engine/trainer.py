@@ -135,7 +135,8 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)  # also of masks
 
     def build_hooks(self):
         cfg, trainer = self.cfg, weakref.proxy(self)
