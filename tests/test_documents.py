@@ -6,12 +6,14 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import yaml
 from conftest import ROOT, save_teacher, tiny_cfg
@@ -118,6 +120,42 @@ def test_every_command_is_one_that_its_tool_takes(monkeypatch):
         if not str(getattr(args, "config_file", "")).endswith(".py"):
             check_overrides(opts)
     assert seen == set(TOOLS)
+
+
+def test_the_commands_of_the_guide_do_what_it_says(coco, tmp_path, monkeypatch):
+    """In its order, on the smallest data; without the comparison, which trains a dozen times."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_cfg(coco, "guide")
+    cfg.SOLVER.MAX_ITER = 2
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0  # such a student is sure of nothing
+    Path("my_student.yaml").write_text(cfg.dump())
+    cfg.MODEL.FPN.OUT_CHANNELS = 24
+    Path("my_teacher.yaml").write_text(cfg.dump())
+    (distilled,) = [b for b in blocks("README.md", "yaml") if "WEIGHTS: teacher.pth" in b]
+    weights = re.search(r"`(WEIGHTS: output/\S+)`", (ROOT / "docs/guide.md").read_text())[1]
+    Path("my_distilled.yaml").write_text(distilled.replace("WEIGHTS: teacher.pth", weights))
+    shutil.copytree(coco[1], "folder")
+    image = cv2.imread("folder/1.png")
+    cv2.imwrite("photo.jpg", image)
+    film = cv2.VideoWriter("film.mp4", cv2.VideoWriter_fourcc(*"mp4v"), 5, image.shape[1::-1])
+    film.write(image)
+    film.release()
+    ran = []
+    for command in (x for b in blocks("docs/guide.md", "bash") for x in lines(b)):
+        python, tool, *arguments = shlex.split(command)
+        if tool == "-m" or tool == "tools/compare.py":
+            continue
+        monkeypatch.setattr(sys, "argv", [tool, *arguments])
+        runpy.run_path(str(ROOT / tool), run_name="__main__")
+        ran.append(Path(tool).stem)
+    assert ran == [*["train_net"] * 3, "analyze", "visualize", "export", "predict"]
+    for name in ("teacher", "student", "distilled"):
+        assert Path(f"output/{name}/model_final.pth").is_file()
+    assert len(list(Path("output/visualize").glob("*.png"))) == 4
+    assert Path("student.onnx").is_file() and Path("student.int8.onnx").is_file()
+    made = {p.name for p in Path("predictions").iterdir()}
+    assert made == {"photo.jpg", "film.mp4", *(p.name for p in Path("folder").iterdir())}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
