@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import student_config
+from fgbg_kd.data import register_datasets
 from fgbg_kd.detector import load_exactly, without_pretrained
 from fgbg_kd.engine import (
     FgBgTrainer,
@@ -20,10 +21,10 @@ from fgbg_kd.engine import (
     evaluation_dir,
     last_checkpoint,
     launch,
-    load_config,
     load_lazy_config,
     load_lazy_student,
     lock_output_dir,
+    read_run_config,
     train_lazy,
 )
 
@@ -51,13 +52,16 @@ def main_lazy(args):
 
 
 def main_yaml(args):
-    cfg = load_config(args.config_file, args.opts, args.resume)
+    if args.eval_only:  # the training data need not be there
+        args.opts += ["DATASETS.TRAIN_JSON", ""]
+    cfg = read_run_config(args.config_file, args.opts, args.resume)
     run_dir = cfg.OUTPUT_DIR
     if args.eval_only:
         cfg.defrost()
         cfg.OUTPUT_DIR = evaluation_dir(run_dir)
         cfg.freeze()
     prepare(cfg, cfg.OUTPUT_DIR, args)
+    register_datasets(cfg)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(without_pretrained(student_config(cfg)))
         load_exactly(model, last_checkpoint(run_dir if args.resume else "") or cfg.MODEL.WEIGHTS)

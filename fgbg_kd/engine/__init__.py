@@ -4,7 +4,7 @@ from .launch import launch
 from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
 from .output_dir import lock_output_dir
 from .resume import evaluation_dir, last_checkpoint
-from .trainer import FgBgTrainer, load_config, read_config
+from .trainer import FgBgTrainer, load_config, read_config, read_run_config
 
 __all__ = [
     "FgBgTrainer",
@@ -18,5 +18,6 @@ __all__ = [
     "load_lazy_student",
     "lock_output_dir",
     "read_config",
+    "read_run_config",
     "train_lazy",
 ]

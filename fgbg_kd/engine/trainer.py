@@ -28,19 +28,25 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
-    """Reads a YAML config and key-value overrides, and registers the data that they name.
-
-    Where they leave SEED open (-1) it is drawn, or on resume that of the run (:func:`run_seed`).
-    """
-    cfg = read_config(config_file, opts)
-    cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
-    cfg.freeze()
+    """Reads a YAML config and key-value overrides, and registers the data that they name."""
+    cfg = read_run_config(config_file, opts, resume)
     register_datasets(cfg)
     return cfg
 
 
+def read_run_config(config_file: str, opts: list[str] = (), resume: bool = False):
+    """:func:`load_config` before it registers data, which a log should tell of.
+
+    Where SEED is open (-1) it is drawn, or on resume that of the run (:func:`run_seed`).
+    """
+    cfg = read_config(config_file, opts)
+    cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
+    cfg.freeze()
+    return cfg
+
+
 def read_config(config_file: str, opts: list[str] = ()):
-    """:func:`load_config` before it registers data or draws a seed; not frozen."""
+    """:func:`read_run_config` before it draws a seed; not frozen."""
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)

@@ -1,4 +1,4 @@
-"""Foreground by direction, background by prediction, both only where the teacher is better."""
+"""Foreground by direction, background by prediction, where the teacher is better or little worse."""
 
 from collections.abc import Sequence
 from typing import Any
