@@ -1,4 +1,4 @@
-"""Foreground by direction, background by prediction, where the teacher is better or little worse."""
+"""Foreground by direction, background by prediction, where the teacher is not clearly worse."""
 
 from collections.abc import Sequence
 from typing import Any
