@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .records import write_whole
+from .records import read_json, write_whole
 
 # dAP50 if all errors of a kind were mended: class, place, both, duplicates, background taken for
 # an object, objects missed; then all false positives and all false negatives.
@@ -45,10 +45,10 @@ def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]
     Raises:
         ValueError: tidecv is not installed, or there are no annotations.
     """
-    tidecv, coco = tide(), json.loads(Path(truth).read_text())
+    tidecv, coco = tide(), read_json(Path(truth))
     if not coco.get("annotations"):
         raise ValueError(f"{truth} has no annotations.")
-    if not json.loads(Path(results).read_text()):  # tidecv divides by zero
+    if not read_json(Path(results)):  # tidecv divides by zero
         return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(("Miss", "FalseNeg"), 100.0)
     objects = tidecv.Data("truth", max_dets=100)  # tidecv's own reader asks for masks
     for image in coco["images"]:
@@ -92,11 +92,11 @@ def run_errors(folder: Path) -> dict[str, float]:
     """
     kept = folder / "errors.json"
     if not kept.is_file():
-        truth = truth_of(json.loads((folder / "settings.json").read_text()))
+        truth = truth_of(read_json(folder / "settings.json"))
         if truth is None:
             raise ValueError(f"{folder}: no COCO file is known of its test set: no kinds of errors")
         write_whole(kept, json.dumps(detection_errors(truth, detections_of(folder))))
-    return json.loads(kept.read_text())
+    return read_json(kept)
 
 
 def image_scores(truth: Path, results: Path, score: float) -> dict[int, float]:
@@ -104,7 +104,7 @@ def image_scores(truth: Path, results: Path, score: float) -> dict[int, float]:
 
     An image without objects has 1 if nothing is found in it, else 0.
     """
-    found = [d for d in json.loads(results.read_text()) if d["score"] >= score]
+    found = [d for d in read_json(results) if d["score"] >= score]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
         coco = COCO(str(truth))
         evaluation = COCOeval(coco, coco.loadRes(found) if found else COCO(), "bbox")

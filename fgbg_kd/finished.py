@@ -1,6 +1,5 @@
 """Runs as their folders tell of them: what they were, what came of them, by what versions."""
 
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from .data import register_datasets
 from .detector import load_detector
 from .engine import read_config
 from .errors import detections_of
-from .records import read_rows
+from .records import read_json, read_rows
 from .runs import flat
 
 DISTILLED = "distilled"
@@ -164,7 +163,7 @@ def _result(run: Run) -> dict[str, float]:
 def _done(folder: Path) -> dict:
     """What fgbg_kd.runs kept of a run that it finished; {} of any other."""
     file = folder / "done.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def load_run(run: Run) -> tuple:

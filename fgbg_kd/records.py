@@ -11,6 +11,18 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path):
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON; says which file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def read_rows(path: Path) -> list[dict]:
     """Rows of a file of JSON lines (metrics.json, results.jsonl); [] where there is none.
 

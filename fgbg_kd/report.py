@@ -39,8 +39,11 @@ def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], Non
 
     Raises:
         ValueError: no runs, or damaged files of a run.
+        OSError: the page cannot be written; shows before anything is measured.
     """
     runs = find_runs(folders)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.open("a").close()
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
@@ -65,7 +68,6 @@ def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], Non
         date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         sources=", ".join(map(str, folders)),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page)
 
 

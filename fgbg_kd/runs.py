@@ -18,7 +18,7 @@ from .config import get_fgbg_kd_cfg
 from .engine import read_config
 from .hashing import sha256_of
 from .methods import METHOD_REGISTRY, FgBg
-from .records import read_rows, write_whole
+from .records import read_json, read_rows, write_whole
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
@@ -109,7 +109,7 @@ class Runner:
             _claim(output, settings)
             done = output / "done.json"
             if done.is_file():
-                return json.loads(done.read_text())
+                return read_json(done)
             about = {"commit": commit()}  # now: it may be another when the run ends
             command = [sys.executable, str(self.train_net), "--config-file", str(config)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
@@ -247,7 +247,7 @@ def _claim(output: Path, settings: dict) -> None:
             raise RunError(f"{output} holds a run of unknown settings: move it away.")
         write_whole(kept, json.dumps(settings, indent=1))
         return
-    old, default = json.loads(kept.read_text()), json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
+    old, default = read_json(kept), json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
     changes = [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in settings.items()

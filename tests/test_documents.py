@@ -30,24 +30,31 @@ class Parsed(BaseException):
     """Carries what a tool's own parser made of a command line; the tool goes no further."""
 
 
+def start(monkeypatch, tool: str, arguments: list[str]) -> None:
+    """Runs a tool as a program, in this process, which stays as it was."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [tool, *arguments])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        try:
+            runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+
 def parse(monkeypatch, tool: str, arguments: list[str]) -> argparse.Namespace:
     original = argparse.ArgumentParser.parse_args
 
     def stop(self, *args, **kwargs):
         raise Parsed(original(self, *args, **kwargs))
 
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        patch.setattr(sys, "argv", [tool, *arguments])
-        patch.setattr(sys, "excepthook", sys.excepthook)
         try:
-            runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+            start(monkeypatch, tool, arguments)
         except Parsed as parsed:
             return parsed.args[0]
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
     raise AssertionError(f"{tool} parses nothing")
 
 
@@ -188,6 +195,36 @@ def test_help_has_an_example(tool, monkeypatch, capsys):
         parse(monkeypatch, tool, ["--help"])
     assert stop.value.code == 0
     assert f"tools/{tool}" in capsys.readouterr().out.split("usage:")[1].split("\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    "command, named",
+    [
+        ("report.py run -o folder", "folder"),
+        ("report.py torn", "torn/done.json is damaged"),
+        ("zoo.py --runs .", "to_R18_1x/config.yaml"),
+        ("compare.py --fill gone.md", "gone.md"),
+        ("compare.py --config-file c.yaml --methods plain --output c.yaml/in", "c.yaml/in"),
+        ("quickstart.py scenes --output c.yaml/in", "c.yaml/in"),
+    ],
+)
+def test_a_file_that_cannot_be_read_or_written_is_named_in_a_line(
+    command, named, distil_cfg, tmp_path, monkeypatch, caplog
+):
+    for name in ("run", "torn", "retinanet_R50_3x_to_R18_1x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text('{"iteration": 1, "total_loss": 1}\n')
+    for file in ("c.yaml", "run/config.yaml", "torn/config.yaml"):  # the third has none
+        (tmp_path / file).write_text(distil_cfg.dump())
+    (tmp_path / "torn" / "done.json").write_text('{"AP": 1')
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)  # of quickstart.py's data
+    for name in ("fgbg_kd", "fgbg_kd.engine"):
+        caplog.set_level("INFO", name)  # and as it was, after the tool's own setting
+    tool, *arguments = command.split()
+    with pytest.raises(SystemExit, match=f"{tool[:-3]}: .*{named}"):
+        start(monkeypatch, tool, arguments)
 
 
 def test_the_tables_of_results_are_those_of_their_rows(monkeypatch):

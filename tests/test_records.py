@@ -2,7 +2,7 @@
 
 import pytest
 
-from fgbg_kd.records import add_row, read_rows, write_whole
+from fgbg_kd.records import add_row, read_json, read_rows, write_whole
 
 
 def test_a_torn_last_row_is_left_out_and_gives_way_to_the_next(tmp_path):
@@ -24,6 +24,8 @@ def test_another_damaged_row_is_an_error_with_its_place(tmp_path):
     file.write_text('{"a": 1}\n{"b": \n{"c": 3}\n')
     with pytest.raises(ValueError, match="rows.jsonl, line 2"):
         read_rows(file)
+    with pytest.raises(ValueError, match="rows.jsonl is damaged"):
+        read_json(file)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

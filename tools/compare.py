@@ -287,5 +287,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped; run it again to go on")
-    except (RunError, ValueError) as error:
+    except (RunError, OSError, ValueError) as error:
         sys.exit(f"compare: {error}")

@@ -26,7 +26,6 @@ from fgbg_kd.analysis import (
     read_input,
     table,
 )
-from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.detector import load_detector
 from fgbg_kd.engine import load_config
 from fgbg_kd.runs import RunError, Runner
@@ -97,5 +96,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped; run it again to go on")
-    except (RunError, CheckpointError, subprocess.CalledProcessError) as error:
+    except (RunError, OSError, ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"\nquickstart: {error}")

@@ -36,5 +36,5 @@ if __name__ == "__main__":
     logging.getLogger("fgbg_kd.engine").setLevel(logging.ERROR)
     try:
         main()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")

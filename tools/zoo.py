@@ -12,6 +12,7 @@ config.yaml and log.txt.
 import argparse
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import _quiet  # noqa: F401
@@ -82,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"zoo: {error}")
