@@ -94,8 +94,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
             role = PLAIN
         name = str(folder.resolve().relative_to(base))
         group = re.sub(r"[/_-]?seed\d+$", "", name) or name
-        rows = _last_of_them(read_rows(folder / "metrics.json"))
-        run = Run(folder, group, role, config, rows, {})
+        run = Run(folder, group, role, config, last_rows(folder), {})
         runs.append(replace(run, result=_result(run)))
     order = [TEACHER, PLAIN, DISTILLED]
     return sorted(runs, key=lambda r: (order.index(r.role), r.group, r.seed))
@@ -131,6 +130,17 @@ def read_record(folder: Path) -> dict:
     return record
 
 
+def last_rows(folder: Path) -> list[dict]:
+    """Rows of the last run that wrote to a folder's metrics.json, in which a new one begins anew.
+
+    Raises:
+        ValueError: a row is damaged.
+    """
+    rows = read_rows(folder / "metrics.json")
+    starts = [i for i in range(1, len(rows)) if rows[i]["iteration"] < rows[i - 1]["iteration"]]
+    return rows[starts[-1] :] if starts else rows
+
+
 def _distils(config: dict) -> bool:
     name = config.get("MODEL.META_ARCHITECTURE") or config.get("model._target_") or ""
     return name.rpartition(".")[2] == "FgBgDistiller"
@@ -138,12 +148,6 @@ def _distils(config: dict) -> bool:
 
 def _teacher_weights(config: dict) -> str | None:
     return config.get("MODEL.KD.TEACHER.WEIGHTS") or config.get("model.teacher.weights")
-
-
-def _last_of_them(rows: list[dict]) -> list[dict]:
-    """The rows of the last run that wrote to a metrics.json: a new one begins anew."""
-    starts = [i for i in range(1, len(rows)) if rows[i]["iteration"] < rows[i - 1]["iteration"]]
-    return rows[starts[-1] :] if starts else rows
 
 
 def _result(run: Run) -> dict[str, float]:

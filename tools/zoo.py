@@ -18,8 +18,7 @@ from pathlib import Path
 import _quiet  # noqa: F401
 
 from fgbg_kd.analysis import table
-from fgbg_kd.finished import read_record
-from fgbg_kd.records import read_rows
+from fgbg_kd.finished import last_rows, read_record
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 COLUMNS = (
@@ -49,7 +48,7 @@ def run_row(name: str, folder: Path) -> dict[str, str]:
     row["name"] = name
     if not (folder / "metrics.json").is_file():
         return row | {"box AP": "not run"}
-    metrics, cfg = read_rows(folder / "metrics.json"), read_record(folder)
+    metrics, cfg = last_rows(folder), read_record(folder)
     log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
     if "SOLVER" in cfg:
         iterations, data = cfg["SOLVER"]["MAX_ITER"], list(cfg["DATASETS"]["TEST"])
