@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_cfg
+from detectron2.structures import Boxes, Instances
 
 from fgbg_kd.comparison import (
     fill,
@@ -20,7 +22,7 @@ from fgbg_kd.comparison import (
 )
 from fgbg_kd.config_files import merge_overrides
 from fgbg_kd.data import register_datasets
-from fgbg_kd.engine import load_lazy_config, read_config
+from fgbg_kd.engine import FgBgTrainer, load_lazy_config, read_config
 from fgbg_kd.records import read_rows
 from fgbg_kd.runs import RunError
 
@@ -213,7 +215,20 @@ def test_how_a_teacher_is_evaluated_on_the_students_test_set(
     assert cfg.dataloader.test.dataset.names == cfg.dataloader.evaluator.dataset_name
     assert cfg.dataloader.evaluator.dataset_name == "coco_2017_val_100"
     assert cfg.dataloader.evaluator.output_dir == "c=d e/inference"
+    assert cfg.dataloader.evaluator.tasks == ["bbox"]
     assert cfg.train.init_checkpoint == str(tmp_path / "a=b.pth")
+
+
+def test_of_a_teacher_with_masks_the_boxes_are_evaluated(distil_cfg, tmp_path):
+    distil_cfg.OUTPUT_DIR = str(tmp_path)
+    register_datasets(distil_cfg)
+    evaluator = FgBgTrainer.build_evaluator(distil_cfg, distil_cfg.DATASETS.TEST[0])
+    found = Instances((64, 80), pred_boxes=Boxes(torch.tensor([[5.0, 5.0, 30.0, 40.0]])))
+    found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    found.pred_masks = torch.ones(1, 64, 80, dtype=torch.bool)
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    assert list(evaluator.evaluate()) == ["bbox"]  # its set has no masks
 
 
 def test_without_the_teachers_row_the_students_are_compared(

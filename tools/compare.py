@@ -127,7 +127,8 @@ def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
         "dataloader.evaluator.dataset_name": test,
         "dataloader.evaluator.output_dir": "${train.output_dir}/inference",
     }
-    return file, [f"{key}='{value}'" for key, value in opts.items()]
+    quoted = [f"{key}='{value}'" for key, value in opts.items()]
+    return file, [*quoted, "dataloader.evaluator.tasks=[bbox]"]  # not masks
 
 
 def compare(args, output: Path) -> None:
