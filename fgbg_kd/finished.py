@@ -86,25 +86,28 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     teachers = {Path(w).resolve().parent for w in weights if w}
     runs = []
     for folder, config in configs.items():
+        rows = last_rows(folder)
         if _distils(config):
             role = DISTILLED
-        elif folder.resolve() in teachers or folder.name == TEACHER:
+        elif folder.resolve() in teachers or folder.name == TEACHER or not _trained(rows):
             role = TEACHER
         else:
             role = PLAIN
         name = str(folder.resolve().relative_to(base))
         group = re.sub(r"[/_-]?seed\d+$", "", name) or name
-        run = Run(folder, group, role, config, last_rows(folder), {})
+        run = Run(folder, group, role, config, rows, {})
         runs.append(replace(run, result=_result(run)))
     order = [TEACHER, PLAIN, DISTILLED]
     return sorted(runs, key=lambda r: (order.index(r.role), r.group, r.seed))
 
 
 def _has_run(folder: Path) -> bool:
-    """An evaluation alone is none: it may be of any weights."""
-    if (folder / "done.json").is_file():
-        return True
-    return any("total_loss" in row for row in read_rows(folder / "metrics.json"))
+    """An evaluation alone is none, for it may be of any weights; by fgbg_kd.runs, a teacher's."""
+    return (folder / "done.json").is_file() or _trained(read_rows(folder / "metrics.json"))
+
+
+def _trained(rows: list[dict]) -> bool:
+    return any("total_loss" in row for row in rows)
 
 
 class _Data(yaml.SafeLoader):
@@ -179,7 +182,7 @@ def load_run(run: Run) -> tuple:
     if run.is_python:
         raise ValueError("it is of a Python config, which is a program and is not run for this.")
     weights = run.folder / "model_final.pth"
-    if not weights.is_file() and not any("total_loss" in row for row in run.rows):
+    if not weights.is_file() and not _trained(run.rows):
         weights = run.config["MODEL.WEIGHTS"]  # an evaluation of another's weights
     if not os.path.isfile(weights):
         raise ValueError(f"its checkpoint {str(weights)!r} is not here.")

@@ -284,16 +284,23 @@ def _svg(figure: Figure, title: str) -> Markup:
 
 
 def _pictures(groups, plain: dict, load, say, lacks) -> list[dict]:
-    """Sections of the images that gained and lost most, from the plain run to the first of the best
-    distilled group, of one seed."""
+    """Sections of the images that gained and lost most, from a plain run to that of the same seed
+    in the best distilled group."""
     sections = []
     with _or_lacks(lacks, "Pictures"):
-        ways = [groups[name] for name, base in plain.items() if base]
-        if not ways:
-            raise ValueError("they need a plain and a distilled run on one test set.")
-        distilled = max(ways, key=lambda m: _mean(m, "AP") or 0)[0]
-        base = groups[plain[distilled.group]]
-        before = next((r for r in base if r.seed == distilled.seed), base[0])
+        pairs = [
+            (before, after)
+            for name, base in plain.items()
+            for after in groups[name]
+            for before in groups.get(base, ())
+            if before.seed == after.seed
+        ]
+        if not pairs:
+            raise ValueError(
+                "they need a plain and a distilled run of one test set, number of iterations and "
+                "seed."
+            )
+        before, distilled = max(pairs, key=lambda p: _mean(groups[p[1].group], "AP") or 0)
         teachers = [m[0] for m in groups.values() if m[0].role == TEACHER]
         teacher = next((t for t in teachers if t.task[:2] == distilled.task[:2]), None)
         say("looking for the largest gains and losses")

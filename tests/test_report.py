@@ -273,6 +273,14 @@ def test_runs_are_compared_with_those_of_their_own_test_set_and_schedule(runs, t
     assert "longer: its gain, which needs a plain run" in text
 
 
+def test_runs_of_other_seeds_are_no_pair(runs, tmp_path):
+    shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
+    shutil.copytree(runs / "distilled" / "seed1", tmp_path / "distilled" / "seed1")
+    lacks = not_on_the_page(tmp_path)
+    assert "distilled: its gain, which needs a plain run" in lacks
+    assert "Pictures: they need a plain and a distilled run of one test set" in lacks
+
+
 def test_a_new_run_in_a_file_of_metrics_is_read_alone(runs, tmp_path):
     folder = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
     with open(folder / "metrics.json", "a") as file:
@@ -289,7 +297,7 @@ def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
         (folder / "metrics.json").write_text(
             json.dumps({"iteration": 100, "total_loss": 1.0, "bbox/AP": ap})
         )
-    teacher = tmp_path / "teacher"
+    teacher = tmp_path / "as_evaluated"
     teacher.mkdir()
     cfg = tiny_cfg()
     cfg.merge_from_file(runs / "teacher" / "config.yaml")
@@ -298,7 +306,7 @@ def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
     (teacher / "done.json").write_text(json.dumps({"AP": 31.25, "APl": None, "memory_mb": 1}))
     write_report([tmp_path], tmp_path / "report.html", print)
     html = Parser(tmp_path / "report.html")
-    row = html.row("teacher")
+    row = html.row("as_evaluated")
     assert row[1] == "31.25" and row[7] == "–" and float(row[8]) > 0
     text = " ".join(html.text)
     assert "FgBg against plain, seed 0: better on 1, worse on 1 of 12 images" in text
