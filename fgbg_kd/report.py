@@ -133,6 +133,11 @@ def _results(groups, load, say, lacks) -> dict:
     rows = {}
     for name, members in groups.items():
         aps = [r.result["AP"] for r in members if "AP" in r.result]
+        lacks += [
+            f"{name}, seed {r.seed}: its AP, for it was not evaluated after its last iteration"
+            for r in members
+            if "AP" not in r.result
+        ]
         seeds = ", ".join(f"{v:.1f}" for v in aps) if len(aps) > 1 else "–"
         cells = [number(_mean(members, METRICS[0]), 2), seeds]
         cells += [number(_mean(members, m)) for m in METRICS[1:]]

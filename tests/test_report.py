@@ -249,6 +249,7 @@ def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
     assert (found["mine"].role, found["mine"].seed) == ("distilled", 3)
     assert found["plain"].role == "teacher" and found["plain"].result["AP"] == 4.5
     lacks = not_on_the_page(tmp_path)
+    assert "mine, seed 3: its AP" in lacks and "plain, seed 0: its AP" not in lacks
     assert "mine: parameters, GFLOPs and time: it is of a Python config" in lacks
 
 
