@@ -3,7 +3,7 @@
 from .launch import launch
 from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
 from .output_dir import lock_output_dir
-from .resume import evaluation_dir, last_checkpoint
+from .resume import evaluation_dir, keep_record, last_checkpoint
 from .trainer import FgBgTrainer, load_config, read_config, read_run_config
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "build_lazy",
     "evaluate_lazy",
     "evaluation_dir",
+    "keep_record",
     "last_checkpoint",
     "launch",
     "load_config",

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import zipfile
 
 import numpy as np
@@ -216,6 +217,17 @@ def evaluation_dir(output_dir: str) -> str:
     """Where --eval-only writes: a folder below that of a training, whose files stay as they are."""
     trained = os.path.isfile(os.path.join(output_dir, SEED_FILE))
     return os.path.join(output_dir, "eval") if trained else output_dir
+
+
+def keep_record(output_dir: str) -> None:
+    """Copies the config.yaml of a run that began to config.previous.yaml.
+
+    Detectron2 writes it anew at every start, also at one that is then refused.
+    """
+    record, seed = (os.path.join(output_dir, name) for name in ("config.yaml", SEED_FILE))
+    began = os.path.isfile(record) and os.path.isfile(seed)
+    if began and os.path.getmtime(seed) >= os.path.getmtime(record):
+        shutil.copy2(record, os.path.join(output_dir, "config.previous.yaml"))
 
 
 def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:

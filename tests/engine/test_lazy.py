@@ -230,6 +230,12 @@ def test_the_tool_takes_python_configs(config, tmp_path):
     assert saved(tmp_path / "lazy")["iteration"] == 2
     record = tmp_path / "lazy" / "config.yaml"
     before = record.read_bytes()
+    for _ in range(2):  # refused, it leaves the record of the run that was
+        with pytest.raises(TeacherError):
+            main("model.teacher.config=gone")
+    kept = tmp_path / "lazy" / "config.previous.yaml"
+    assert kept.read_bytes() == before != record.read_bytes()
+    before = record.read_bytes()
     results = main("--eval-only", f"train.init_checkpoint={path}", "model.teacher.config=gone")
     assert "AP50" in results["bbox"]
     assert record.read_bytes() == before
