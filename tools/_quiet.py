@@ -2,8 +2,7 @@
 
 Ctrl-C ends it with a line instead of a stack trace, also while the rest is being imported; it still
 dies of the signal, as a shell or a script expects. An error of this package's own is its message,
-not a stack trace. TorchScript's notices about what Detectron2
-calls are left out.
+not a stack trace. TorchScript's notices about what Detectron2 calls are left out.
 """
 
 import signal
