@@ -63,13 +63,13 @@ class TeacherCheck(HookBase):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
         results = self.test(unwrapped(self.trainer.model).teacher)
-        if comm.is_main_process() and "bbox" not in results:
+        # Only the first worker has the results, and all of them have to stop.
+        ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
+        if ap is None:
             raise TeacherError(
                 "MODEL.KD.TEACHER.MIN_AP: the test set or the config gives no AP to measure the "
                 "teacher by. Give annotations of a test set, or set MIN_AP 0."
             )
-        # Only the first worker has the results, and all of them have to stop.
-        ap = comm.all_gather(results.get("bbox", {}).get("AP", 0.0))[0]
         if not ap >= self.min_ap:
             raise TeacherError(
                 f"The teacher reaches {ap:.1f} AP on the test set, less than "
