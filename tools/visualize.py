@@ -44,8 +44,6 @@ def open_distiller(config: str, opts: list[str]):
     """The distiller of a YAML or Python config, augmentations and channel order of its test input,
     and the names of a training and a test set."""
     if config.endswith(".py"):
-        if not Path(config).is_file():
-            raise ValueError(f"{config}: there is no such config.")
         cfg = load_lazy_config(config, opts)
         model, data = build_lazy(cfg).to(cfg.train.device), cfg.dataloader
         mapper = data.test.mapper

@@ -4,6 +4,7 @@ model, dataloader, optimizer, lr_multiplier and train, as in its tools/lazyconfi
 import copy
 import difflib
 import logging
+import os
 
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
@@ -41,8 +42,10 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
     An open ``train.seed`` (-1, or none) is drawn, or on resume that of the run.
 
     Raises:
-        ConfigError: an override of a key that is not there.
+        ConfigError: there is no such file, or an override of a key that is not there.
     """
+    if not os.path.isfile(config_file):
+        raise ConfigError(f"{config_file}: there is no such config.")
     cfg = LazyConfig.load(config_file)
     for override in opts:
         _check_key(cfg, override.partition("=")[0])
