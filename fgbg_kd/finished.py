@@ -72,21 +72,25 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: a folder without any, or a damaged file.
     """
-    places = []
+    places: dict[Path, list[dict]] = {}
     for folder in folders:
-        found = sorted(p.parent for p in folder.rglob("config.yaml") if _has_run(p.parent))
+        found = {
+            p.parent: read_rows(p.parent / "metrics.json") for p in folder.rglob("config.yaml")
+        }
+        # An evaluation alone is no run, for it may be of any weights; by fgbg_kd.runs, a teacher's.
+        found = {p: x for p, x in found.items() if _trained(x) or (p / "done.json").is_file()}
         if not found:
             raise ValueError(
                 f"{folder} holds no run: no config.yaml with a training's metrics.json beside it."
             )
-        places += [p for p in found if p not in places]
+        places |= dict(sorted(found.items()))
     base = Path(os.path.commonpath([p.resolve().parent for p in places]))
     configs = {p: flat(read_record(p)) for p in places}
     weights = [_teacher_weights(c) for c in configs.values() if _distils(c)]
     teachers = {Path(w).resolve().parent for w in weights if w}
     runs = []
     for folder, config in configs.items():
-        rows = last_rows(folder)
+        rows = _of_the_last_run(places[folder])
         if _distils(config):
             role = DISTILLED
         elif folder.resolve() in teachers or folder.name == TEACHER or not _trained(rows):
@@ -99,11 +103,6 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         runs.append(replace(run, result=_result(run)))
     order = [TEACHER, PLAIN, DISTILLED]
     return sorted(runs, key=lambda r: (order.index(r.role), r.group, r.seed))
-
-
-def _has_run(folder: Path) -> bool:
-    """An evaluation alone is none, for it may be of any weights; by fgbg_kd.runs, a teacher's."""
-    return (folder / "done.json").is_file() or _trained(read_rows(folder / "metrics.json"))
 
 
 def _trained(rows: list[dict]) -> bool:
@@ -139,7 +138,10 @@ def last_rows(folder: Path) -> list[dict]:
     Raises:
         ValueError: a row is damaged.
     """
-    rows = read_rows(folder / "metrics.json")
+    return _of_the_last_run(read_rows(folder / "metrics.json"))
+
+
+def _of_the_last_run(rows: list[dict]) -> list[dict]:
     starts = [i for i in range(1, len(rows)) if rows[i]["iteration"] < rows[i - 1]["iteration"]]
     return rows[starts[-1] :] if starts else rows
 
