@@ -136,10 +136,11 @@ def main() -> None:
 
     inputs = find(args.inputs)
     drawn_to = targets(inputs, output) if output else {}
-    check_not_overwritten(inputs, [*drawn_to.values(), *filter(None, [args.json])])
+    written = [*drawn_to.values(), *filter(None, [args.json])]
+    check_not_overwritten(inputs, written)
     ids = ids_in(args.ids, inputs) if args.ids else {}
     model, about = deploy.open_detector(args.detector, args.weights, need_ids=bool(args.json))
-    for path in [*drawn_to.values(), *filter(None, [args.json])]:
+    for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.json:
         args.json.open("a").close()  # shows whether it can be written

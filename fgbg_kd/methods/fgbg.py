@@ -159,10 +159,12 @@ class FgBg(Method):
             by_fg = (num_fg > 0) & (self.bg_normalizer == "fg")
             normalizer = torch.where(by_fg, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * loss / safe(normalizer)
-        shares = {}
-        for name, here in (("fg", foreground), ("bg", background)):
-            shares[f"kd/{name}_gate"] = (gate * here).sum() / here.sum()
-            if self.needs_boxes:
-                better = compared.teacher_quality > compared.student_quality
-                shares[f"kd/{name}_better"] = (better * here).sum() / here.sum()
+        where = {"gate": gate}
+        if self.needs_boxes:
+            where["better"] = compared.teacher_quality > compared.student_quality
+        shares = {
+            f"kd/{name}_{what}": (there * part).sum() / part.sum()
+            for name, part in (("fg", foreground), ("bg", background))
+            for what, there in where.items()
+        }
         return losses, shares
