@@ -113,6 +113,8 @@ def main() -> None:
         "--evaluate", action="store_true", help="AP of each on the (first) set of DATASETS.TEST"
     )
     args = parser.parse_args()
+    if Path(args.output).suffix not in deploy.FORMATS:
+        parser.error("--output: a name in .onnx, or in .pt for TorchScript")
     if args.int8 and not args.output.endswith(".onnx"):
         parser.error("--int8 is for an --output in .onnx")
     setup_logger(name="fgbg_kd")

@@ -14,9 +14,10 @@ are called, the metadata in the file says (:func:`describe`).
 
 from .deployable import Deployable, DeployError, suppress
 from .running import ExportedDetector, agreement, coco_results, detect, draw, open_detector, resized
-from .writing import describe, export, load_for_deployment, quantize
+from .writing import FORMATS, describe, export, load_for_deployment, quantize
 
 __all__ = [
+    "FORMATS",
     "DeployError",
     "Deployable",
     "ExportedDetector",
