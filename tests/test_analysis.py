@@ -1,11 +1,10 @@
 """The quickstart's configs, what its table measures and what its picture shows."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, tiny_cfg
+from conftest import ROOT, make_batch, tiny_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -16,9 +15,6 @@ from fgbg_kd.analysis import cost, draw_side_by_side, read_input
 from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.data import register_datasets
 from fgbg_kd.detector import load_detector
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
 
 
 def read_config(name):

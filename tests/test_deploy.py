@@ -9,15 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_cfg, tiny_fcos_cfg
+from conftest import ROOT, tiny_cfg, tiny_fcos_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from fgbg_kd import deploy
 from fgbg_kd.checkpoint import CheckpointError
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
 SIZES = ((72, 90), (64, 131), (33, 40))
 
 

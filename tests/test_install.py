@@ -6,11 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "install_detectron2.py"
+SCRIPT = ROOT / "tools" / "install_detectron2.py"
 
 
 @pytest.fixture(scope="module")

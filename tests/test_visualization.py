@@ -27,8 +27,6 @@ from fgbg_kd.visualization import (
     observe,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
 OPTIONS = [
     {"gate_margin": 0.0},
     {"kl": "softmax", "temperature": 2.0, "gate_margin": -0.02},

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
@@ -23,7 +24,7 @@ from fgbg_kd import build_teacher, get_fgbg_kd_cfg, student_config
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config, load_lazy_config, train_lazy
 
-FOLDER = Path(__file__).parents[1] / "configs" / "COCO-Detection"
+FOLDER = ROOT / "configs" / "COCO-Detection"
 LEAVES = sorted(p for p in FOLDER.glob("*.yaml") if not p.name.startswith("Base-"))
 
 

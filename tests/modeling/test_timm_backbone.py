@@ -2,20 +2,19 @@
 
 import logging
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from conftest import make_batch, tiny_cfg
+from conftest import ROOT, make_batch, tiny_cfg
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
 
 from fgbg_kd import get_fgbg_kd_cfg
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
 LIGHT = ["mobilenetv3_large_100", "efficientnet_lite0", "resnet18", "regnety_002"]
 
 
