@@ -134,6 +134,24 @@ def test_int8_is_smaller_and_detects_about_the_same(mode, tmp_path):
     assert (a.scores[:5] - b.scores[:5]).abs().max() < 0.1
 
 
+def test_int8_that_is_interrupted_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    pytest.importorskip("onnx")
+    source, output = tmp_path / "fp32.onnx", tmp_path / "int8.onnx"
+    deploy.export(*variant("RetinaNet"), str(source), photo(64, 64))
+    output.write_text("the last one")
+
+    def interrupted(_, path, **options):
+        Path(path).write_text("half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantization, "quantize_dynamic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deploy.quantize(str(source), str(output))
+    assert output.read_text() == "the last one"
+    assert set(tmp_path.iterdir()) == {source, output}
+
+
 def test_agreement_sees_a_detector_that_differs():
     model, about = variant("RetinaNet")
     other = detector(tiny_cfg())

@@ -68,6 +68,15 @@ def test_a_run_that_is_not_the_zoos_says_so(tmp_path, monkeypatch, capsys, run, 
     assert row["box AP"] == ap and row["lr sched"] == schedule
 
 
+def test_a_damaged_run_leaves_the_others_figures(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / NAME)
+    damaged = "retinanet_R101_3x_to_R50_1x"
+    write_run(tmp_path / damaged)
+    (tmp_path / damaged / "config.yaml").write_text("{SOLVER: ")
+    rows = shown(tmp_path, monkeypatch, capsys)
+    assert rows[damaged]["box AP"] == "damaged" and rows[NAME]["box AP"] == "33.3"
+
+
 def test_a_run_of_a_python_config_is_read_too(tmp_path, monkeypatch, capsys):
     name = "lazy_retinanet_R101_3x_to_R50_1x"
     write_run(tmp_path / name)

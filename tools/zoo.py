@@ -48,7 +48,11 @@ def run_row(name: str, folder: Path) -> dict[str, str]:
     row["name"] = name
     if not (folder / "metrics.json").is_file():
         return row | {"box AP": "not run"}
-    metrics, cfg = last_rows(folder), read_record(folder)
+    try:
+        metrics, cfg = last_rows(folder), read_record(folder)
+    except (OSError, ValueError) as error:  # the others' figures stand without this one
+        print(f"{name}: {error}", file=sys.stderr)
+        return row | {"box AP": "damaged"}
     log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
     if "SOLVER" in cfg:
         iterations, data = cfg["SOLVER"]["MAX_ITER"], list(cfg["DATASETS"]["TEST"])

@@ -130,6 +130,8 @@ def export(
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:
     """Writes an ONNX file with its convolutions in int8, by onnxruntime's own quantiser.
 
+    The file is there whole, as it was before, or not at all.
+
     Args:
         images: (H, W, 3) uint8, RGB, from which the ranges of activations are taken (static);
             None: they are taken anew in every image that the file is run on (dynamic).
@@ -138,28 +140,30 @@ def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = Non
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = f"{output}.prepared"
+    prepared, partial = f"{output}.prepared", f"{output}.partial"
     try:
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         if images is None:
             # onnxruntime's integer convolution of a CPU knows unsigned weights only.
             q.quantize_dynamic(
-                prepared, output, op_types_to_quantize=["Conv"], weight_type=q.QuantType.QUInt8
+                prepared, partial, op_types_to_quantize=["Conv"], weight_type=q.QuantType.QUInt8
             )
-            return
+        else:
 
-        class Reader(q.CalibrationDataReader):
-            rest = iter(images)
+            class Reader(q.CalibrationDataReader):
+                rest = iter(images)
 
-            def get_next(self):
-                image = next(self.rest, None)
-                return None if image is None else {"image": image}
+                def get_next(self):
+                    image = next(self.rest, None)
+                    return None if image is None else {"image": image}
 
-        q.quantize_static(
-            prepared, output, Reader(), op_types_to_quantize=["Conv"], per_channel=True
-        )
+            q.quantize_static(
+                prepared, partial, Reader(), op_types_to_quantize=["Conv"], per_channel=True
+            )
+        os.replace(partial, output)
     finally:
-        Path(prepared).unlink(missing_ok=True)
+        for path in (prepared, partial):
+            Path(path).unlink(missing_ok=True)
 
 
 def need(name: str):
