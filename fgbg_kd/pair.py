@@ -234,7 +234,7 @@ def inherited_weights(
         Tensors by their names in the student's state dict.
 
     Raises:
-        TeacherError: a part of which nothing fits.
+        TeacherError: a part of which no weight (a bias alone is none) fits.
         ValueError: an unknown part.
     """
     found = {}
@@ -256,9 +256,9 @@ def inherited_weights(
             for k, v in mine.items()
             if owners[0] is owners[1] and k in theirs and theirs[k].shape == v.shape
         }
-        if not fits:
+        if not any(v.dim() > 1 for v in fits.values()):  # counters and biases alone say nothing
             raise TeacherError(
-                f"MODEL.KD.INHERIT {part!r}: nothing of the teacher's {owners[1].__name__} fits "
+                f"MODEL.KD.INHERIT {part!r}: no weight of the teacher's {owners[1].__name__} fits "
                 f"the student's {owners[0].__name__} by name and shape."
             )
         if len(fits) < len(mine):

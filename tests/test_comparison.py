@@ -64,7 +64,7 @@ def test_interval_by_hand():
     mean, half = interval([1.0, 2.0, 3.0])  # sd 1; t of 2 degrees of freedom
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
     assert interval([5.0]) == (5.0, None)
-    assert interval([0.0, 1.0] * 50)[1] == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
+    assert interval([0.0, 1.0] * 50)[1] == pytest.approx(2.042 * 0.5025 / 10, rel=1e-3)
 
 
 def test_differences_are_paired_by_seed():
@@ -133,6 +133,20 @@ def test_the_table_by_hand(tmp_path):
     assert f"| PKD | +2.00 ± 0.00 | +6.00 ± {half} | 10 % |" in lines
     plot(methods, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_gap_is_that_of_the_seeds_that_both_have():
+    rows = [row("teacher", None, 30.0), row("FgBg", 0, 20.0)]
+    rows += [row("plain", seed, ap) for seed, ap in enumerate((10.0, 20.0, 20.0))]
+    assert "| FgBg | +10.00 | – | 50 % |" in markdown(group(rows)["c.yaml"])
+
+
+def test_the_one_variant_of_ours_is_compared_when_the_config_changes_the_default():
+    rows = [row("plain", 0, 10.0), row("PKD", 0, 12.0)]
+    rows += [row("FgBg", 0, 15.0, options={"fg_weight": 5.0})]
+    table = markdown(group(rows)["c.yaml"])
+    assert "| method | AP − plain | FgBg FG_WEIGHT=5 − method |" in table
+    assert "| PKD | +2.00 | +3.00 | – |" in table
 
 
 def test_a_heading_tells_no_machines_folders():

@@ -371,7 +371,12 @@ def test_what_fits_is_inherited_as_it_was_before_folding(caplog):
 
 
 def test_parts_of_another_kind_or_name_are_an_error():
-    with pytest.raises(TeacherError, match="'head': nothing of the teacher's FCOSHead fits"):
+    with pytest.raises(TeacherError, match="'head': no weight of the teacher's FCOSHead fits"):
         distiller(detector(), detector("FCOS"), inherit=["head"])
+    batch_norm, wider = (
+        lambda cfg, c=c: cfg.MODEL.FPN.update(NORM="BN", OUT_CHANNELS=c) for c in (16, 32)
+    )
+    with pytest.raises(TeacherError, match="'fpn': no weight of the teacher's FPN fits"):
+        distiller(detector(edit=batch_norm), detector(edit=wider), inherit=["fpn"])  # counters only
     with pytest.raises(ValueError, match="INHERIT names 'neck'"):
         distiller(detector(), detector(), inherit=["neck"])

@@ -66,6 +66,27 @@ BOX = (0, 0, 16, 8)  # two cells of the first level, upper left; one of the seco
 TWO_LEVELS = dict(boxes=((BOX,), ()))
 
 
+PUBLISHED = {
+    "CWD": {"weight": 10.0, "temperature": 1.0},
+    "DeFeat": {"bg_ratio": 4.0},
+    "FGD": {
+        "weight": 1e-3,
+        "bg_ratio": 0.5,
+        "attention_ratio": 0.5,
+        "global_ratio": 0.005,
+        "temperature": 0.5,
+    },
+    "MGD": {"weight": 2e-5, "mask_ratio": 0.65},
+    "PKD": {"weight": 10.0, "num_levels": 4},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults_are_the_published_options_for_one_stage_detectors(name):
+    options = METHOD_REGISTRY.get(name).options()
+    assert {k: options[k] for k in PUBLISHED[name]} == PUBLISHED[name]
+
+
 def test_mimic_is_the_mean_squared_error_of_each_level():
     s, t = maps(0), maps(1)
     _, loss = loss_of("Mimic", batch_of(s, t, **TWO_LEVELS), weight=0.5)
@@ -97,14 +118,15 @@ def test_pkd_leaves_out_levels_after_num_levels_and_a_dead_channel_is_finite():
 
 
 def test_cwd_by_hand():
-    # One channel of two cells: logits (0, log 3) / (log 3, 0) over tau 1: (1/4, 3/4), (3/4, 1/4).
+    # One channel of two cells: the student has (1/4, 3/4), the teacher (1/2, 1/2).
     s = torch.tensor([0.0, np.log(3)], dtype=torch.float32).reshape(1, 1, 1, 2)
-    _, loss = loss_of("CWD", batch_of([s], [s.flip(3)]), weight=1.0)
-    assert loss.item() == pytest.approx(0.75 * np.log(3) - 0.25 * np.log(3), rel=1e-5)
-    s2, t2 = s.expand(2, 4, 1, 2), s.flip(3).expand(2, 4, 1, 2)  # the mean over N*C
+    t = torch.zeros(1, 1, 1, 2)
+    _, loss = loss_of("CWD", batch_of([s], [t]), weight=1.0)
+    assert loss.item() == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
+    s2, t2 = s.expand(2, 4, 1, 2), t.expand(2, 4, 1, 2)  # the mean over N*C
     _, same = loss_of("CWD", batch_of([s2], [t2], ((), ())), weight=1.0)
     torch.testing.assert_close(same, loss)
-    _, hot = loss_of("CWD", batch_of([2 * s], [2 * s.flip(3)]), weight=1.0, temperature=2.0)
+    _, hot = loss_of("CWD", batch_of([2 * s], [2 * t]), weight=1.0, temperature=2.0)
     torch.testing.assert_close(hot, 4 * loss)
 
 
@@ -119,6 +141,40 @@ def test_mgd_generates_from_what_the_mask_leaves():
     energy = sum(np.sum(value(b) ** 2) for b in t) / 2
     assert nothing.item() == pytest.approx(0.5 * energy, rel=1e-5)
     assert 0 < part.item() < 0.5 * sum(np.sum(value(a) ** 2) for a in s) / 2
+
+
+def test_mgd_generates_by_two_3x3_convolutions_with_a_relu_between():
+    """From one cell of 2: (2, -2), then ReLU, then 3 a + 5 b summed over nine neighbours."""
+
+    def fixed(method):
+        first, _, second = method.generators[0]
+        for convolution in (first, second):
+            torch.nn.init.zeros_(convolution.weight)
+            torch.nn.init.zeros_(convolution.bias)
+        with torch.no_grad():
+            first.weight[0, 0, 1, 1], first.weight[1, 0, 1, 1] = 1.0, -1.0
+            second.weight[0, 0], second.weight[0, 1] = 3.0, 5.0  # all nine neighbours
+
+    s, t = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
+    s[0, 0, 1, 1] = 2.0
+    _, loss = loss_of("MGD", batch_of([s], [t]), edit=fixed, weight=1.0, mask_ratio=0.0)
+    assert loss.item() == pytest.approx(9 * 6.0**2)  # ReLU: (2, 0); every cell sees it: 3 * 2
+    _, other = loss_of("MGD", batch_of([-s], [t]), edit=fixed, weight=1.0, mask_ratio=0.0)
+    assert other.item() == pytest.approx(9 * 10.0**2)  # (0, 2): 5 * 2
+    _, masked = loss_of("MGD", batch_of([s], [t]), edit=fixed, weight=1.0, mask_ratio=1.0)
+    assert masked.item() == 0
+
+
+def test_mgd_masks_before_it_generates():
+    """What the mask hides is made anew from the rest: a masked cell's own bias comes through."""
+
+    def biased(method):
+        identity(method)
+        torch.nn.init.ones_(method.generators[0][2].bias)
+
+    s, t = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    _, loss = loss_of("MGD", batch_of([s], [t]), edit=biased, weight=1.0, mask_ratio=1.0)
+    assert loss.item() == pytest.approx(4 * 1.0)
 
 
 def test_mgd_masks_whole_cells_anew_each_time_with_its_probability():
@@ -181,13 +237,17 @@ def test_fgd_by_hand():
 def test_fgd_global_context_by_hand():
     from fgbg_kd.methods.fgd import GlobalContext
 
-    block = GlobalContext(2)
-    torch.nn.init.normal_(block.transform[-1].weight)
+    block = GlobalContext(4)
+    first, *_, last = block.transform
     with torch.no_grad():
-        block.score.weight.copy_(torch.tensor([np.log(3), 0.0]).reshape(1, 2, 1, 1))
-    x = torch.tensor([[0.0, 1.0], [4.0, 8.0]]).reshape(1, 2, 1, 2)  # softmax: 1/4, 3/4
-    context = torch.tensor([[0.75, 7.0]])
-    torch.testing.assert_close(block(x), x + block.transform(context)[..., None, None])
+        block.score.weight.copy_(torch.tensor([np.log(3), 0, 0, 0]).reshape(1, 4, 1, 1))
+        first.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]))
+        first.bias.zero_()
+        last.weight.copy_(torch.tensor([[0.0, 0], [0, 0], [0, 3.0], [5.0, 0]]))
+    x = torch.tensor([[0.0, 1.0], [4.0, 8.0], [0.0, 0.0], [0.0, 0.0]]).reshape(1, 4, 1, 2)
+    # softmax 1/4, 3/4; context (0.75, 7), by LayerNorm (-1, 1), by ReLU (0, 1), out (0, 0, 3, 0)
+    expected = x + torch.tensor([0.0, 0.0, 3.0, 0.0]).reshape(1, 4, 1, 1)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_qfl_by_hand():
