@@ -19,7 +19,7 @@ class DeFeat(Method):
     - Cells are ours (by centres and strides; one at least for each box), and padding is neither
       foreground nor background; published, it is background.
     - N C counts elements, and the 2 is that of half a square: without it the weights mean another
-      thing. N is that of all workers.
+      thing. N is that of all workers. A level on which no box lies still counts in the mean.
     - The neck's features only: what the paper adds on backbone and two-stage heads is left out.
     """
 

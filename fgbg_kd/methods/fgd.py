@@ -23,8 +23,11 @@ class FGD(Method):
 
     phi: a 1x1 convolution where channels differ.
 
-    - Boxes meet cells by stride. Published, they are scaled by map over image size, which shifts
-      them where a small image is padded. Padding belongs to no box and no background here.
+    - Boxes meet cells by stride, and a cell belongs to the box that holds its centre. Published,
+      boxes are scaled by map over image size, which shifts them where a small image is padded, and
+      rounded outwards: more foreground on coarse levels. Padding belongs to neither here.
+    - L_global grows with the cells, L_fg with the boxes: on small maps the published ratios leave
+      little of the former.
     - GC_t is trained as well, as published: of the four only L_global has a moving target.
     - Sums, not means, in fp32: the weight is that of 256 channels on COCO's image sizes, with
       clipped gradients. The ratios are the same in all published configs of one-stage detectors.

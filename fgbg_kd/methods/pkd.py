@@ -14,7 +14,8 @@ class PKD(Method):
     z(F) = (F - mean) / (std + 1e-6).
 
     Mean and standard deviation are those of a channel over the images and cells (N*H*W) of the
-    batch, padding too, so that a level's term is 1 - Pearson's r, averaged over channels.
+    batch, padding too, so that a level's term is 1 - Pearson's r, averaged over channels (the
+    published code divides by one element less).
 
     - The statistics are each worker's own by definition: with few images a GPU they are those of
       few images.

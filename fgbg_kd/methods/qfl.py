@@ -14,10 +14,10 @@ class QFL(Method):
     """L = weight / positives * sum over anchors and classes of |sigmoid(x) - t| BCE(x, t),
     x the student's logit, t the teacher's score; no mask.
 
-    Of CrossKD it is the loss only: its detour through the teacher's head needs heads of one width,
-    which a light student does not have. ``positives`` is what the student's own classification
-    loss is divided by in the same step: Detectron2's running mean of positive anchors (each
-    worker's own), so it is never 0.
+    Of CrossKD it is the loss of the classes only: its loss of the boxes is left out, and its detour
+    through the teacher's head needs heads of one width, which a light student does not have.
+    ``positives`` is what the student's own classification loss is divided by in the same step:
+    Detectron2's running mean of positive anchors (each worker's own), so it is never 0.
     """
 
     needs_logits = True

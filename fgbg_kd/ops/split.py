@@ -84,7 +84,8 @@ def split(
         level_shapes: L pairs (H_l, W_l) of the padded batch's feature maps.
         strides: L strides in pixels.
         assign: "all": every box on every level (FGD); "scale": each box on the one level that
-            fits its size, the first whose stride is over sqrt(area) / 14 (DeFeat).
+            fits its size, the first whose stride is over sqrt(area) / 14 (DeFeat): of stride 8
+            for all boxes under 112 pixels.
         normalize: "object": each cell of a box weighs 1 / (cells of the box on that level), so
             that a large object does not outweigh ten small ones; "cell": each cell weighs 1.
         impl: "torch": plain PyTorch, the definition; "triton": one kernel; "auto": Triton on CUDA.
