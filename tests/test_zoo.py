@@ -75,6 +75,9 @@ def test_a_damaged_run_leaves_the_others_figures(tmp_path, monkeypatch, capsys):
     (tmp_path / damaged / "config.yaml").write_text("{SOLVER: ")
     rows = shown(tmp_path, monkeypatch, capsys)
     assert rows[damaged]["box AP"] == "damaged" and rows[NAME]["box AP"] == "33.3"
+    (tmp_path / damaged / "config.yaml").unlink()
+    assert zoo.run_row(damaged, tmp_path / damaged)["box AP"] == "damaged"
+    assert f"{damaged}/config.yaml" in capsys.readouterr().err
 
 
 def test_a_run_of_a_python_config_is_read_too(tmp_path, monkeypatch, capsys):
