@@ -50,10 +50,10 @@ def run_row(name: str, folder: Path) -> dict[str, str]:
         return row | {"box AP": "not run"}
     try:
         metrics, cfg = last_rows(folder), read_record(folder)
+        log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
     except (OSError, ValueError) as error:  # the others' figures stand without this one
         print(f"{name}: {error}", file=sys.stderr)
         return row | {"box AP": "damaged"}
-    log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
     if "SOLVER" in cfg:
         iterations, data = cfg["SOLVER"]["MAX_ITER"], list(cfg["DATASETS"]["TEST"])
     else:  # a .py config
@@ -86,7 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"zoo: {error}")
+    main()
