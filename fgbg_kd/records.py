@@ -1,14 +1,29 @@
 """Files that runs write and others read, whenever a run may be killed."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that shall be there whole, as it was before, or not at all.
+
+    It takes the place of ``path`` at the end; after an error it is removed.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole, as it was before, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    """Writes a text by :func:`whole`."""
+    with whole(path) as partial:
+        partial.write_text(text)
 
 
 def read_json(path: Path):

@@ -174,7 +174,7 @@ def compare(args, output: Path) -> None:
             row, same = {**same[-1], "errors": result["errors"]}, []
         if not same:
             add_row(results, row)
-        (output / "results.md").write_text(tables([results], output))
+        write_whole(output / "results.md", tables([results], output))
         return row
 
     def run(name: str, config: str, folder: Path, *rest, **options) -> dict:

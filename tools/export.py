@@ -29,6 +29,7 @@ from fgbg_kd import deploy
 from fgbg_kd.analysis import latency, pick, table
 from fgbg_kd.engine import FgBgTrainer, load_config
 from fgbg_kd.pair import channel_order
+from fgbg_kd.records import whole
 
 
 def read(paths, about: dict) -> list[np.ndarray]:
@@ -65,9 +66,8 @@ def export_checked(model, about: dict, output: Path, images: list[np.ndarray], n
     """Writes the file; one that is there already stays until the new one has proved good."""
     if output.is_dir():
         raise ValueError(f"{output} is a folder: give the name of a file.")
-    partial = output.with_suffix(f".partial{output.suffix}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole(output) as partial:
         partial.touch()  # shows whether it can be written
         deploy.export(model, about, str(partial), images[0], nms_inside)
         exported = deploy.ExportedDetector(str(partial))
@@ -84,10 +84,7 @@ def export_checked(model, about: dict, output: Path, images: list[np.ndarray], n
         )
         if found["partners"] < 0.99:
             raise ValueError(f"{output} is not written: it did not do what PyTorch does.")
-        os.replace(partial, output)
-        return exported
-    finally:
-        partial.unlink(missing_ok=True)
+    return exported
 
 
 def main() -> None:

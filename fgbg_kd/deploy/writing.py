@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from detectron2.data import MetadataCatalog
 from torch import nn
 
 from ..detector import load_detector, read_detector_config, weights_of
+from ..records import whole
 from .deployable import OUTPUTS, Deployable, DeployError, check_dense, suppression_of
 
 FORMATS = (".onnx", ".pt")
@@ -130,8 +132,6 @@ def export(
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:
     """Writes an ONNX file with its convolutions in int8, by onnxruntime's own quantiser.
 
-    The file is there whole, as it was before, or not at all.
-
     Args:
         images: (H, W, 3) uint8, RGB, from which the ranges of activations are taken (static);
             None: they are taken anew in every image that the file is run on (dynamic).
@@ -140,8 +140,8 @@ def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = Non
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared, partial = f"{output}.prepared", f"{output}.partial"
-    try:
+    with TemporaryDirectory() as folder, whole(Path(output)) as partial:
+        prepared = os.path.join(folder, "prepared.onnx")
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         if images is None:
             # onnxruntime's integer convolution of a CPU knows unsigned weights only.
@@ -160,10 +160,6 @@ def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = Non
             q.quantize_static(
                 prepared, partial, Reader(), op_types_to_quantize=["Conv"], per_channel=True
             )
-        os.replace(partial, output)
-    finally:
-        for path in (prepared, partial):
-            Path(path).unlink(missing_ok=True)
 
 
 def need(name: str):

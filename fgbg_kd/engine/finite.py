@@ -6,6 +6,7 @@ tools/replay.py computes the losses again and shows where the numbers went wrong
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..distiller import run_dense
 from ..methods import DenseOutput
 from ..pair import is_dense, level_names
+from ..records import whole
 from .hooks import adapters_of, detector_of, unwrapped
 
 
@@ -98,11 +100,11 @@ def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> N
         rows.append(row)
     content = {"model": detector_of(model).state_dict(), "batch": rows, **state}
     content |= {name: part.state_dict() for name, part in adapters_of(model).items()}
-    try:
-        torch.save(content, f"{path}.partial")
-    except RuntimeError as error:  # torch's name for a full disk
-        raise OSError(str(error)) from error
-    os.replace(f"{path}.partial", path)
+    with whole(Path(path)) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # torch's name for a full disk
+            raise OSError(str(error)) from error
 
 
 def load_batch(saved: dict) -> list[dict]:
