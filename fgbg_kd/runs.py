@@ -21,6 +21,7 @@ from .methods import METHOD_REGISTRY, FgBg
 from .records import read_json, read_rows, write_whole
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_DATA = "sha256 of DATASETS."
 _NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
 
 
@@ -89,7 +90,7 @@ class Runner:
         Returns:
             COCO's metrics by name (None where undefined), "seconds_per_step" (the median),
             "memory_mb" (peak of a process), "gpu_memory_mb" (of tensors; None without a GPU) and
-            "commit" (:func:`commit`).
+            "commit" (:func:`commit`; of each part, where a run went on under another).
 
         Raises:
             RunError: other settings, already running, or the training failed.
@@ -110,11 +111,11 @@ class Runner:
             done = output / "done.json"
             if done.is_file():
                 return read_json(done)
-            about = {"commit": commit()}  # now: it may be another when the run ends
+            log.write(f"commit {commit()}\n")  # now: it may be another when the run ends
             command = [sys.executable, str(self.train_net), "--config-file", str(config)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
             memory = self._follow(name, command, log)
-        result = {**_measured(output), "memory_mb": memory, **about}
+        result = {**_measured(output), "memory_mb": memory}
         _tidy(output)
         write_whole(done, json.dumps(result))
         return result
@@ -196,12 +197,16 @@ def commit() -> str:
 
 
 def settings_of(cfg, reads: Path | None = None) -> dict:
-    """What the result of a run depends on: its config as {"A.B.C": value}, and a checkpoint's hash.
+    """What the result of a run depends on: its config as {"A.B.C": value}, and hashes of a
+    checkpoint and of the data's JSON files.
 
     Keys that the run does not read, and OUTPUT_DIR, are left out.
     """
     settings = keys_read(flat(cfg))
     del settings["OUTPUT_DIR"]
+    for key in ("TRAIN_JSON", "TEST_JSON"):
+        if os.path.isfile(cfg.DATASETS[key]):
+            settings[_DATA + key] = sha256_of(cfg.DATASETS[key])
     return json.loads(json.dumps(settings | _hash(reads)))  # tuples become lists, as in a file
 
 
@@ -239,7 +244,7 @@ def flat(node, prefix: str = "") -> dict:
 def _claim(output: Path, settings: dict) -> None:
     """Writes the settings into a new folder, or checks that an old one has the same.
 
-    A key that has been added since is no difference where it is at its default.
+    What older folders do not say is no difference: keys at their default, hashes of the data.
     """
     kept = output / "settings.json"
     if not kept.is_file():
@@ -248,6 +253,7 @@ def _claim(output: Path, settings: dict) -> None:
         write_whole(kept, json.dumps(settings, indent=1))
         return
     old, default = read_json(kept), json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
+    default |= {key: value for key, value in settings.items() if key.startswith(_DATA)}
     changes = [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in settings.items()
@@ -261,7 +267,7 @@ def _claim(output: Path, settings: dict) -> None:
 
 
 def _measured(output: Path) -> dict:
-    """What train_net.py wrote about metrics (of boxes, last), time and GPU memory."""
+    """What train.txt and metrics.json say of metrics (of boxes, last), time, memory and commits."""
     text = (output / "train.txt").read_text(errors="replace")
     found = re.findall(r"Task: bbox$.*?copypaste: ([\d.,nan-]+)$", text, re.MULTILINE | re.DOTALL)
     if not found:
@@ -276,6 +282,7 @@ def _measured(output: Path) -> dict:
         **values,
         "seconds_per_step": statistics.median(times) if times else None,
         "gpu_memory_mb": max(gpu, default=None),
+        "commit": ", ".join(dict.fromkeys(re.findall(r"^commit (\S*)$", text, re.MULTILINE))),
     }
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import tiny_cfg
@@ -90,6 +91,31 @@ def test_other_settings_are_refused_by_name_and_nothing_is_lost(folder):
     with pytest.raises(RunError, match="sha256 of the checkpoint"):
         run(folder, reads=folder / "teacher.pth")
     assert len(calls(folder)) == 1 and (folder / "run" / "done.json").is_file()
+
+
+def test_data_that_changed_under_one_name_are_refused_where_the_folder_knows(folder, coco):
+    data = folder / "train.json"
+    opts = ["DATASETS.TRAIN_JSON", str(data)]
+    data.write_text(Path(coco[0]).read_text())
+    run(folder, *opts)
+    data.write_text(data.read_text() + " ")
+    with pytest.raises(RunError, match="sha256 of DATASETS.TRAIN_JSON was"):
+        run(folder, *opts)
+    kept = folder / "run" / "settings.json"
+    old = {k: v for k, v in json.loads(kept.read_text()).items() if "sha256" not in k}
+    kept.write_text(json.dumps(old))  # a folder of before there were hashes
+    run(folder, *opts)
+    assert len(calls(folder)) == 1
+
+
+def test_a_run_that_goes_on_under_another_commit_names_both(folder, monkeypatch):
+    (folder / "run" / "fail").touch()
+    monkeypatch.setattr("fgbg_kd.runs.commit", lambda: "aaa")
+    with pytest.raises(RunError):
+        run(folder)
+    (folder / "run" / "fail").unlink()
+    monkeypatch.setattr("fgbg_kd.runs.commit", lambda: "bbb+")
+    assert run(folder)["commit"] == "aaa, bbb+"
 
 
 def test_a_key_that_is_new_since_is_no_difference_at_its_default(folder):
