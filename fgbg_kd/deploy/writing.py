@@ -132,6 +132,8 @@ def export(
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:
     """Writes an ONNX file with its convolutions in int8, by onnxruntime's own quantiser.
 
+    The file is there whole, as it was before, or not at all.
+
     Args:
         images: (H, W, 3) uint8, RGB, from which the ranges of activations are taken (static);
             None: they are taken anew in every image that the file is run on (dynamic).
