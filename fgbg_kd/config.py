@@ -53,8 +53,9 @@ def add_fgbg_kd_config(cfg: CN) -> None:
         else:
             kd[name.upper()] = options
 
-    # The losses grow linearly from 0 over so many iterations; 0 = full from the start.
-    kd.WARMUP_ITERS = 0
+    # The losses grow linearly from 0 over so many iterations; -1 = as many as the learning rate
+    # does (SOLVER.WARMUP_ITERS), 0 = full from the start.
+    kd.WARMUP_ITERS = -1
     # From this iteration on the student learns alone; 0 = never.
     kd.STOP_ITER = 0
 

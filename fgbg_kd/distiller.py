@@ -82,7 +82,8 @@ class FgBgDistiller(nn.Module):
             kd: "method", a name in METHOD_REGISTRY ("FgBg"), and its keyword arguments; both
                 weights of FgBg 0: the teacher is not used and training is plain training, bit for
                 bit. "warmup_iters": linear growth of the losses from 0, "stop_iter": from there
-                on they are 0; each 0 = off.
+                on they are 0; each 0 = off. (MODEL.KD.WARMUP_ITERS is -1 by default, as long
+                as the learning rate's warm-up; here the default is 0.)
             classes: names of the student's classes, by which those of a teacher with others are
                 found; None: not known.
             inherit: of "fpn" and "head", what :meth:`inherit` copies from the teacher.
@@ -154,7 +155,8 @@ class FgBgDistiller(nn.Module):
                     "empty: give the config that they were trained with."
                 )
             logger.warning("MODEL.KD.TEACHER.CONFIG is empty: this is plain training.")
-        schedule = {"warmup_iters": kd.WARMUP_ITERS, "stop_iter": kd.STOP_ITER}
+        warmup = cfg.SOLVER.WARMUP_ITERS if kd.WARMUP_ITERS == -1 else kd.WARMUP_ITERS
+        schedule = {"warmup_iters": warmup, "stop_iter": kd.STOP_ITER}
         return {
             "student": student,
             "teacher": teacher,

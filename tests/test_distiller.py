@@ -95,6 +95,13 @@ def test_warm_up_and_stop_scale_both_terms(distil_cfg):
     assert all(p.grad is not None for p in model.parameters())  # or DDP would wait for them
 
 
+@pytest.mark.parametrize("key, expected", [(-1, 7), (0, 0), (3, 3)])
+def test_the_warm_up_is_as_long_as_the_learning_rates_unless_set(distil_cfg, key, expected):
+    distil_cfg.SOLVER.WARMUP_ITERS = 7
+    distil_cfg.MODEL.KD.WARMUP_ITERS = key
+    assert build_model(distil_cfg).warmup_iters == expected
+
+
 def test_gate_shares_reach_the_event_storage(distil_cfg):
     model = build_model(distil_cfg)
     with EventStorage(19) as storage:

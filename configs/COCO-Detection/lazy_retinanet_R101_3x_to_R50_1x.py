@@ -8,7 +8,8 @@ dataloader, optimizer, lr_multiplier = _zoo.dataloader, _zoo.optimizer, _zoo.lr_
 model = L(FgBgDistiller)(
     student=_zoo.model,
     teacher=L(build_teacher)(config="COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-    kd=dict(fg_weight=3.0, bg_weight=1.0),
+    # The warm-up is as long as the learning rate's in lr_multiplier.
+    kd=dict(fg_weight=3.0, bg_weight=1.0, warmup_iters=1000),
 )
 train = _zoo.train
 train.output_dir = "output/COCO-Detection/lazy_retinanet_R101_3x_to_R50_1x"
