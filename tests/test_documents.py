@@ -21,6 +21,7 @@ from conftest import ROOT, save_teacher, tiny_cfg
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.comparison import fill
 from fgbg_kd.config_files import merge_overrides
+from fgbg_kd.engine.loader import _leave_interrupts_to_the_training
 
 TOOLS = sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py"))
 DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -280,3 +281,17 @@ def test_ctrl_c_ends_training_without_a_stack_trace(moment, coco, tmp_path):
     text = (tmp_path / "log.txt").read_text()
     assert text.endswith("stopped\n")
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("error, told", [(EOFError, 0), (ConnectionResetError, 0), (OSError, 1)])
+def test_a_loading_process_is_silent_when_the_training_ends(error, told, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "excepthook", lambda *report: seen.append(report))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        _leave_interrupts_to_the_training(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        sys.excepthook(error, error(), None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(seen) == told

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import random
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -93,8 +94,19 @@ class ResumableLoader:
 
 
 def _leave_interrupts_to_the_training(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: loading ones end with the training, silent."""
+    """Ctrl-C reaches every process of a terminal: loading ones end with the training, silent.
+
+    The thread that hands tensors over would report a training that ended in the midst of it. (What
+    fails in a mapper is raised in the training, not reported here.)
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report = sys.excepthook
+
+    def excepthook(kind, error, trace):
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            report(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
 class _SeededDataset(Dataset):
