@@ -1,6 +1,7 @@
 """Small detectors and a small COCO-format set, made on the spot."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def write_coco(folder, count: int, seed: int) -> tuple[str, str]:
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
     return str(path), str(folder / "images")
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """A tool that runs in this process quiets loggers, which caplog would miss in later tests."""
+
+    def states():
+        known = logging.root.manager.loggerDict.values()
+        loggers = [logger for logger in known if isinstance(logger, logging.Logger)]
+        return {x: (x.level, x.propagate) for x in loggers}
+
+    before = states()
+    yield
+    for logger in states():
+        level, logger.propagate = before.get(logger, (logging.NOTSET, True))
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
