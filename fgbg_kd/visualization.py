@@ -79,7 +79,7 @@ def cell_maps(
         adapters: from student to teacher features, per level; None: those of the method.
     """
     kd = distiller.kd
-    option = vars(kd) if isinstance(kd, FgBg) else FgBg.options()
+    option = kd.option if isinstance(kd, FgBg) else FgBg.options()
     batch = observe(distiller, inputs)
     cells = batch.split(option["assign"])
     student, teacher = batch.student, batch.teacher

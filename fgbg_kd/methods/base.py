@@ -81,12 +81,38 @@ class Method(nn.Module):
     compares_logits = False
     # Names of the losses that it returns.
     losses: Sequence[str] = ("loss_kd",)
+    # The values of options that have but a few, and the options that may be negative.
+    choices: dict[str, Sequence[str]] = {}
+    signed: Sequence[str] = ()
 
     @classmethod
     def options(cls) -> dict[str, Any]:
         """Names and defaults of the constructor's keyword arguments."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def accept(self, given: dict[str, Any]) -> None:
+        """Keeps the options as ``self.option``, by name, if they are what they can be.
+
+        Args:
+            given: the constructor's arguments; more do no harm.
+
+        Raises:
+            ValueError: an option that is not one of its choices, or out of range.
+        """
+        method = type(self).__name__
+        node = "" if method == "FgBg" else f"{method.upper()}."
+        self.option = {name: given[name] for name in self.options()}
+        for name, value in self.option.items():
+            key = f"MODEL.KD.{node}{name.upper()}"
+            if choices := self.choices.get(name):
+                if value not in choices:
+                    raise ValueError(f"{key} is {value!r}: choose from {choices}.")
+            elif name in ("temperature", "num_levels"):
+                if not value > 0:
+                    raise ValueError(f"{key} is {value}: it must be over 0.")
+            elif name not in self.signed and not value >= 0:
+                raise ValueError(f"{key} is {value}: it must be >= 0.")
 
     @classmethod
     def without_predictions(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,13 @@
 """Foreground by direction, background by prediction, where the teacher is not clearly worse."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gate import teacher_gate
 from ..ops import cosine_loss
 from .base import METHOD_REGISTRY, Batch, Method, build_adapters, safe, world_mean
-
-_CHOICES = {
-    "assign": ("all", "scale"),
-    "normalize": ("object", "cell"),
-    "adapter": ("auto", "none", "conv"),
-    "kl": ("sigmoid", "softmax"),
-    "bg_normalizer": ("fg", "bg"),
-    "gate": ("off", "cell", "object", "image"),
-}
 
 
 @METHOD_REGISTRY.register()
@@ -28,12 +18,36 @@ class FgBg(Method):
     L_bg = sum over background cells of g T^2 KL(teacher || student) / number of foreground cells
 
     with the cell weight w (:func:`split`), the gate g (:func:`teacher_gate`) and the adapter phi.
-    The sums go over the whole batch, of all workers: neither image nor batch nor map size changes
-    the scale of a term. Cells that the gate shuts add nothing to the sums above and stay in those
-    below, so a term fades as the student catches up. In a batch without any object L_bg is
-    divided by the number of background cells. Where the detectors have other anchors (RetinaNet and
+    The sums go over the whole batch, of all workers: no size of image, batch or map changes the
+    scale of a term. Cells that the gate shuts stay in the divisors, so a term fades as the student
+    catches up. In a batch without any object L_bg is divided by the number of background cells: by
+    1, empty images would weigh hundredfold. Where the detectors have other anchors (RetinaNet and
     FCOS), the KL compares the largest logit of each class over the anchors of a cell.
+
+    Args:
+        student_channels, teacher_channels: C per level.
+        fg_weight, bg_weight: scales of loss_kd_fg and loss_kd_bg; 0 = without the term.
+        assign: "scale": each box on the one level that fits its size; "all": on every level.
+        normalize: w; "object": 1 / (cells of the box on the level); "cell": 1.
+        adapter: 1x1 convolution phi; "auto": where C differs; "conv": always; "none": never.
+        kl: "sigmoid": of a Bernoulli per class; "softmax": of all and a background logit of 0.
+        temperature: T; 1 = the predictions as they are.
+        bg_normalizer: the cells that L_bg is divided by, foreground ("fg") or background ("bg").
+        gate: over what qualities are averaged before they are compared; "off" = g is 1.
+        gate_margin: how much better the teacher's quality (0..1) must be; under 0, how much worse
+            it may be: a little less sure of the background than a new student, it still knows more.
+        gate_softness: width, in quality, of a sigmoid in place of the gate's step; 0 = a step.
     """
+
+    choices = {
+        "assign": ("all", "scale"),
+        "normalize": ("object", "cell"),
+        "adapter": ("auto", "none", "conv"),
+        "kl": ("sigmoid", "softmax"),
+        "bg_normalizer": ("fg", "bg"),
+        "gate": ("off", "cell", "object", "image"),
+    }
+    signed = ("gate_margin",)
 
     def __init__(
         self,
@@ -52,70 +66,22 @@ class FgBg(Method):
         gate_margin: float = -0.2,
         gate_softness: float = 0.0,
     ):
-        """
-        Args:
-            student_channels, teacher_channels: C per level.
-            fg_weight: scale of loss_kd_fg, the cosine term; 0 = off.
-            bg_weight: scale of loss_kd_bg, the KL term; 0 = off. With both 0 training is plain
-                training.
-            assign: "all": every box on every level; "scale": each box on the one level that fits
-                its size.
-            normalize: weight of a foreground cell: "object": 1 / (cells of its box on that level);
-                "cell": 1.
-            adapter: 1x1 convolution from student to teacher channels, per level. "auto": where they
-                differ; "conv": always; "none": never (an error where they differ).
-            kl: distribution of the background KL. "sigmoid": a Bernoulli per class, as RetinaNet
-                and FCOS predict; "softmax": over the classes and a background logit of 0.
-            temperature: of the KL; 1 = the predictions as they are.
-            bg_normalizer: the background KL is divided by the number of foreground ("fg") or
-                background ("bg") cells.
-            gate: the student learns where the teacher's prediction is better. "cell", "object",
-                "image": over what the two qualities are averaged before they are compared; "off" =
-                it learns everywhere.
-            gate_margin: by how much the teacher's quality (0..1) must be better; 0 = at all; under
-                0 it may be worse by so much, for a teacher that is a little less sure of the
-                background than an untrained student still says what the background looks like.
-            gate_softness: over 0: a sigmoid of this width in quality instead of a step; 0 = a hard
-                gate.
-
-        Raises:
-            ValueError: an option that is not one of its choices, or out of range.
-        """
         super().__init__()
-        for name, choices in _CHOICES.items():
-            value = locals()[name]
-            if value not in choices:
-                raise ValueError(f"MODEL.KD.{name.upper()} is {value!r}: choose from {choices}.")
-        for name in ("fg_weight", "bg_weight", "gate_softness"):
-            if not locals()[name] >= 0:
-                raise ValueError(f"MODEL.KD.{name.upper()} is {locals()[name]}: it must be >= 0.")
-        if not temperature > 0:
-            raise ValueError(f"MODEL.KD.TEMPERATURE is {temperature}: it must be over 0.")
+        self.accept(locals())
         self.fg_weight, self.bg_weight = fg_weight, bg_weight
-        self.assign, self.normalize = assign, normalize
-        self.kl, self.temperature, self.bg_normalizer = kl, temperature, bg_normalizer
-        self.gate, self.gate_margin, self.gate_softness = gate, gate_margin, gate_softness
+        weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
+        self.losses = [name for name, weight in weights.items() if weight > 0]
+        self.needs_boxes = gate != "off"
+        self.needs_logits = bg_weight > 0 or self.needs_boxes
+        self.divergence = {"kl": kl if bg_weight > 0 else None, "temperature": temperature}
+        self.gating = {"mode": gate, "margin": gate_margin, "softness": gate_softness}
         # Built only if used: parameters without a gradient would stop DistributedDataParallel.
-        self.adapters = nn.ModuleList()
-        if fg_weight > 0:
-            self.adapters = build_adapters(student_channels, teacher_channels, adapter)
-
-    @property
-    def needs_logits(self) -> bool:
-        return self.bg_weight > 0 or self.needs_boxes
-
-    @property
-    def needs_boxes(self) -> bool:
-        return self.gate != "off"
+        channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
+        self.adapters = build_adapters(*channels, adapter)
 
     @classmethod
-    def without_predictions(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def without_predictions(cls, options: dict) -> dict:
         return {**options, "bg_weight": 0.0, "gate": "off"}
-
-    @property
-    def losses(self) -> list[str]:
-        weights = {"loss_kd_fg": self.fg_weight, "loss_kd_bg": self.bg_weight}
-        return [name for name, weight in weights.items() if weight > 0]
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
@@ -124,47 +90,29 @@ class FgBg(Method):
             and background cells (NaN where there are none): kd/fg_gate and kd/bg_gate, where the
             teacher guides; with a gate kd/fg_better and kd/bg_better, where its quality is higher.
         """
-        student, teacher = batch.student, batch.teacher
-        cells = batch.split(self.assign, self.normalize)
-        gate = (cells.foreground | cells.background).float()  # (N, R)
+        cells = batch.split(self.option["assign"], self.option["normalize"])
+        foreground, background = cells.foreground.float(), cells.background.float()  # (N, R)
+        shown = {"gate": foreground + background}
         if self.needs_logits:
-            compared = batch.compare(
-                cells,
-                kl=self.kl if self.bg_weight > 0 else None,
-                temperature=self.temperature,
-                quality=self.needs_boxes,
-            )
+            found = batch.compare(cells, quality=self.needs_boxes, **self.divergence)
         if self.needs_boxes:
-            gate = teacher_gate(
-                compared.student_quality,
-                compared.teacher_quality,
-                cells,
-                mode=self.gate,
-                margin=self.gate_margin,
-                softness=self.gate_softness,
-            )
-        foreground, background = cells.foreground.float(), cells.background.float()
-        num_fg, num_bg, fg_weight = world_mean(
-            torch.stack([foreground.sum(), background.sum(), cells.weight.sum()])
-        )
+            qualities = found.student_quality, found.teacher_quality
+            shown["gate"] = teacher_gate(*qualities, cells, **self.gating)
+            shown["better"] = qualities[1] > qualities[0]
+        sums = torch.stack([foreground.sum(), background.sum(), cells.weight.sum()])
+        num_fg, num_bg, weight = world_mean(sums)
         losses = {}
         if self.fg_weight > 0:
-            adapted = [phi(f) for phi, f in zip(self.adapters, student.features)]
-            loss = cosine_loss(adapted, teacher.features, cells.weight * gate)
-            losses["loss_kd_fg"] = self.fg_weight * loss / safe(fg_weight)
+            adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
+            loss = cosine_loss(adapted, batch.teacher.features, cells.weight * shown["gate"])
+            losses["loss_kd_fg"] = self.fg_weight * loss / safe(weight)
         if self.bg_weight > 0:
-            loss = (gate * compared.kl).sum()
-            # Without any foreground the unit is missing: then the mean over the background, or a
-            # batch of empty images would weigh hundreds of times as much as any other.
-            by_fg = (num_fg > 0) & (self.bg_normalizer == "fg")
-            normalizer = torch.where(by_fg, num_fg, num_bg)
-            losses["loss_kd_bg"] = self.bg_weight * loss / safe(normalizer)
-        where = {"gate": gate}
-        if self.needs_boxes:
-            where["better"] = compared.teacher_quality > compared.student_quality
+            loss = (shown["gate"] * found.kl).sum()
+            by_fg = (num_fg > 0) & (self.option["bg_normalizer"] == "fg")
+            losses["loss_kd_bg"] = self.bg_weight * loss / safe(torch.where(by_fg, num_fg, num_bg))
         shares = {
             f"kd/{name}_{what}": (there * part).sum() / part.sum()
             for name, part in (("fg", foreground), ("bg", background))
-            for what, there in where.items()
+            for what, there in shown.items()
         }
         return losses, shares

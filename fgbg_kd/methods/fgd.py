@@ -45,6 +45,7 @@ class FGD(Method):
         temperature: float = 0.5,  # FCOS 0.8
     ):
         super().__init__()
+        self.accept(locals())
         self.weight, self.temperature = weight, temperature
         self.ratios = (1.0, bg_ratio, attention_ratio, global_ratio)
         self.adapters = build_adapters(student_channels, teacher_channels)

@@ -322,3 +322,15 @@ def test_only_qfl_runs_the_teachers_head(distil_cfg):
 def test_options_of_a_peer_stand_in_its_node(distil_cfg):
     distil_cfg.merge_from_list(["MODEL.KD.METHOD", "PKD", "MODEL.KD.PKD.WEIGHT", "0.5"])
     assert build_model(distil_cfg).kd.weight == 0.5
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_negative_weight_is_named(name):
+    with pytest.raises(ValueError, match=f"MODEL.KD.{name.upper()}.WEIGHT is -1.0: .* >= 0"):
+        METHOD_REGISTRY.get(name)([3], [3], weight=-1.0)
+
+
+@pytest.mark.parametrize("name, option", [("CWD", "temperature"), ("PKD", "num_levels")])
+def test_an_option_that_cannot_be_0_is_named(name, option):
+    with pytest.raises(ValueError, match=f"{name}.{option.upper()} is 0: it must be over 0"):
+        METHOD_REGISTRY.get(name)([3], [3], **{option: 0})
