@@ -32,12 +32,13 @@ def teacher_gate(
     real = (split.foreground | split.background).float()
     advantage = teacher - student
     if mode == "object":
-        mean = _group_mean(advantage, split.box_index.clamp(min=0).long(), split.foreground)
+        owner, boxes = split.box_index.clamp(min=0).long(), split.boxes.shape[1]
+        mean = _group_mean(advantage, owner, boxes, split.foreground)
         advantage = torch.where(split.foreground, mean, advantage)
     elif mode == "image":
         everything = torch.zeros_like(split.box_index, dtype=torch.long)
-        fg = _group_mean(advantage, everything, split.foreground)
-        bg = _group_mean(advantage, everything, split.background)
+        fg = _group_mean(advantage, everything, 1, split.foreground)
+        bg = _group_mean(advantage, everything, 1, split.background)
         advantage = torch.where(split.foreground, fg, bg)
     elif mode != "cell":
         raise ValueError(f"mode is {mode!r}: it can be 'cell', 'object' or 'image'.")
@@ -46,9 +47,8 @@ def teacher_gate(
     return real * (advantage > margin)
 
 
-def _group_mean(value: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+def _group_mean(value: Tensor, group: Tensor, num_groups: int, mask: Tensor) -> Tensor:
     """(N, R): mean of the masked values of the same image and group, spread to its cells."""
-    total, count = (
-        torch.zeros_like(value).scatter_add(1, group, x) for x in (value * mask, mask.float())
-    )
+    zeros = value.new_zeros(len(value), num_groups)
+    total, count = (zeros.scatter_add(1, group, x) for x in (value * mask, mask.to(value.dtype)))
     return (total / count.clamp(min=1)).gather(1, group)

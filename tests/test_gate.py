@@ -96,3 +96,12 @@ def test_padding_is_never_taught_and_no_gradient_flows(mode, softness):
 def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="'maybe'"):
         teacher_gate(torch.zeros(1, 4), torch.zeros(1, 4), cells(), mode="maybe")
+
+
+def test_an_image_may_have_more_objects_than_cells():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(30, 2, generator=generator) * 12
+    owned = split([torch.cat([corner, corner + 3], 1)], [(16, 16)], [(2, 2)], [8])
+    assert owned.box_index.max() >= 4
+    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned, mode="object")
+    assert gate.tolist() == [[1, 1, 1, 1]]

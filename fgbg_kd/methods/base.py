@@ -95,19 +95,22 @@ class Method(nn.Module):
         """Keeps the options as ``self.option``, by name, if they are what they can be.
 
         Args:
-            given: the constructor's arguments; more do no harm.
+            given: ``locals()`` of the constructor, whose own options they are: a subclass may have
+                others.
 
         Raises:
             ValueError: an option that is not one of its choices, or out of range.
         """
-        method = type(self).__name__
-        node = "" if method == "FgBg" else f"{method.upper()}."
-        self.option = {name: given[name] for name in self.options()}
+        method = given["__class__"]
+        node = "" if method.__name__ == "FgBg" else f"{method.__name__.upper()}."
+        self.option = {name: given[name] for name in method.options()}
         for name, value in self.option.items():
             key = f"MODEL.KD.{node}{name.upper()}"
             if choices := self.choices.get(name):
                 if value not in choices:
                     raise ValueError(f"{key} is {value!r}: choose from {choices}.")
+            elif not isinstance(value, int | float):
+                continue
             elif name in ("temperature", "num_levels"):
                 if not value > 0:
                     raise ValueError(f"{key} is {value}: it must be over 0.")

@@ -184,9 +184,7 @@ def _smallest_box(rows, columns, here: Tensor) -> Tensor:
 
 def _level_of_size(area: Tensor, strides: Sequence[int]) -> Tensor:
     """(N, B) int64: the first level whose stride is over sqrt(area) / 14, else the last."""
-    bounds = 7 * upload(
-        list(strides[1:]), area, area.dtype
-    )  # stride 8: up to 112 px, 16: up to 224, ...
+    bounds = 14 * upload(list(strides[:-1]), area, area.dtype)  # stride 8: up to 112 px, ...
     return (area.sqrt()[..., None] >= bounds).sum(-1)
 
 

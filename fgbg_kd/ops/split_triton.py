@@ -59,9 +59,9 @@ def box_index_kernel(
         here = (number & (x1 > x0) & (y1 > y0)) & exists
         if SCALE:
             home = same
-            side = tl.sqrt_rn(area)
-            for i in tl.static_range(1, LEVELS):
-                bound = tl.load(levels + i * 4 + 2).to(tl.float32) * 7
+            side = tl.sqrt_rn(tl.maximum(area, 0.0))
+            for i in tl.static_range(LEVELS - 1):
+                bound = tl.load(levels + i * 4 + 2).to(tl.float32) * 14
                 home += (side >= bound).to(tl.int32)
             here = here & (home == level)
         inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)

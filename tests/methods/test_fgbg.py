@@ -103,3 +103,15 @@ def test_two_workers_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_pat
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FgBg(**{"student_channels": [3], "teacher_channels": [3], **options})
+
+
+def test_a_subclass_may_have_options_of_its_own():
+    class Mine(FgBg):
+        def __init__(self, *channels, extra="yes", **options):
+            super().__init__(*channels, **options)
+            self.extra = extra
+
+    mine = Mine([3], [3], extra="no", assign="all")
+    assert mine.extra == "no" and mine.option == {**FgBg.options(), "assign": "all"}
+    with pytest.raises(ValueError, match="MODEL.KD.FG_WEIGHT is -1"):
+        Mine([3], [3], fg_weight=-1)

@@ -57,15 +57,16 @@ def owner_by_definition(boxes, image_size, shape, stride, here):
 coordinate = st.integers(-80, 400).map(lambda v: v / 4)
 box = st.tuples(coordinate, coordinate, coordinate, coordinate)
 image = st.tuples(st.integers(1, 64), st.integers(1, 64), st.lists(box, max_size=20))
+# On the second, images of 64 pixels hold boxes of every level: from 28 and from 42 pixels on.
+strides = st.sampled_from([(8, 16, 32), (2, 3, 8)])
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]))
-def test_split_is_its_definition(images, assign):
+@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]), strides)
+def test_split_is_its_definition(images, assign, strides):
     sizes = [(h, w) for h, w, _ in images]
     boxes = [b for *_, b in images]
     padded = [math.ceil(max(s[i] for s in sizes) / 32) * 32 for i in (0, 1)]
-    strides = (8, 16, 32)
     shapes = [(padded[0] // s, padded[1] // s) for s in strides]
     tensors = [torch.tensor(b).reshape(-1, 4) for b in boxes]
     result = split(tensors, sizes, shapes, strides, assign=assign)
@@ -73,7 +74,7 @@ def test_split_is_its_definition(images, assign):
     for level, (shape, stride) in enumerate(zip(shapes, strides)):
         stop = start + shape[0] * shape[1]
         for n, image_boxes in enumerate(boxes):
-            here = [assign == "all" or home(b, sizes[n]) == level for b in image_boxes]
+            here = [assign == "all" or home(b, sizes[n], strides) == level for b in image_boxes]
             expected = owner_by_definition(image_boxes, sizes[n], shape, stride, here)
             got = result.box_index[n, start:stop].reshape(shape).tolist()
             assert got == expected
@@ -81,20 +82,20 @@ def test_split_is_its_definition(images, assign):
     assert start == result.box_index.shape[1]
 
 
-def home(box, size):
+def home(box, size, strides):
     """DeFeat's rule: stride 8 up to 112 pixels, 16 up to 224, 32 beyond."""
     x0, x1 = (min(max(v, 0), size[1]) for v in (box[0], box[2]))
     y0, y1 = (min(max(v, 0), size[0]) for v in (box[1], box[3]))
     side = math.sqrt(max((x1 - x0) * (y1 - y0), 0))
-    return 0 if side < 112 else 1 if side < 224 else 2
+    return next((i for i, s in enumerate(strides) if side < 14 * s), len(strides) - 1)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]))
-def test_the_kernel_is_the_definition(images, assign):
+@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]), strides)
+def test_the_kernel_is_the_definition(images, assign, strides):
     sizes = [(h, w) for h, w, _ in images]
     tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
-    arguments = (tensors, sizes, [(8, 8), (4, 4), (2, 2)], (8, 16, 32))
+    arguments = (tensors, sizes, [(64 // s, 64 // s) for s in strides], strides)
     plain, fused = (split(*arguments, assign=assign, impl=i) for i in ("torch", "triton"))
     assert torch.equal(plain.box_index, fused.box_index)
     assert torch.equal(plain.weight, fused.weight)
@@ -251,25 +252,26 @@ def owners_by_comparing_all(boxes, sizes, shape, stride, here):
 
 
 def test_ten_thousand_fuzzed_images_are_split_as_comparing_all_cells_says():
-    seen, counted = set(), []
+    seen, used, counted = set(), set(), []
 
     @settings(
         max_examples=200, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
     )
-    @given(odd_images, st.sampled_from(["all", "scale"]))
-    def fuzz(images, assign):
+    @given(odd_images, st.sampled_from(["all", "scale"]), strides)
+    def fuzz(images, assign, strides):
         sizes = np.array([(h, w) for h, w, _ in images])
         most = max(1, *(len(b) for *_, b in images))
         boxes = np.full((len(images), most, 4), np.nan)
         for n, (*_, b) in enumerate(images):
             boxes[n, : len(b)] = np.reshape(b, (-1, 4))
-        strides, shapes = (8, 16, 32), [(8, 8), (4, 4), (2, 2)]
+        shapes = [(64 // s, 64 // s) for s in strides]
         tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
         got = split(tensors, sizes.tolist(), shapes, strides, assign=assign)
         per_level = got.box_index.split([h * w for h, w in shapes], 1)
         for level, (shape, stride, index) in enumerate(zip(shapes, strides, per_level)):
-            # An image of up to 64 x 64 is smaller than the smallest bound of "scale".
-            here = np.full(boxes.shape[:2], assign == "all" or level == 0)
+            own = [[home(b, sizes[n], strides) for b in boxes[n]] for n in range(len(boxes))]
+            here = (np.array(own) == level) | (assign == "all")
+            used.update(np.array(own).ravel().tolist())
             expected = owners_by_comparing_all(boxes, sizes, shape, stride, here)
             assert np.array_equal(index.reshape(-1, *shape).numpy(), expected)
         assert got.weight.isfinite().all() and bool((got.weight[got.foreground] > 0).all())
@@ -279,4 +281,4 @@ def test_ten_thousand_fuzzed_images_are_split_as_comparing_all_cells_says():
 
     with np.errstate(invalid="ignore"):
         fuzz()
-    assert sum(counted) >= 10_000 and {PADDING, BACKGROUND, 0, 5} <= seen
+    assert sum(counted) >= 10_000 and {PADDING, BACKGROUND, 0, 5} <= seen and used == {0, 1, 2}
