@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .errors import KINDS
 from .methods import METHOD_REGISTRY
-from .runs import METRICS, flat
+from .runs import COUNTED, METRICS, flat, keys_read
 
 PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
 
@@ -29,10 +29,9 @@ def method_overrides(cfg, spec: str) -> list[str]:
             option of the method, or a key of MODEL.KD, or a whole one: "PKD WEIGHT=2".
 
     Raises:
-        ValueError: no such method or key.
+        ValueError: no such method, or no key that it reads and that may differ from run to run.
     """
     name, *options = spec.split()
-    keys = flat(cfg)
     if name == PLAIN:
         overrides, prefixes = ["MODEL.META_ARCHITECTURE", cfg.MODEL.KD.STUDENT], [""]
     elif name in METHOD_REGISTRY:
@@ -41,11 +40,13 @@ def method_overrides(cfg, spec: str) -> list[str]:
     else:
         names = sorted(n for n, _ in METHOD_REGISTRY)
         raise ValueError(f"No method {name!r}: choose from {[PLAIN, *names]}.")
+    chosen = dict(zip(overrides[::2], overrides[1::2]))
+    keys = keys_read({**flat(cfg), **chosen}).keys() - {*COUNTED}
     for option in options:
         key, equals, value = option.partition("=")
         found = [prefix + key for prefix in prefixes if prefix + key in keys]
         if not equals or not found:
-            raise ValueError(f"{spec!r}: {option!r} is not KEY=VALUE with a key of {name}.")
+            raise ValueError(f"{spec!r}: {option!r} is not KEY=VALUE with a key that {name} reads.")
         overrides += [found[0], value]
     return overrides
 
@@ -68,12 +69,16 @@ def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float | Non
 def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """Rows by comparison (config and its overrides), then method (:func:`name_of`), then seed.
 
-    Of rows with one key the last counts. The variants of a method stand together.
+    Of rows with one key the last counts, and of a comparison only those of its last "task"
+    (:func:`fgbg_kd.runs.task_of`; rows of old have none): files under the same names change. The
+    variants of a method stand together.
     """
     groups: dict = {}
-    for row in rows:
-        title = " ".join([row["config"], *row["overrides"]])
-        groups.setdefault(title, {}).setdefault(name_of(row), {})[row["seed"]] = row
+    titles = [_title(row) for row in rows]
+    last = {title: row["task"] for title, row in zip(titles, rows) if row.get("task")}
+    for title, row in zip(titles, rows):
+        if row.get("task") in (None, last.get(title)):
+            groups.setdefault(title, {}).setdefault(name_of(row), {})[row["seed"]] = row
     for title, methods in groups.items():
         families = [name.split()[0] for name in methods]
         groups[title] = {
@@ -81,6 +86,15 @@ def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
             for name in sorted(methods, key=lambda name: families.index(name.split()[0]))
         }
     return groups
+
+
+def _title(row: dict) -> str:
+    return " ".join([row["config"], *row["overrides"]])
+
+
+def shown(rows: list[dict], row: dict) -> dict | None:
+    """Of the rows that :func:`group` keeps, the one with the key of this one."""
+    return group(rows).get(_title(row), {}).get(name_of(row), {}).get(row["seed"])
 
 
 def name_of(row: dict) -> str:

@@ -4,6 +4,11 @@ import hashlib
 from pathlib import Path
 
 
+def sha256_of_text(text: str) -> str:
+    """Hex digits of a text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex digits of a file's sha256."""
     digest = hashlib.sha256()

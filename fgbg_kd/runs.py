@@ -15,13 +15,24 @@ import time
 from pathlib import Path
 
 from .config import get_fgbg_kd_cfg
+from .detector import find_config
 from .engine import read_config
-from .hashing import sha256_of
+from .hashing import sha256_of, sha256_of_text
 from .methods import METHOD_REGISTRY, FgBg
 from .records import read_json, read_rows, write_whole
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_DATA = "sha256 of DATASETS."
+# Keys that name a file whose content is a part of a run's settings.
+_FILES = (
+    "DATASETS.TRAIN_JSON",
+    "DATASETS.TEST_JSON",
+    "MODEL.WEIGHTS",
+    "MODEL.TIMM.WEIGHTS",
+    "MODEL.KD.TEACHER.CONFIG",
+)
+_CONTENT = "sha256 of "
+# What a comparison sets itself, run by run.
+COUNTED = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 _NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
 
 
@@ -198,16 +209,41 @@ def commit() -> str:
 
 def settings_of(cfg, reads: Path | None = None) -> dict:
     """What the result of a run depends on: its config as {"A.B.C": value}, and hashes of a
-    checkpoint and of the data's JSON files.
+    checkpoint and of the files that the config names (of the data, the JSON files).
 
     Keys that the run does not read, and OUTPUT_DIR, are left out.
     """
-    settings = keys_read(flat(cfg))
+    return _with_contents(keys_read(flat(cfg)), reads)
+
+
+def task_of(cfg, teacher: Path | None = None) -> str:
+    """Hash of what all runs of a comparison share: :func:`settings_of` without the method, its
+    options and the seed, as far as they are not defaults.
+
+    Args:
+        cfg: config that distils.
+        teacher: its teacher's checkpoint.
+    """
+    neutral = {"MODEL.META_ARCHITECTURE": "FgBgDistiller", "MODEL.KD.METHOD": ""}
+    settings = _with_contents(keys_read({**flat(cfg), **neutral}), teacher)
+    default = _defaults()
+    told = {k: v for k, v in settings.items() if k not in COUNTED and default.get(k) != v}
+    return sha256_of_text(json.dumps(told, sort_keys=True))[:10]
+
+
+def _with_contents(settings: dict, reads: Path | None) -> dict:
     del settings["OUTPUT_DIR"]
-    for key in ("TRAIN_JSON", "TEST_JSON"):
-        if os.path.isfile(cfg.DATASETS[key]):
-            settings[_DATA + key] = sha256_of(cfg.DATASETS[key])
+    for key in _FILES:
+        file = settings.get(key, "")
+        if key == "MODEL.KD.TEACHER.CONFIG" and file:
+            file = find_config(file)
+        if os.path.isfile(file):
+            settings[_CONTENT + key] = sha256_of(file)
     return json.loads(json.dumps(settings | _hash(reads)))  # tuples become lists, as in a file
+
+
+def _defaults() -> dict:
+    return json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
 
 
 def python_settings(config: Path, opts: list[str], reads: Path | None = None) -> dict:
@@ -244,7 +280,7 @@ def flat(node, prefix: str = "") -> dict:
 def _claim(output: Path, settings: dict) -> None:
     """Writes the settings into a new folder, or checks that an old one has the same.
 
-    What older folders do not say is no difference: keys at their default, hashes of the data.
+    What older folders do not say is no difference: keys at their default, hashes of files.
     """
     kept = output / "settings.json"
     if not kept.is_file():
@@ -252,8 +288,8 @@ def _claim(output: Path, settings: dict) -> None:
             raise RunError(f"{output} holds a run of unknown settings: move it away.")
         write_whole(kept, json.dumps(settings, indent=1))
         return
-    old, default = read_json(kept), json.loads(json.dumps(flat(get_fgbg_kd_cfg())))
-    default |= {key: value for key, value in settings.items() if key.startswith(_DATA)}
+    old, default = read_json(kept), _defaults()
+    default |= {_CONTENT + key: settings.get(_CONTENT + key) for key in _FILES}
     changes = [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in settings.items()

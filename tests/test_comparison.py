@@ -19,12 +19,13 @@ from fgbg_kd.comparison import (
     method_overrides,
     paired,
     plot,
+    shown,
 )
 from fgbg_kd.config_files import merge_overrides
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, read_config
 from fgbg_kd.records import read_rows
-from fgbg_kd.runs import RunError
+from fgbg_kd.runs import RunError, task_of
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def compare_tool(monkeypatch):
         ("PKD WARMUP_ITERS=5", ["MODEL.KD.WARMUP_ITERS", "5"]),
         ("FgBg GATE=off BG_WEIGHT=0", ["MODEL.KD.GATE", "off", "MODEL.KD.BG_WEIGHT", "0"]),
         ("FgBg SOLVER.BASE_LR=1", ["SOLVER.BASE_LR", "1"]),
-        ("plain SEED=3", ["SEED", "3"]),
+        ("plain SOLVER.MAX_ITER=3", ["SOLVER.MAX_ITER", "3"]),
     ],
 )
 def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
@@ -53,7 +54,10 @@ def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
 
 
 @pytest.mark.parametrize(
-    "spec", ["Magic", "PKD MAGIC=1", "PKD WEIGHT", "plain WEIGHT=1", "PKD KD=1"]
+    "spec",
+    ["Magic", "PKD MAGIC=1", "PKD WEIGHT", "plain WEIGHT=1", "PKD KD=1"]
+    # What the run would not read, or the comparison sets itself: a row under a wrong name.
+    + ["PKD GATE=off", "PKD MODEL.KD.FG_WEIGHT=9", "plain MODEL.KD.FG_WEIGHT=9", "FgBg SEED=5"],
 )
 def test_what_is_no_method_or_option_is_named(distil_cfg, spec):
     with pytest.raises(ValueError, match=spec.split()[-1]):
@@ -118,6 +122,34 @@ def test_of_two_rows_the_later_counts_and_a_row_keeps_its_meaning_when_a_default
         "FgBg BG_WEIGHT=2": {0: 7.0},
         "PKD WEIGHT=2 SOLVER.MAX_ITER=9": {0: 5.0},
     }
+
+
+def test_rows_of_other_settings_under_the_same_names_are_left_out():
+    rows = [row("plain", seed, 10.0, task="old") for seed in range(3)]
+    rows += [row("PKD", 0, 11.0, task="old"), row("plain", 0, 30.0, task="new")]
+    rows += [row("FgBg", 0, 12.0)]  # of before rows told their task
+    by_name = {n: {s: r["AP"] for s, r in x.items()} for n, x in group(rows)["c.yaml"].items()}
+    assert by_name == {"plain": {0: 30.0}, "FgBg": {0: 12.0}}
+    assert shown(rows, rows[4]) is rows[4]
+    assert shown(rows, rows[0]) is rows[4]  # so that a return to settings of old adds a row again
+    assert shown(rows, rows[1]) is None
+
+
+def test_the_task_is_what_runs_share(coco, distil_cfg, tmp_path):
+    weights = tmp_path / "t.pth"
+    weights.write_bytes(b"1")
+    task, told = task_of(distil_cfg, weights), set()
+    for key, value in [("SEED", 3), ("MODEL.KD.METHOD", "PKD"), ("MODEL.KD.FG_WEIGHT", 9.0)]:
+        other = distil_cfg.clone()
+        other.merge_from_list([key, value])
+        assert task_of(other, weights) == task
+    for key, value in [("SOLVER.BASE_LR", 0.7), ("MODEL.KD.WARMUP_ITERS", 7)]:
+        other = distil_cfg.clone()
+        other.merge_from_list([key, value])
+        told.add(task_of(other, weights))
+    weights.write_bytes(b"2")
+    told.add(task_of(distil_cfg, weights))
+    assert len(told | {task}) == 4
 
 
 def test_the_table_by_hand(tmp_path):
@@ -188,6 +220,11 @@ def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, co
     kd.WEIGHTS = str(tmp_path / "elsewhere.pth")
     with pytest.raises(RunError, match="elsewhere.pth: there is no such file"):
         compare_tool.train_or_find_teacher(Cannot(), cfg)
+    kd.WEIGHTS = ""
+    assert compare_tool.train_or_find_teacher(Cannot(), cfg) is None
+    cfg.MODEL.WEIGHTS = str(weights)  # what the teacher's config names is a part of the settings
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    assert compare_tool.train_or_find_teacher(Cannot(), cfg) == weights
     kd.CONFIG = ""
     with pytest.raises(RunError, match="TEACHER.CONFIG is empty"):
         compare_tool.train_or_find_teacher(Cannot(), cfg)

@@ -40,6 +40,7 @@ from fgbg_kd.comparison import (
     markdown,
     method_overrides,
     plot,
+    shown,
 )
 from fgbg_kd.config import method_options
 from fgbg_kd.data import training_classes
@@ -47,8 +48,8 @@ from fgbg_kd.detector import build_detector, find_config, read_detector_config, 
 from fgbg_kd.engine import load_config, read_config
 from fgbg_kd.errors import run_errors, tide, truth_of
 from fgbg_kd.methods import METHOD_REGISTRY
-from fgbg_kd.records import add_row, read_rows, write_whole
-from fgbg_kd.runs import RunError, Runner, flat
+from fgbg_kd.records import add_row, read_json, read_rows, write_whole
+from fgbg_kd.runs import COUNTED, RunError, Runner, flat, task_of
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 
@@ -81,14 +82,13 @@ def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
     kd = cfg.MODEL.KD.TEACHER
     if not kd.CONFIG:
         raise RunError("MODEL.KD.TEACHER.CONFIG is empty: give a config that distils.")
-    if not kd.WEIGHTS:
-        return None
-    weights = Path(kd.WEIGHTS)
+    named = kd.WEIGHTS or weights_of(kd.CONFIG, read_detector_config(kd.CONFIG))
+    weights = Path(named)
     if not weights.is_file() and Path(kd.CONFIG).is_file() and kd.CONFIG.endswith(".yaml"):
         output = Path(read_config(kd.CONFIG).OUTPUT_DIR)
         if output / "model_final.pth" == weights:
             runner.run("teacher", kd.CONFIG, output, [])
-    if not weights.is_file() and "://" not in kd.WEIGHTS:
+    if kd.WEIGHTS and not weights.is_file() and "://" not in kd.WEIGHTS:
         raise RunError(f"MODEL.KD.TEACHER.WEIGHTS is {kd.WEIGHTS}: there is no such file.")
     return weights if weights.is_file() else None
 
@@ -145,9 +145,16 @@ def compare(args, output: Path) -> None:
             options[spec] = method_options(changed)
             # What is wrong with a value shows now, not after hours.
             METHOD_REGISTRY.get(changed.MODEL.KD.METHOD)([1], [1], **options[spec])
+    if counted := sorted({*args.set[::2]} & {*COUNTED}):
+        raise RunError(
+            f"--set {' '.join(counted)}: compare.py sets it for each run (--seeds, --output)."
+        )
+    truth = truth_of(flat(cfg))
+    if truth and all(a.get("iscrowd") for a in read_json(truth)["annotations"]):
+        raise RunError(f"{truth} has no box to be found, so there is no AP: give another test set.")
     if args.errors:
         tide()
-        if truth_of(flat(cfg)) is None:
+        if truth is None:
             raise RunError(f"--errors: no COCO file is known of {cfg.DATASETS.TEST[0]}.")
     results = output / "results.jsonl"
     output.mkdir(parents=True, exist_ok=True)
@@ -162,16 +169,18 @@ def compare(args, output: Path) -> None:
             "seed": seed,
             "config": args.config_file,
             "overrides": args.set,
+            "task": task,
             "options": options.get(method, {}),
             **result,
             "folder": str(folder),
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             **about,
         }
-        key = {"config", "overrides", "method", "seed", "options", *result} - {"errors"}
-        same = [r for r in read_rows(results) if all(r.get(k) == row[k] for k in key)]
-        if same and args.errors and not same[-1].get("errors"):  # what ran stays as it was recorded
-            row, same = {**same[-1], "errors": result["errors"]}, []
+        key = {"config", "overrides", "method", "seed", "options", "task", *result} - {"errors"}
+        there = shown(read_rows(results), row)
+        same = there is not None and all(there.get(k) == row[k] for k in key)
+        if same and args.errors and not there.get("errors"):  # what ran stays as it was recorded
+            row, same = {**there, "errors": result["errors"]}, False
         if not same:
             add_row(results, row)
         write_whole(output / "results.md", tables([results], output))
@@ -185,6 +194,7 @@ def compare(args, output: Path) -> None:
     with Runner(TRAIN_NET, threads) as runner, ThreadPoolExecutor(args.jobs) as pool:
         try:
             teacher = train_or_find_teacher(runner, cfg)
+            task = task_of(cfg, teacher)
             folder = base / TEACHER
             try:
                 config, opts = teacher_evaluation(cfg, teacher)
