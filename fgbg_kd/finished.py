@@ -20,6 +20,15 @@ from .records import read_json, read_rows
 from .runs import flat
 
 DISTILLED = "distilled"
+# Keys that say what a run trains and how; those that a distilled run has beside its plain one, or
+# that change no result.
+_RECIPE = ("MODEL.", "INPUT.", "SOLVER.", "DATASETS.TRAIN")
+_APART = {
+    "MODEL.META_ARCHITECTURE",
+    "MODEL.DEVICE",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +69,14 @@ class Run:
         """What runs must have in common for their AP to be compared: test set and iterations."""
         names = self.config.get("DATASETS.TEST") or self.config.get("dataloader.test.dataset.names")
         return str(names), self.config.get("DATASETS.TEST_JSON"), self.iterations
+
+    def trained_as(self, other: "Run") -> bool:
+        """Whether both have the same :attr:`task`, student, data and solver, as far as both configs
+        say (a Python config's model and its solver are not compared)."""
+        a, b = self.config, other.config
+        keys = a.keys() & b.keys() - _APART
+        told = [k for k in keys if k.startswith(_RECIPE) and not k.startswith("MODEL.KD.")]
+        return self.task == other.task and all(a[k] == b[k] for k in told)
 
     @property
     def seed(self) -> int:

@@ -100,9 +100,13 @@ def _or_lacks(lacks: list[str], what: str):
 
 
 def _baselines(groups) -> dict[str, str | None]:
-    """Of each distilled group the plain one of the same test set and iterations, or None."""
-    plain = {m[0].task: g for g, m in reversed(groups.items()) if m[0].role == PLAIN}
-    return {g: plain.get(m[0].task) for g, m in groups.items() if m[0].role == DISTILLED}
+    """Of each distilled group the first plain one that differs in nothing but distillation."""
+    plain = {g: m[0] for g, m in groups.items() if m[0].role == PLAIN}
+    distilled = {g: m[0] for g, m in groups.items() if m[0].role == DISTILLED}
+    return {
+        name: next((g for g, p in plain.items() if p.trained_as(run)), None)
+        for name, run in distilled.items()
+    }
 
 
 def _gains(groups, plain: dict, lacks: list[str]) -> list[tuple[str, str, str, str]]:
@@ -119,8 +123,8 @@ def _gains(groups, plain: dict, lacks: list[str]) -> list[tuple[str, str, str, s
             gains.append((name, signed(gain, 1), base, seeds))
         else:
             lacks.append(
-                f"{name}: its gain, which needs a plain run to its end on the same test set, of as "
-                "many iterations and of the same seed"
+                f"{name}: its gain, which needs a plain run to its end of the same student, data, "
+                "solver and seed, on the same test set"
             )
     return gains
 

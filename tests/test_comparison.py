@@ -1,5 +1,6 @@
 """Comparisons: what a method's name means, the arithmetic of the table, and the tool itself."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -302,6 +303,31 @@ def test_without_the_teachers_row_the_students_are_compared(
     assert "its last lines" not in told and "| PKD | +0.00 | – | – |" in told
     rows = read_rows(tmp_path / "out" / "results.jsonl")
     assert sorted(r["method"] for r in rows) == ["PKD", "plain"]
+
+
+def test_what_would_end_in_a_meaningless_table_is_refused_before_a_run(
+    coco, teacher_files, tmp_path, monkeypatch, compare_tool
+):
+    monkeypatch.setattr(compare_tool.Runner, "run", None)
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    data = json.loads(Path(coco[0]).read_text())
+    data["annotations"] = [{**a, "iscrowd": 1} for a in data["annotations"]]
+    (tmp_path / "crowds.json").write_text(json.dumps(data))
+    command = ["compare.py", "--config-file", str(tmp_path / "c.yaml"), "--methods", "plain"]
+    command += ["--output", str(tmp_path / "out"), "--set"]
+    for options, message in [
+        (
+            ["DATASETS.TEST", "('crowds',)", "DATASETS.TEST_JSON", str(tmp_path / "crowds.json")],
+            "no box to be found",
+        ),
+        (["SEED", "3"], "--set SEED: compare.py sets it"),
+    ]:
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        with pytest.raises(RunError, match=message):
+            compare_tool.main()
 
 
 def test_the_tool_trains_compares_and_does_nothing_twice(

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -253,7 +254,7 @@ def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
     assert "mine: parameters, GFLOPs and time: it is of a Python config" in lacks
 
 
-def test_runs_are_compared_with_those_of_their_own_test_set_and_schedule(runs, tmp_path):
+def test_runs_are_compared_with_those_of_their_own_test_set_and_recipe(runs, tmp_path):
     for name in ("plain", "distilled"):
         shutil.copytree(runs / name / "seed0", tmp_path / "a" / name)
         folder = shutil.copytree(runs / name / "seed0", tmp_path / "b" / name)
@@ -264,6 +265,9 @@ def test_runs_are_compared_with_those_of_their_own_test_set_and_schedule(runs, t
     only = shutil.copytree(runs / "distilled" / "seed0", tmp_path / "longer")
     text = (only / "config.yaml").read_text().replace("MAX_ITER: 101", "MAX_ITER: 100")
     (only / "config.yaml").write_text(text)
+    faster = shutil.copytree(runs / "plain" / "seed0", tmp_path / "a" / "faster")
+    text = (faster / "config.yaml").read_text()
+    (faster / "config.yaml").write_text(re.sub(r"BASE_LR: .*", "BASE_LR: 0.7", text))
     evaluated = shutil.copytree(runs / "plain" / "seed0", tmp_path / "a" / "an_evaluation")
     (evaluated / "metrics.json").unlink()  # by the plain config, of whatever weights
     write_report([tmp_path], tmp_path / "report.html", print)
