@@ -74,9 +74,9 @@ def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
     variants of a method stand together.
     """
     groups: dict = {}
-    titles = [_title(row) for row in rows]
-    last = {title: row["task"] for title, row in zip(titles, rows) if row.get("task")}
-    for title, row in zip(titles, rows):
+    last = _last_tasks(rows)
+    for row in rows:
+        title = _title(row)
         if row.get("task") in (None, last.get(title)):
             groups.setdefault(title, {}).setdefault(name_of(row), {})[row["seed"]] = row
     for title, methods in groups.items():
@@ -92,9 +92,13 @@ def _title(row: dict) -> str:
     return " ".join([row["config"], *row["overrides"]])
 
 
-def shown(rows: list[dict], row: dict) -> dict | None:
-    """Of the rows that :func:`group` keeps, the one with the key of this one."""
-    return group(rows).get(_title(row), {}).get(name_of(row), {}).get(row["seed"])
+def _last_tasks(rows: list[dict]) -> dict[str, str]:
+    return {_title(row): row["task"] for row in rows if row.get("task")}
+
+
+def is_kept(row: dict, rows: list[dict]) -> bool:
+    """Whether the rows hold this one, and :func:`group` takes its task for the last."""
+    return row in rows and _last_tasks(rows).get(_title(row)) == row["task"]
 
 
 def name_of(row: dict) -> str:

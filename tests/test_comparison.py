@@ -16,11 +16,11 @@ from fgbg_kd.comparison import (
     group,
     heading,
     interval,
+    is_kept,
     markdown,
     method_overrides,
     paired,
     plot,
-    shown,
 )
 from fgbg_kd.config_files import merge_overrides
 from fgbg_kd.data import register_datasets
@@ -131,9 +131,8 @@ def test_rows_of_other_settings_under_the_same_names_are_left_out():
     rows += [row("FgBg", 0, 12.0)]  # of before rows told their task
     by_name = {n: {s: r["AP"] for s, r in x.items()} for n, x in group(rows)["c.yaml"].items()}
     assert by_name == {"plain": {0: 30.0}, "FgBg": {0: 12.0}}
-    assert shown(rows, rows[4]) is rows[4]
-    assert shown(rows, rows[0]) is rows[4]  # so that a return to settings of old adds a row again
-    assert shown(rows, rows[1]) is None
+    assert is_kept(rows[4], rows) and not is_kept({**rows[4], "AP": 1.0}, rows)
+    assert not is_kept(rows[0], rows)  # so a return to settings of old adds it again
 
 
 def test_the_task_is_what_runs_share(coco, distil_cfg, tmp_path):
@@ -379,3 +378,12 @@ def test_the_tool_trains_compares_and_does_nothing_twice(
     more = read_rows(results)
     assert len(more) == 2 * len(rows) and all(r.pop("errors") for r in more[len(rows) :])
     assert sorted(map(str, more[len(rows) :])) == sorted(map(str, rows))
+
+    old = [{k: v for k, v in r.items() if k != "task"} for r in read_rows(results)[len(rows) :]]
+    results.write_text("".join(json.dumps(r) + "\n" for r in old))  # of before rows told their task
+    tool(*arguments)
+    new = read_rows(results)[len(old) :]
+    assert len(new) == len(old) and all(r.pop("task") == rows[0]["task"] for r in new)
+    for rows in (new, old):
+        rows.sort(key=lambda r: r["folder"])
+    assert new == old

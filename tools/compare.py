@@ -37,10 +37,10 @@ from fgbg_kd.comparison import (
     fill,
     group,
     heading,
+    is_kept,
     markdown,
     method_overrides,
     plot,
-    shown,
 )
 from fgbg_kd.config import method_options
 from fgbg_kd.data import training_classes
@@ -180,12 +180,14 @@ def compare(args, output: Path) -> None:
             "finished": datetime.datetime.now().isoformat(timespec="seconds"),
             **about,
         }
-        key = {"config", "overrides", "method", "seed", "options", "task", *result} - {"errors"}
-        there = shown(read_rows(results), row)
-        same = there is not None and all(there.get(k) == row[k] for k in key)
-        if same and args.errors and not there.get("errors"):  # what ran stays as it was recorded
-            row, same = {**there, "errors": result["errors"]}, False
-        if not same:
+        rows = read_rows(results)
+        key = {"config", "overrides", "method", "seed", "options", *result} - {"errors"}
+        same = [r for r in rows if all(r.get(k) == row[k] for k in key)]
+        if same:  # what ran stays as it was recorded
+            row = {**row, **same[-1], "task": task}
+            if args.errors and not row.get("errors"):
+                row["errors"] = result["errors"]
+        if not is_kept(row, rows):
             add_row(results, row)
         write_whole(output / "results.md", tables([results], output))
         return row
