@@ -13,6 +13,19 @@ from .methods import METHOD_REGISTRY
 from .runs import COUNTED, METRICS, flat, keys_read
 
 PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
+# What says which method a run is of, and what all runs of a comparison share: no option of one.
+_SHARED = (
+    *COUNTED,
+    "MODEL.META_ARCHITECTURE",
+    "MODEL.KD.METHOD",
+    "MODEL.KD.STUDENT",
+    "MODEL.KD.TEACHER.CONFIG",
+    "MODEL.KD.TEACHER.WEIGHTS",
+    "MODEL.KD.TEACHER.SHA256",
+    "DATASETS.TEST",
+    "DATASETS.TEST_JSON",
+    "DATASETS.TEST_IMAGES",
+)
 
 # 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; the last, a bit wide, for more.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -41,7 +54,7 @@ def method_overrides(cfg, spec: str) -> list[str]:
         names = sorted(n for n, _ in METHOD_REGISTRY)
         raise ValueError(f"No method {name!r}: choose from {[PLAIN, *names]}.")
     chosen = dict(zip(overrides[::2], overrides[1::2]))
-    keys = keys_read({**flat(cfg), **chosen}).keys() - {*COUNTED}
+    keys = keys_read({**flat(cfg), **chosen}).keys() - {*_SHARED}
     for option in options:
         key, equals, value = option.partition("=")
         found = [prefix + key for prefix in prefixes if prefix + key in keys]
@@ -111,8 +124,18 @@ def name_of(row: dict) -> str:
         return row["method"]
     defaults = METHOD_REGISTRY.get(name).options()
     other = [f"{k.upper()}={_short(v)}" for k, v in row["options"].items() if defaults.get(k) != v]
-    keys = [x for x in typed if x.partition("=")[0].lower() not in row["options"]]
+    short = [x.removeprefix("MODEL.KD.").removeprefix(f"{name.upper()}.") for x in typed]
+    keys = [x for x in short if x.partition("=")[0].lower() not in row["options"]]
     return " ".join([name, *other, *keys])
+
+
+def ours_of(methods: dict[str, dict]) -> str | None:
+    """The variant of ours that the others are compared with: that of the defaults, else the one
+    that the config makes, named without options, else the only one there is."""
+    variants = [name for name in methods if name.split()[0] == OURS]
+    as_configured = [n for n in variants if any(r["method"] == OURS for r in methods[n].values())]
+    found = [[n for n in variants if n == OURS], as_configured, variants]
+    return next((names[0] for names in found if len(names) == 1), None)
 
 
 def _short(value) -> str:
@@ -146,19 +169,17 @@ def markdown(methods: dict[str, dict]) -> str:
     students = {m: v for m, v in aps.items() if m != TEACHER}
     if PLAIN in students and len(students) > 1:
         plain = students[PLAIN]
-        variants = [name for name in students if name.split()[0] == OURS]
-        # The default stands for ours; a config that changes it has one variant, under its options.
-        ours = OURS if OURS in students or len(variants) != 1 else variants[0]
+        ours = ours_of(methods)
         lines += [
             "",
-            f"| method | AP − {PLAIN} | {ours} − method | gap to teacher closed |",
+            f"| method | AP − {PLAIN} | {ours or OURS} − method | gap to teacher closed |",
             "|---|---|---|---|",
         ]
         for name, values in students.items():
             if name == PLAIN:
                 continue
             gain = paired(values, plain)
-            ahead = paired(students[ours], values) if ours in students and name != ours else None
+            ahead = paired(students[ours], values) if ours and name != ours else None
             closed = "–"
             if gain and teacher:  # of the same seeds
                 gap = teacher - statistics.fmean(plain[s] for s in plain.keys() & values.keys())
@@ -166,6 +187,8 @@ def markdown(methods: dict[str, dict]) -> str:
             lines.append(f"| {name} | {signed(gain)} | {signed(ahead)} | {closed} |")
     lines += _error_table(methods)
     lines += ["", _footnote([r for by_seed in methods.values() for r in by_seed.values()])]
+    if len({frozenset(by_seed) for by_seed in students.values()}) > 1:
+        lines[-1] += " Means are over the seeds of each method, differences over the shared ones."
     return "\n".join(lines)
 
 
@@ -198,7 +221,8 @@ def _error_table(methods: dict[str, dict]) -> list[str]:
 
 def _footnote(rows: list[dict]) -> str:
     def each(key):
-        return ", ".join(dict.fromkeys(str(r[key]) for r in rows if r.get(key)))
+        values = [part for r in rows if r.get(key) for part in str(r[key]).split(", ")]
+        return ", ".join(dict.fromkeys(values))
 
     return (
         f"± is the 95 % confidence interval of the mean difference, paired by seed. "
@@ -248,11 +272,12 @@ def fill(text: str, tables: Callable[[str], str]) -> str:
 def plot(methods: dict[str, dict], path: Path) -> None:
     """A dot for every seed's AP, a line for the mean, one row a method; the teacher dashed."""
     names = [m for m in methods if m != TEACHER][::-1]
+    ours = ours_of(methods)
     figure = Figure(figsize=(6, 0.8 + 0.35 * len(names)))
     axes = figure.subplots()
     for y, name in enumerate(names):
         ap = [r["AP"] for r in methods[name].values()]
-        color = "C1" if name == OURS else "C0"
+        color = "C1" if name == ours else "C0"
         axes.plot(ap, [y] * len(ap), "o", color=color, alpha=0.6, markersize=5)
         axes.plot([statistics.fmean(ap)] * 2, [y - 0.3, y + 0.3], color=color)
     for row in methods.get(TEACHER, {}).values():

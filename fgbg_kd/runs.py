@@ -125,14 +125,14 @@ class Runner:
             log.write(f"commit {commit()}\n")  # now: it may be another when the run ends
             command = [sys.executable, str(self.train_net), "--config-file", str(config)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
-            memory = self._follow(name, command, log)
-        result = {**_measured(output), "memory_mb": memory}
+            self._follow(name, command, log)
+        result = _measured(output)
         _tidy(output)
         write_whole(done, json.dumps(result))
         return result
 
-    def _follow(self, name: str, command: list[str], log) -> int:
-        """Runs a child to its end; its peak memory in MB."""
+    def _follow(self, name: str, command: list[str], log) -> None:
+        """Runs a child to its end; the log gets its output and its peak memory in MB."""
         with self._lock:
             if self._stopped:
                 raise RunError("stopped")
@@ -160,10 +160,11 @@ class Runner:
             with self._lock:
                 self._children.discard(process)
                 self._progress.pop(name, None)
+        tail = Path(log.name).read_text(errors="replace").splitlines()[-15:]
+        # Of a run in several parts the most counts: kept here, as what else is measured of them.
+        log.write(f"memory {usage.ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)}\n")
         if process.returncode:
-            tail = Path(log.name).read_text(errors="replace").splitlines()[-15:]
             raise RunError("\n".join([*tail, f"{name}: failed, see {log.name}"]))
-        return usage.ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
     def _show(self, name: str, line: str) -> None:
         """One line that overwrites itself on a terminal, a line a minute and run elsewhere."""
@@ -313,10 +314,12 @@ def _measured(output: Path) -> dict:
     if values["AP"] is None:  # Detectron2's answer where nothing at all was detected
         values |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
     times = [r["time"] for r in read_rows(output / "metrics.json") if "time" in r]
+    memory = [int(v) for v in re.findall(r"^memory (\d+)$", text, re.MULTILINE)]
     gpu = [int(v) for v in re.findall(r"max_mem: (\d+)M", text)]
     return {
         **values,
         "seconds_per_step": statistics.median(times) if times else None,
+        "memory_mb": max(memory, default=None),
         "gpu_memory_mb": max(gpu, default=None),
         "commit": ", ".join(dict.fromkeys(re.findall(r"^commit (\S*)$", text, re.MULTILINE))),
     }

@@ -58,7 +58,8 @@ def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
     "spec",
     ["Magic", "PKD MAGIC=1", "PKD WEIGHT", "plain WEIGHT=1", "PKD KD=1"]
     # What the run would not read, or the comparison sets itself: a row under a wrong name.
-    + ["PKD GATE=off", "PKD MODEL.KD.FG_WEIGHT=9", "plain MODEL.KD.FG_WEIGHT=9", "FgBg SEED=5"],
+    + ["PKD GATE=off", "PKD MODEL.KD.FG_WEIGHT=9", "plain MODEL.KD.FG_WEIGHT=9", "FgBg SEED=5"]
+    + ["FgBg METHOD=PKD", "FgBg TEACHER.WEIGHTS=b.pth", "plain MODEL.META_ARCHITECTURE=FCOS"],
 )
 def test_what_is_no_method_or_option_is_named(distil_cfg, spec):
     with pytest.raises(ValueError, match=spec.split()[-1]):
@@ -81,7 +82,8 @@ def test_differences_are_paired_by_seed():
 
 def test_the_footnote_names_every_commit():
     rows = [row("plain", 0, 1.0, commit="abc"), row("plain", 1, 1.0, commit="def+")]
-    assert "commit abc, def+." in markdown(group(rows)["c.yaml"])
+    rows += [row("plain", 2, 1.0, commit="abc, 123")]  # resumed under another
+    assert "commit abc, def+, 123." in markdown(group(rows)["c.yaml"])
 
 
 def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
@@ -108,8 +110,8 @@ def test_of_two_rows_the_later_counts_and_a_row_keeps_its_meaning_when_a_default
         row("FgBg", 0, 2.0, "2026-01-01", {"gate": "cell"}),
         row("FgBg GATE=cell", 0, 3.0, "2026-01-02", {"gate": "cell"}),
         row("FgBg", 0, 4.0, "2026-01-01", {"gate": "off", "bg_weight": 3.0}),
-        row("PKD WEIGHT=2 SOLVER.MAX_ITER=9", 0, 5.0, options={"weight": 2.0}),
-        row("FgBg BG_WEIGHT=2", 0, 7.0, options={"bg_weight": 2.0}),
+        row("PKD MODEL.KD.PKD.WEIGHT=2 SOLVER.MAX_ITER=9", 0, 5.0, options={"weight": 2.0}),
+        row("FgBg MODEL.KD.BG_WEIGHT=2", 0, 7.0, options={"bg_weight": 2.0}),
         row("FgBg", 0, 6.0, "2026-01-03", overrides=["SEED", "1"]),
     ]
     groups = group(rows)
@@ -176,9 +178,19 @@ def test_the_gap_is_that_of_the_seeds_that_both_have():
 def test_the_one_variant_of_ours_is_compared_when_the_config_changes_the_default():
     rows = [row("plain", 0, 10.0), row("PKD", 0, 12.0)]
     rows += [row("FgBg", 0, 15.0, options={"fg_weight": 5.0})]
-    table = markdown(group(rows)["c.yaml"])
-    assert "| method | AP − plain | FgBg FG_WEIGHT=5 − method |" in table
-    assert "| PKD | +2.00 | +3.00 | – |" in table
+    # A variant of it does not make it another.
+    variant = row("FgBg GATE=off", 0, 14.0, options={"fg_weight": 5.0, "gate": "off"})
+    for compared in (rows, [*rows, variant]):
+        table = markdown(group(compared)["c.yaml"])
+        assert "| method | AP − plain | FgBg FG_WEIGHT=5 − method |" in table
+        assert "| PKD | +2.00 | +3.00 | – |" in table
+
+
+def test_a_table_of_unlike_seeds_says_what_its_means_are_over():
+    rows = [row("plain", 0, 10.0), row("plain", 1, 12.0), row("FgBg", 0, 15.0)]
+    note = "Means are over the seeds of each method, differences over the shared ones."
+    assert note in markdown(group(rows)["c.yaml"])
+    assert note not in markdown(group(rows[::2])["c.yaml"])
 
 
 def test_a_heading_tells_no_machines_folders():

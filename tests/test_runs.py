@@ -78,8 +78,10 @@ def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
     with pytest.raises(RunError, match="the loss is NaN\n.*train.txt"):
         run(folder)
     (folder / "run" / "fail").unlink()
+    with open(folder / "run" / "train.txt", "a") as log:
+        log.write("memory 77777\n")  # of a part of the run that took more than the last
     first, second = run(folder), run(folder)
-    assert first == second and len(calls(folder)) == 2
+    assert first == second and len(calls(folder)) == 2 and first["memory_mb"] == 77777
     assert all("--resume" in line for line in calls(folder))
 
 

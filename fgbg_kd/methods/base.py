@@ -91,17 +91,16 @@ class Method(nn.Module):
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    def accept(self, given: dict[str, Any]) -> None:
+    def accept(self, method: type["Method"], given: dict[str, Any]) -> None:
         """Keeps the options as ``self.option``, by name, if they are what they can be.
 
         Args:
-            given: ``locals()`` of the constructor, whose own options they are: a subclass may have
-                others.
+            method: the class whose constructor calls: a subclass may have other options.
+            given: ``locals()`` of that constructor.
 
         Raises:
             ValueError: an option that is not one of its choices, or out of range.
         """
-        method = given["__class__"]
         node = "" if method.__name__ == "FgBg" else f"{method.__name__.upper()}."
         self.option = {name: given[name] for name in method.options()}
         for name, value in self.option.items():

@@ -26,7 +26,7 @@ class CWD(Method):
         temperature: float = 1.0,
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(CWD, locals())
         self.weight, self.temperature = weight, temperature
         self.adapters = build_adapters(student_channels, teacher_channels)
 

@@ -32,7 +32,7 @@ class DeFeat(Method):
         bg_ratio: float = 4.0,
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(DeFeat, locals())
         self.weight, self.bg_ratio = weight, bg_ratio
         self.adapters = nn.ModuleList(
             nn.Conv2d(s, t, kernel_size=3, padding=1)

@@ -67,7 +67,7 @@ class FgBg(Method):
         gate_softness: float = 0.0,
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(FgBg, locals())
         self.fg_weight, self.bg_weight = fg_weight, bg_weight
         weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
         self.losses = [name for name, weight in weights.items() if weight > 0]

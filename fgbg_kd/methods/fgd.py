@@ -25,7 +25,8 @@ class FGD(Method):
 
     - Boxes meet cells by stride, and a cell belongs to the box that holds its centre. Published,
       boxes are scaled by map over image size, which shifts them where a small image is padded, and
-      rounded outwards: more foreground on coarse levels. Padding belongs to neither here.
+      rounded outwards: more foreground on coarse levels. Padding belongs to neither here. "Cells
+      of the box" are those it owns; published, those it covers: more, where another lies in it.
     - L_global grows with the cells, L_fg with the boxes: on small maps the published ratios leave
       little of the former.
     - GC_t is trained as well, as published: of the four only L_global has a moving target.
@@ -45,7 +46,7 @@ class FGD(Method):
         temperature: float = 0.5,  # FCOS 0.8
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(FGD, locals())
         self.weight, self.temperature = weight, temperature
         self.ratios = (1.0, bg_ratio, attention_ratio, global_ratio)
         self.adapters = build_adapters(student_channels, teacher_channels)

@@ -29,7 +29,7 @@ class MGD(Method):
         mask_ratio: float = 0.65,
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(MGD, locals())
         self.weight, self.mask_ratio = weight, mask_ratio
         self.adapters = build_adapters(student_channels, teacher_channels)
         self.generators = nn.ModuleList(

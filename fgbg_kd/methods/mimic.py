@@ -24,7 +24,7 @@ class Mimic(Method):
         weight: float = 2.0,  # as where LD's authors compare with it
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(Mimic, locals())
         self.weight = weight
         self.adapters = build_adapters(student_channels, teacher_channels)
 

@@ -35,7 +35,7 @@ class PKD(Method):
         num_levels: int = 4,
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(PKD, locals())
         self.weight = weight
         # Levels without a loss get no adapter: its parameters would get no gradient.
         self.adapters = build_adapters(student_channels[:num_levels], teacher_channels)

@@ -31,7 +31,7 @@ class QFL(Method):
         weight: float = 1.0,
     ):
         super().__init__()
-        self.accept(locals())
+        self.accept(QFL, locals())
         self.weight = weight
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from torch import distributed
 
 from fgbg_kd import Batch, DenseOutput, FgBg
+from fgbg_kd.ops import Comparison, kl_divergence
 
 
 class Classes:
@@ -52,6 +53,30 @@ def test_by_hand():
     assert losses["loss_kd_fg"].item() == pytest.approx(2.0 * 2)  # opposite vectors: 1 - cos = 2
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
     assert shares["kd/fg_gate"] == 1 and shares["kd/bg_gate"] == 1
+
+
+def test_the_gate_shuts_cells_of_both_terms_and_leaves_the_divisors(monkeypatch):
+    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)], [None])
+    logits = torch.full((1, 1, 2, 2), math.log(3.0))
+    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits], [None])
+    # Above a box of two cells, below the background; the teacher is better in one of each.
+    better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
+
+    def found(self, cells, quality, **divergence):
+        apart = kl_divergence(student.logits[0], logits, 1, "sigmoid").flatten(1) * cells.background
+        return Comparison(apart, torch.full((1, 4), 0.5), better)
+
+    monkeypatch.setattr(Batch, "compare", found)
+    one = torch.zeros(1, dtype=torch.long)
+    box = torch.tensor([[0.0, 0, 16, 8]])
+    batch = Batch(student, teacher, (Classes, Classes), [box], [one], [(16, 16)], [8])
+    losses, shares = FgBg([1], [1], fg_weight=1.0, gate_margin=0.0)(batch)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert losses["loss_kd_fg"].item() == pytest.approx(2 / 2)  # one cell of the box's two
+    assert losses["loss_kd_bg"].item() == pytest.approx(kl / 2, rel=1e-5)  # over two cells of it
+    assert {name: value.item() for name, value in shares.items()} == {
+        f"kd/{part}_{what}": 0.5 for part in ("fg", "bg") for what in ("gate", "better")
+    }
 
 
 @pytest.mark.parametrize("bg_normalizer", ["fg", "bg"])
