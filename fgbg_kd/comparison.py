@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .errors import KINDS
 from .methods import METHOD_REGISTRY
-from .runs import COUNTED, METRICS, flat, keys_read
+from .runs import COSTS, COUNTED, METRICS, flat, keys_read
 
 PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
 # What says which method a run is of, and what all runs of a comparison share: no option of one.
@@ -26,6 +26,8 @@ _SHARED = (
     "DATASETS.TEST_JSON",
     "DATASETS.TEST_IMAGES",
 )
+# By these two rows tell of one run.
+_RUN = ("config", "overrides", "method", "seed", "options", "commit", *METRICS, *COSTS)
 
 # 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom; the last, a bit wide, for more.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -107,6 +109,16 @@ def _title(row: dict) -> str:
 
 def _last_tasks(rows: list[dict]) -> dict[str, str]:
     return {_title(row): row["task"] for row in rows if row.get("task")}
+
+
+def as_recorded(row: dict, rows: list[dict]) -> dict:
+    """A run's row as the last of the rows that tells of the same run has it (its machine, its
+    hour), with the errors and the task of this one where that has none."""
+    same = [r for r in rows if all(r.get(key) == row.get(key) for key in _RUN)]
+    if not same:
+        return row
+    errors = same[-1].get("errors") or row.get("errors")
+    return {**row, **same[-1], "task": row["task"]} | ({"errors": errors} if errors else {})
 
 
 def is_kept(row: dict, rows: list[dict]) -> bool:

@@ -22,6 +22,7 @@ from .methods import METHOD_REGISTRY, FgBg
 from .records import read_json, read_rows, write_whole
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+COSTS = ("seconds_per_step", "memory_mb", "gpu_memory_mb")
 # Keys that name a file whose content is a part of a run's settings.
 _FILES = (
     "DATASETS.TRAIN_JSON",

@@ -12,6 +12,7 @@ from conftest import tiny_cfg
 from detectron2.structures import Boxes, Instances
 
 from fgbg_kd.comparison import (
+    as_recorded,
     fill,
     group,
     heading,
@@ -135,6 +136,16 @@ def test_rows_of_other_settings_under_the_same_names_are_left_out():
     assert by_name == {"plain": {0: 30.0}, "FgBg": {0: 12.0}}
     assert is_kept(rows[4], rows) and not is_kept({**rows[4], "AP": 1.0}, rows)
     assert not is_kept(rows[0], rows)  # so a return to settings of old adds it again
+
+
+def test_a_run_that_the_rows_have_stays_as_it_was_recorded():
+    first = row("PKD", 0, 11.0, hardware="this", errors={"Cls": 1.0})
+    old = row("PKD", 0, 11.0, hardware="that")
+    again = {**first, "task": "new"}
+    assert as_recorded(again, [old]) == {**old, "task": "new", "errors": {"Cls": 1.0}}
+    assert as_recorded({**again, "errors": None}, [old, first]) == {**first, "task": "new"}
+    for other in (row("PKD", 1, 11.0), row("PKD", 0, 12.0), row("PKD", 0, 11.0, commit="y")):
+        assert as_recorded(again, [other]) == again
 
 
 def test_the_task_is_what_runs_share(coco, distil_cfg, tmp_path):

@@ -34,6 +34,7 @@ from detectron2.data import MetadataCatalog
 from fgbg_kd.comparison import (
     PLAIN,
     TEACHER,
+    as_recorded,
     fill,
     group,
     heading,
@@ -181,12 +182,7 @@ def compare(args, output: Path) -> None:
             **about,
         }
         rows = read_rows(results)
-        key = {"config", "overrides", "method", "seed", "options", *result} - {"errors"}
-        same = [r for r in rows if all(r.get(k) == row[k] for k in key)]
-        if same:  # what ran stays as it was recorded
-            row = {**row, **same[-1], "task": task}
-            if args.errors and not row.get("errors"):
-                row["errors"] = result["errors"]
+        row = as_recorded(row, rows)
         if not is_kept(row, rows):
             add_row(results, row)
         write_whole(output / "results.md", tables([results], output))
