@@ -5,7 +5,7 @@ Example:
     tools/benchmark.py ops --plot ops.png         split, cosine, comparison on FPN shapes, on a GPU
     tools/benchmark.py ops --counts-only          what needs no GPU: bytes, launches, memory
     tools/benchmark.py step --device cpu --images 2 --size 384 640
-                                                  plain, teacher and distillation step, R101 to R50
+        --methods FgBg PKD                        steps of R101 to R50: plain, teacher, each method
 
 Times are p20 / p50 / p80 over runs: of CUDA events on a GPU, of the wall clock on a CPU.
 """
@@ -45,23 +45,39 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def quantiles(function, device: str, seconds: float) -> tuple[float, float, float]:
     """p20, p50, p80 in milliseconds, after warming up."""
-    for _ in range(3):
+    return quantiles_in_turn({"": function}, device, seconds)[""]
+
+
+def quantiles_in_turn(calls: dict, device: str, seconds: float) -> dict:
+    """:func:`quantiles` of several functions by name, called in turn: what else the machine does
+    meets all of them alike."""
+    for function in calls.values():
+        for _ in range(3):
+            function()
+    times, stop = {name: [] for name in calls}, time.perf_counter() + seconds * len(calls)
+    rounds = 0
+    while rounds < 5 or (time.perf_counter() < stop and rounds < 500):
+        rounds += 1
+        for name, function in calls.items():
+            times[name].append(milliseconds(function, device))
+    at = torch.tensor([0.2, 0.5, 0.8])
+    return {
+        name: tuple(round(v, 3) for v in torch.tensor(found).quantile(at).tolist())
+        for name, found in times.items()
+    }
+
+
+def milliseconds(function, device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         function()
-    times, stop = [], time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 500):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(1000 * (time.perf_counter() - start))
-    points = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8]))
-    return tuple(round(v, 3) for v in points.tolist())
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)
 
 
 def random_boxes(count: int, height: int, width: int, generator) -> torch.Tensor:
@@ -266,7 +282,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def steps(args) -> list[dict]:
-    """Plain step, teacher's forward pass and distillation step, RetinaNet R101 to R50."""
+    """Plain step, teacher's forward pass and step of each method, RetinaNet R101 to R50."""
     (height, width), device = args.size, args.device
     models = {}
     for name in ("R_50_FPN_1x", "R_101_FPN_3x"):
@@ -276,12 +292,16 @@ def steps(args) -> list[dict]:
         models[name] = build_model(cfg)
     student = models["R_50_FPN_1x"].train()
     teacher = models["R_101_FPN_3x"].eval().requires_grad_(False)
-    distiller = FgBgDistiller(
-        student=student,
-        teacher=teacher,
-        teacher_precision=args.precision,
-        kd={"gate": args.gate},
-    ).train()
+    distillers = {
+        method: FgBgDistiller(
+            student=student,
+            teacher=teacher,
+            teacher_precision=args.precision,
+            kd={"method": method, **({"gate": args.gate} if method == "FgBg" else {})},
+        ).train()
+        for method in args.methods
+    }
+    boxes_too = any(distiller.kd.needs_boxes for distiller in distillers.values())
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(args.images):
@@ -306,20 +326,18 @@ def steps(args) -> list[dict]:
     def look():
         images = teacher.preprocess_image(batch).tensor
         with precision(args.precision, student.device):
-            run_dense(teacher, images, boxes=distiller.kd.needs_boxes)
+            run_dense(teacher, images, boxes=boxes_too)
 
+    calls = {"plain student step": train(student), "teacher forward": look}
+    calls |= {f"{method} step": train(distiller) for method, distiller in distillers.items()}
+    found = quantiles_in_turn(calls, device, args.seconds)
     rows = []
-    for name, function in (
-        ("plain student step", train(student)),
-        ("teacher forward", look),
-        ("distillation step", train(distiller)),
-    ):
-        p20, p50, p80 = quantiles(function, device, args.seconds)
-        rows.append({"what": name, "p20 ms": p20, "p50 ms": p50, "p80 ms": p80})
-        print(f"{name}: {p50:.0f} ms", flush=True)
-    plain, forward, whole = (row["p50 ms"] for row in rows)
-    print(f"distillation / plain: {whole / plain:.3f}")
-    print(f"distillation / (plain + teacher forward): {whole / (plain + forward):.3f}")
+    (_, plain, _), (_, forward, _) = list(found.values())[:2]
+    for name, (p20, p50, p80) in found.items():
+        row = {"what": name, "p20 ms": p20, "p50 ms": p50, "p80 ms": p80}
+        if name != "teacher forward":
+            row |= {"over plain": p50 / plain, "over plain + teacher": p50 / (plain + forward)}
+        rows.append(rounded(row))
     return rows
 
 
@@ -345,6 +363,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=SIZE, metavar=("H", "W"))
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the operators' maps")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the teacher")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["FgBg"],
+        metavar="METHOD",
+        help="whose steps; a MODEL.KD.METHOD",
+    )
     parser.add_argument("--gate", default="cell", help="as MODEL.KD.GATE")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--counts-only", action="store_true", help="no timing")
