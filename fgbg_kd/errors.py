@@ -79,6 +79,11 @@ def truth_of(settings: dict) -> Path | None:
     return Path(known) if known else None
 
 
+def has_objects(truth: Path) -> bool:
+    """Whether COCO-format annotations have a box to be found, without which there is no AP."""
+    return any(not a.get("iscrowd") for a in read_json(truth).get("annotations", ()))
+
+
 def detections_of(folder: Path) -> Path:
     """Where Detectron2's COCOEvaluator leaves the detections of a run."""
     return folder / "inference" / "coco_instances_results.json"

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -13,6 +14,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+import detectron2
+import torch
 
 from .config import get_fgbg_kd_cfg
 from .detector import find_config
@@ -207,6 +211,21 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+
+
+def surroundings(threads: int, jobs: int) -> dict:
+    """On what a comparison runs, for its rows."""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        told = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+        models = re.findall(r"model name\s*: (.+)", told)
+        hardware = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+    versions = (
+        f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+    return {"hardware": hardware, "threads": threads, "jobs": jobs, "versions": versions}
 
 
 def settings_of(cfg, reads: Path | None = None) -> dict:

@@ -28,6 +28,7 @@ from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, read_config
 from fgbg_kd.records import read_rows
 from fgbg_kd.runs import RunError, task_of
+from fgbg_kd.teacher_runs import teacher_evaluation, train_or_find_teacher
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def test_a_document_gets_its_tables_and_keeps_the_rest():
     assert fill(made, {"x": "| new |\n", "y": ""}.get) == made
 
 
-def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, compare_tool):
+def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path):
     class Trains:
         def run(self, name, config, output, opts):
             assert (config, opts) == (str(tmp_path / "teacher.yaml"), [])
@@ -238,25 +239,23 @@ def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path, co
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
     kd = cfg.MODEL.KD.TEACHER
     kd.CONFIG, kd.WEIGHTS = str(tmp_path / "teacher.yaml"), str(weights)
-    assert compare_tool.train_or_find_teacher(Trains(), cfg) == weights
-    assert compare_tool.train_or_find_teacher(Cannot(), cfg) == weights
+    assert train_or_find_teacher(Trains(), cfg) == weights
+    assert train_or_find_teacher(Cannot(), cfg) == weights
     kd.WEIGHTS = str(tmp_path / "elsewhere.pth")
     with pytest.raises(RunError, match="elsewhere.pth: there is no such file"):
-        compare_tool.train_or_find_teacher(Cannot(), cfg)
+        train_or_find_teacher(Cannot(), cfg)
     kd.WEIGHTS = ""
-    assert compare_tool.train_or_find_teacher(Cannot(), cfg) is None
+    assert train_or_find_teacher(Cannot(), cfg) is None
     cfg.MODEL.WEIGHTS = str(weights)  # what the teacher's config names is a part of the settings
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
-    assert compare_tool.train_or_find_teacher(Cannot(), cfg) == weights
+    assert train_or_find_teacher(Cannot(), cfg) == weights
     kd.CONFIG = ""
     with pytest.raises(RunError, match="TEACHER.CONFIG is empty"):
-        compare_tool.train_or_find_teacher(Cannot(), cfg)
+        train_or_find_teacher(Cannot(), cfg)
 
 
-def test_how_a_teacher_is_evaluated_on_the_students_test_set(
-    coco, distil_cfg, compare_tool, tmp_path
-):
-    evaluation, kd = compare_tool.teacher_evaluation, distil_cfg.MODEL.KD.TEACHER
+def test_how_a_teacher_is_evaluated_on_the_students_test_set(coco, distil_cfg, tmp_path):
+    evaluation, kd = teacher_evaluation, distil_cfg.MODEL.KD.TEACHER
     distil_cfg.DATASETS.TEST = ("tiny_evaluated",)
     register_datasets(distil_cfg)
     file, opts = evaluation(distil_cfg, Path(kd.WEIGHTS))

@@ -18,7 +18,6 @@ import datetime
 import hashlib
 import logging
 import os
-import platform
 import re
 import signal
 import sys
@@ -26,10 +25,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import _quiet  # noqa: F401
-import detectron2
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from fgbg_kd.comparison import (
     PLAIN,
@@ -44,13 +39,12 @@ from fgbg_kd.comparison import (
     plot,
 )
 from fgbg_kd.config import method_options
-from fgbg_kd.data import training_classes
-from fgbg_kd.detector import build_detector, find_config, read_detector_config, weights_of
 from fgbg_kd.engine import load_config, read_config
-from fgbg_kd.errors import run_errors, tide, truth_of
+from fgbg_kd.errors import has_objects, run_errors, tide, truth_of
 from fgbg_kd.methods import METHOD_REGISTRY
-from fgbg_kd.records import add_row, read_json, read_rows, write_whole
-from fgbg_kd.runs import COUNTED, RunError, Runner, flat, task_of
+from fgbg_kd.records import add_row, read_rows, write_whole
+from fgbg_kd.runs import COUNTED, RunError, Runner, flat, surroundings, task_of
+from fgbg_kd.teacher_runs import teacher_evaluation, train_or_find_teacher
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 
@@ -59,81 +53,6 @@ def folder_name(text: str) -> str:
     """`text` as the name of a folder, unlike that of any other text."""
     name = re.sub(r"[^\w.=+-]+", "_", text)
     return name if name == text else f"{name[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-def surroundings(threads: int, jobs: int) -> dict:
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        models = re.findall(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
-        hardware = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
-    versions = (
-        f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}, "
-        f"Python {platform.python_version()}"
-    )
-    return {"hardware": hardware, "threads": threads, "jobs": jobs, "versions": versions}
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if os.path.exists(path) else ""
-
-
-def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
-    """The teacher's checkpoint; trains it if it is what its config would make and is not there."""
-    kd = cfg.MODEL.KD.TEACHER
-    if not kd.CONFIG:
-        raise RunError("MODEL.KD.TEACHER.CONFIG is empty: give a config that distils.")
-    named = kd.WEIGHTS or weights_of(kd.CONFIG, read_detector_config(kd.CONFIG))
-    weights = Path(named)
-    if not weights.is_file() and Path(kd.CONFIG).is_file() and kd.CONFIG.endswith(".yaml"):
-        output = Path(read_config(kd.CONFIG).OUTPUT_DIR)
-        if output / "model_final.pth" == weights:
-            runner.run("teacher", kd.CONFIG, output, [])
-    if kd.WEIGHTS and not weights.is_file() and "://" not in kd.WEIGHTS:
-        raise RunError(f"MODEL.KD.TEACHER.WEIGHTS is {kd.WEIGHTS}: there is no such file.")
-    return weights if weights.is_file() else None
-
-
-def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
-    """Config file and overrides by which train_net.py evaluates the teacher on DATASETS.TEST.
-
-    Args:
-        teacher: its checkpoint; None: a download, or what its config names.
-
-    Raises:
-        RunError: it cannot be evaluated there.
-    """
-    kd, (test,) = cfg.MODEL.KD.TEACHER, cfg.DATASETS.TEST
-    theirs = read_detector_config(kd.CONFIG)
-    detector = build_detector(theirs)
-    number = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
-    names = list(kd.CLASSES) or training_classes(theirs)
-    if names and len(names) != number:  # a config of other data than the detector's says nothing
-        names = None
-    classes = MetadataCatalog.get(test).get("thing_classes")
-    if classes and (number != len(classes) or names and names != list(classes)):
-        raise RunError(f"its {number} classes are not the {len(classes)} of {test}.")
-    file = find_config(kd.CONFIG)
-    weights = str(teacher or kd.WEIGHTS) or weights_of(kd.CONFIG, theirs)
-    if isinstance(theirs, CfgNode):
-        opts = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", str((test,))]
-        for key in ("TEST_JSON", "TEST_IMAGES"):
-            opts += [f"DATASETS.{key}", cfg.DATASETS[key]]
-        return file, opts
-    if cfg.DATASETS.TEST_JSON:
-        raise RunError("its Python config cannot read DATASETS.TEST_JSON.")
-    opts = {
-        "train.init_checkpoint": weights,
-        "dataloader.test.dataset.names": test,
-        "dataloader.evaluator.dataset_name": test,
-        "dataloader.evaluator.output_dir": "${train.output_dir}/inference",
-    }
-    quoted = [f"{key}='{value}'" for key, value in opts.items()]
-    return file, [*quoted, "dataloader.evaluator.tasks=[bbox]"]  # not masks
-
-
-def has_boxes(truth: Path) -> bool:
-    return any(not a.get("iscrowd") for a in read_json(truth).get("annotations", ()))
 
 
 def compare(args, output: Path) -> None:
@@ -155,7 +74,7 @@ def compare(args, output: Path) -> None:
             f"--set {' '.join(counted)}: compare.py sets it for each run (--seeds, --output)."
         )
     truth = truth_of(flat(cfg))
-    if truth and truth.is_file() and not has_boxes(truth):
+    if truth and truth.is_file() and not has_objects(truth):
         raise RunError(f"{truth} has no box to be found, so there is no AP: give another test set.")
     if args.errors:
         tide()
@@ -182,14 +101,14 @@ def compare(args, output: Path) -> None:
             **about,
         }
         rows = read_rows(results)
-        row = as_recorded(row, rows)
+        row = as_recorded(row, rows)  # what ran stays as it was told
         if not is_kept(row, rows):
             add_row(results, row)
         write_whole(output / "results.md", tables([results], output))
         return row
 
-    def run(name: str, config: str, folder: Path, *rest, **options) -> dict:
-        result = runner.run(name, config, folder, *rest, **options)
+    def run(name: str, config: str, folder: Path, *rest, **how) -> dict:
+        result = runner.run(name, config, folder, *rest, **how)
         return {**result, "errors": run_errors(folder)} if args.errors else result
 
     failures = []
