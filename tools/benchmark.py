@@ -5,7 +5,7 @@ Example:
     tools/benchmark.py ops --plot ops.png         split, cosine, comparison on FPN shapes, on a GPU
     tools/benchmark.py ops --counts-only          what needs no GPU: bytes, launches, memory
     tools/benchmark.py step --device cpu --images 2 --size 384 640
-        --methods FgBg PKD                        steps of R101 to R50: plain, teacher, each method
+        --methods FgBg PKD                        steps: plain, teacher, each method (R101 to R50)
 
 Times are p20 / p50 / p80 over runs: of CUDA events on a GPU, of the wall clock on a CPU.
 """
@@ -27,18 +27,18 @@ from torch.profiler import ProfilerActivity, profile
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for the memory of the kernels on the CPU
 
-from detectron2 import model_zoo  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator  # noqa: E402
 from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
 from fgbg_kd import FgBgDistiller  # noqa: E402
+from fgbg_kd.detector import build_detector, read_detector_config  # noqa: E402
 from fgbg_kd.distiller import run_dense  # noqa: E402
 from fgbg_kd.ops import DenseOutput, compare_predictions, cosine_loss, split  # noqa: E402
 from fgbg_kd.teacher import PRECISIONS, precision  # noqa: E402
 
+R101_TO_R50 = Path(__file__).parents[1] / "configs/COCO-Detection/retinanet_R101_3x_to_R50_1x.yaml"
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -281,17 +281,17 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Student and teacher of a config that distils, with random weights."""
+    cfg = read_detector_config(str(config_file))
+    student, teacher = map(build_detector, (cfg, read_detector_config(cfg.MODEL.KD.TEACHER.CONFIG)))
+    return student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
+
+
 def steps(args) -> list[dict]:
-    """Plain step, teacher's forward pass and step of each method, RetinaNet R101 to R50."""
+    """Plain step, teacher's forward pass and step of each method, on random images and boxes."""
     (height, width), device = args.size, args.device
-    models = {}
-    for name in ("R_50_FPN_1x", "R_101_FPN_3x"):
-        cfg = model_zoo.get_config(f"COCO-Detection/retinanet_{name}.yaml")
-        cfg.MODEL.DEVICE = device
-        torch.manual_seed(0)
-        models[name] = build_model(cfg)
-    student = models["R_50_FPN_1x"].train()
-    teacher = models["R_101_FPN_3x"].eval().requires_grad_(False)
+    student, teacher = pair(args.config_file, device)
     distillers = {
         method: FgBgDistiller(
             student=student,
@@ -309,7 +309,7 @@ def steps(args) -> list[dict]:
         boxes = Boxes(random_boxes(BOXES, height, width, generator))
         boxes.clip((height, width))
         instances.gt_boxes = boxes
-        instances.gt_classes = torch.randint(CLASSES, (BOXES,), generator=generator)
+        instances.gt_classes = torch.randint(student.num_classes, (BOXES,), generator=generator)
         image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances[boxes.nonempty()]})
 
@@ -358,6 +358,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("ops", "step"))
+    parser.add_argument("--config-file", default=R101_TO_R50, metavar="FILE", help="of a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=16, help="of a step")
     parser.add_argument("--size", type=int, nargs=2, default=SIZE, metavar=("H", "W"))
