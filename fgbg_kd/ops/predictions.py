@@ -168,21 +168,20 @@ def prediction_quality(
         (N, R) in fp32 or better.
     """
     anchors = _anchors(detector.anchor_generator, output.features, strides)  # per level (H*W*A, 4)
-    score, overlap, highest = [], [], []
-    sizes = [h * w for h, w in cells.level_shapes]
-    owner_class = cells.owner(gt_classes).split(sizes, dim=1)
-    owner_box = cells.owner(cells.boxes).split(sizes, dim=1)
-    for level, (logit, delta) in enumerate(zip(output.logits, output.deltas)):
+    anchors = torch.cat([a.tensor for a in anchors])  # (R*A, 4)
+    owner_class = cells.owner(gt_classes).split([h * w for h, w in cells.level_shapes], dim=1)
+    score, highest = [], []
+    for logit, owner in zip(output.logits, owner_class):
         logit = _per_anchor(logit, detector.num_classes)  # (N, HW, A, K)
         highest.append(logit.flatten(2).amax(2))
-        index = owner_class[level][..., None, None].expand(*logit.shape[:3], 1)
-        score.append(logit.gather(3, index).squeeze(3).sigmoid())  # (N, HW, A)
-        delta = _per_anchor(delta, 4)
-        boxes = detector.box2box_transform.apply_deltas(
-            delta.reshape(-1, 4), anchors[level].tensor.to(delta).repeat(len(delta), 1)
-        ).reshape(delta.shape)
-        overlap.append(_iou(boxes, owner_box[level][:, :, None]))
-    foreground = torch.cat([(p * iou).amax(2) for p, iou in zip(score, overlap)], dim=1)
+        index = owner[..., None, None].expand(*logit.shape[:3], 1)
+        score.append(logit.gather(3, index).squeeze(3))  # (N, HW, A)
+    delta = torch.cat([_per_anchor(d, 4) for d in output.deltas], dim=1)  # (N, R, A, 4)
+    boxes = detector.box2box_transform.apply_deltas(
+        delta.reshape(-1, 4), anchors.to(delta).repeat(len(delta), 1)
+    ).reshape(delta.shape)
+    overlap = _iou(boxes, cells.owner(cells.boxes)[:, :, None])
+    foreground = (torch.cat(score, dim=1).sigmoid() * overlap).amax(2)
     background = 1 - torch.cat(highest, dim=1).sigmoid()
     return torch.where(cells.foreground, foreground, torch.where(cells.background, background, 0))
 

@@ -142,7 +142,7 @@ def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str)
         winners.append(_smallest_box(rows, columns, here).flatten(1))
     winner = torch.cat(winners, dim=1)  # (N, R) in sorted order; num_boxes: none; more: padding
 
-    index = order.gather(1, winner.clamp(max=num_boxes - 1))
+    index = order.gather(1, winner.clamp(max=num_boxes - 1).long())
     index = torch.where(winner == num_boxes, BACKGROUND, index)
     return torch.where(winner > num_boxes, PADDING, index).int()
 
@@ -174,10 +174,12 @@ def _smallest_box(rows, columns, here: Tensor) -> Tensor:
     at_x = torch.arange(w, device=in_y.device) == mid_x[..., None]
     in_y = torch.where(tiny[..., None], at_y, in_y) & here[..., None]
     in_x = torch.where(tiny[..., None], at_x, in_x)
-    winner = torch.where(pad_y[:, :, None] | pad_x[:, None, :], num_boxes + 1, num_boxes)
+    winner = torch.where(pad_y[:, :, None] | pad_x[:, None, :], num_boxes + 1, num_boxes).int()
     for i in range(0, num_boxes, _CHUNK):
         inside = in_y[:, i : i + _CHUNK, :, None] & in_x[:, i : i + _CHUNK, None, :]
-        rank = torch.arange(i, i + inside.shape[1], device=inside.device)[:, None, None]
+        # int32: a minimum of int64 is ten times slower on a CPU.
+        rank = torch.arange(i, i + inside.shape[1], device=inside.device, dtype=torch.int32)
+        rank = rank[:, None, None]
         winner = torch.minimum(winner, torch.where(inside, rank, num_boxes + 1).amin(1))
     return winner
 
