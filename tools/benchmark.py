@@ -38,7 +38,8 @@ from fgbg_kd.distiller import run_dense  # noqa: E402
 from fgbg_kd.ops import DenseOutput, compare_predictions, cosine_loss, split  # noqa: E402
 from fgbg_kd.teacher import PRECISIONS, precision  # noqa: E402
 
-R101_TO_R50 = Path(__file__).parents[1] / "configs/COCO-Detection/retinanet_R101_3x_to_R50_1x.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
+R101_TO_R50 = str(CONFIGS / "COCO-Detection" / "retinanet_R101_3x_to_R50_1x.yaml")
 STRIDES = (8, 16, 32, 64, 128)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -283,7 +284,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Student and teacher of a config that distils, with random weights."""
-    cfg = read_detector_config(str(config_file))
+    cfg = read_detector_config(config_file)
     student, teacher = map(build_detector, (cfg, read_detector_config(cfg.MODEL.KD.TEACHER.CONFIG)))
     return student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
 
