@@ -133,7 +133,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    begin(start, loader, output_dir, seed, resume)
+    begin(start, train.max_iter, loader, output_dir, seed, resume)
     trainer.train(start, train.max_iter)
     return results
 

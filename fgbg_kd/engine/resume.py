@@ -88,6 +88,16 @@ class RunCheckpointer(SafeCheckpointer):
             f"No checkpoint in {self.save_dir} is whole. Without --resume the run starts anew."
         )
 
+    def finish(self) -> None:
+        """Gives the last checkpoint the name model_final, where a run was killed between the two
+        writes of its last iteration: no iteration is left that would write it."""
+        last = self.last_whole_checkpoint()
+        if os.path.basename(last) != "model_final.pth":
+            final = os.path.join(self.save_dir, "model_final.pth")
+            with open(last, "rb") as source, self.path_manager.open(final, "wb") as target:
+                shutil.copyfileobj(source, target)
+            self.tag_last_checkpoint("model_final.pth")
+
     def _newest_first(self, name: str) -> list[str]:
         files = self.get_all_checkpoint_files()
         files = [path for path in files if re.fullmatch(name, os.path.basename(path))]
@@ -230,11 +240,12 @@ def keep_record(output_dir: str) -> None:
         shutil.copy2(record, os.path.join(output_dir, "config.previous.yaml"))
 
 
-def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
+def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool) -> None:
     """Puts all that is not in a checkpoint where a run of ``start`` iterations would have it.
 
     Args:
         start: the first iteration to come, on every process.
+        end: how many iterations the run has; if all are done, its last checkpoint is the final one.
         loader: a :class:`ResumableLoader`, or another, whose data then begins anew.
         output_dir: the run's folder, which gets a record of the seed. The checkpoints of a run
             before it are moved to its folder "previous" when a new one begins, which would
@@ -262,6 +273,8 @@ def begin(start: int, loader, output_dir: str, seed: int, resume: bool) -> None:
         metrics = os.path.join(output_dir, "metrics.json")
         if resume and os.path.isfile(metrics):
             rewind_metrics(metrics, start)
+        if resume and start == end:
+            RunCheckpointer(nn.Identity(), output_dir).finish()
 
 
 def _set_aside(output_dir: str) -> None:

@@ -99,7 +99,8 @@ class FgBgTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume=resume)
-        begin(self.start_iter, self.data_loader, self.cfg.OUTPUT_DIR, self.cfg.SEED, resume)
+        span = self.start_iter, self.max_iter
+        begin(*span, self.data_loader, self.cfg.OUTPUT_DIR, self.cfg.SEED, resume)
 
     @classmethod
     def build_model(cls, cfg):

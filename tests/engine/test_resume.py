@@ -101,6 +101,27 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(run_cfg, tmp_path):
     assert iterations == sorted(set(iterations))
 
 
+def test_a_run_killed_between_its_last_two_checkpoints_ends_with_the_final_one(
+    run_cfg, tmp_path, monkeypatch
+):
+    def killed(checkpointer, name, **kwargs):
+        if name == "model_final":
+            raise Killed
+        save(checkpointer, name, **kwargs)
+
+    save = RunCheckpointer.save
+    monkeypatch.setattr(RunCheckpointer, "save", killed)
+    with pytest.raises(Killed):
+        run(run_cfg, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000007.pth"
+    for _ in range(2):  # the second time there is nothing to do
+        assert run(run_cfg, tmp_path, resume=True).start_iter == 8
+        assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+        last, final = (tmp_path / f"model_{x}.pth" for x in ("0000007", "final"))
+        assert last.read_bytes() == final.read_bytes()
+
+
 def test_resuming_elsewhere_in_the_data_would_show(run_cfg, tmp_path):
     """The comparison above can fail: with another seed it does."""
     run(run_cfg, tmp_path / "a")
@@ -279,7 +300,7 @@ def test_an_open_seed_is_drawn_once_a_run(tmp_path):
     assert run_seed(7, str(tmp_path), resume=True) == 7
     seed = run_seed(-1, str(tmp_path), resume=True)
     assert seed >= 0
-    begin(0, None, str(tmp_path), seed, resume=False)
+    begin(0, 20, None, str(tmp_path), seed, resume=False)
     assert run_seed(-1, str(tmp_path), resume=True) == seed
     assert run_seed(-1, str(tmp_path), resume=False) != seed
 
@@ -297,7 +318,7 @@ def test_a_new_run_is_not_resumed_as_the_one_before_it_in_its_folder(distil_cfg,
 def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
     monkeypatch.setattr(comm, "all_gather", lambda start: [start, 0])
     with pytest.raises(RuntimeError, match=r"from iterations \[0, 20\].*file system that all"):
-        begin(20, None, str(tmp_path), 1, resume=True)
+        begin(20, 40, None, str(tmp_path), 1, resume=True)
     assert not list(tmp_path.iterdir())
 
 
