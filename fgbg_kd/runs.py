@@ -165,10 +165,10 @@ class Runner:
             with self._lock:
                 self._children.discard(process)
                 self._progress.pop(name, None)
-        tail = Path(log.name).read_text(errors="replace").splitlines()[-15:]
         # Of a run in several parts the most counts: kept here, as what else is measured of them.
         log.write(f"memory {usage.ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)}\n")
         if process.returncode:
+            *tail, _ = Path(log.name).read_text(errors="replace").splitlines()[-16:]
             raise RunError("\n".join([*tail, f"{name}: failed, see {log.name}"]))
 
     def _show(self, name: str, line: str) -> None:

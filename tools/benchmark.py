@@ -285,6 +285,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Student and teacher of a config that distils, with random weights."""
     cfg = read_detector_config(config_file)
+    torch.manual_seed(0)
     student, teacher = map(build_detector, (cfg, read_detector_config(cfg.MODEL.KD.TEACHER.CONFIG)))
     return student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
 

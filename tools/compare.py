@@ -15,7 +15,6 @@ the table says what kinds of errors each method leaves.
 
 import argparse
 import datetime
-import hashlib
 import logging
 import os
 import re
@@ -41,6 +40,7 @@ from fgbg_kd.comparison import (
 from fgbg_kd.config import method_options
 from fgbg_kd.engine import load_config, read_config
 from fgbg_kd.errors import has_objects, run_errors, tide, truth_of
+from fgbg_kd.hashing import sha256_of_text
 from fgbg_kd.methods import METHOD_REGISTRY
 from fgbg_kd.records import add_row, read_rows, write_whole
 from fgbg_kd.runs import COUNTED, RunError, Runner, flat, surroundings, task_of
@@ -52,7 +52,7 @@ TRAIN_NET = Path(__file__).with_name("train_net.py")
 def folder_name(text: str) -> str:
     """`text` as the name of a folder, unlike that of any other text."""
     name = re.sub(r"[^\w.=+-]+", "_", text)
-    return name if name == text else f"{name[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return name if name == text else f"{name[:60]}-{sha256_of_text(text)[:6]}"
 
 
 def compare(args, output: Path) -> None:

@@ -273,7 +273,7 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
         metrics = os.path.join(output_dir, "metrics.json")
         if resume and os.path.isfile(metrics):
             rewind_metrics(metrics, start)
-        if resume and start == end:
+        if resume and 0 < start == end:
             RunCheckpointer(nn.Identity(), output_dir).finish()
 
 
