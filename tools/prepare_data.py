@@ -38,10 +38,11 @@ def make(kind, args, cache):
             folder, objects_dir=args.objects_dir, cache=cache, progress=progress, **options
         )
     elif kind == "trees":
-        from fgbg_kd.data.tree_crowns import build_trees
+        from fgbg_kd.data.tree_crowns import PHOTOS, TUNING_PHOTOS, build_trees
 
-        folder = args.out / "trees"
-        built = build_trees(folder, cache=cache, progress=progress)
+        folder = args.out / ("trees_tuning" if args.tuning else "trees")
+        photos = TUNING_PHOTOS if args.tuning else PHOTOS
+        built = build_trees(folder, photos=photos, cache=cache, progress=progress)
     else:
         from fgbg_kd.data.pretrained import build_pretrained
 
@@ -69,6 +70,12 @@ def main():
         )
     scenes.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
     scenes.add_argument("--seed", type=int, default=0)
+    trees = parser.add_argument_group("trees")
+    trees.add_argument(
+        "--tuning",
+        action="store_true",
+        help="datasets/trees_tuning: train and test set cut from the train set, to choose options",
+    )
     args = parser.parse_args()
 
     kinds = ["scenes", "trees", "pretrained"] if args.kind == "all" else [args.kind]

@@ -48,6 +48,13 @@ PHOTOS = (
     Photo("OSBS_029", (0, 0, None, None), None),
 )
 
+# To choose options without the test set: the training regions above, of which the lower third of
+# the first becomes the test set.
+TUNING_PHOTOS = (
+    PHOTOS[0]._replace(train=(0, 0, None, 950), test=(0, 1064, None, 1590)),
+    *(photo._replace(test=None) for photo in PHOTOS[1:]),
+)
+
 
 def read_boxes(xml):
     """Boxes (N, 4) x0 y0 x1 y1 of a Pascal VOC file, in its order."""
@@ -171,12 +178,12 @@ def add_photo(folder, coco, split, photo, image, boxes, region, tree_ids):
             )
 
 
-def build_trees(folder, *, cache=CACHE, progress=None):
+def build_trees(folder, *, photos=PHOTOS, cache=CACHE, progress=None):
     """Make the tree crowns under `folder`; (meta, was_built), see packages.build_folder."""
     options = {
         "recipe": RECIPE,
         "package": PACKAGE,
-        "photos": [tuple(photo) for photo in PHOTOS],
+        "photos": [tuple(photo) for photo in photos],
         "train_tile": [TRAIN_TILE, TRAIN_STRIDE],
         "test_tile": TEST_TILE,
         "keep": [REGION_KEEP, TILE_KEEP],
@@ -188,7 +195,7 @@ def build_trees(folder, *, cache=CACHE, progress=None):
         for split in sets:
             (partial / split).mkdir()
         num_trees = 0
-        for done, photo in enumerate(PHOTOS, start=1):
+        for done, photo in enumerate(photos, start=1):
             boxes = read_boxes(read_member(wheel, f"deepforest/data/{photo.name}.xml"))
             raw = np.frombuffer(read_member(wheel, f"deepforest/data/{photo.name}.png"), np.uint8)
             image = cv2.imdecode(raw, cv2.IMREAD_COLOR)
@@ -205,7 +212,7 @@ def build_trees(folder, *, cache=CACHE, progress=None):
                 if region is not None:
                     add_photo(partial, sets[split], split, photo, image, boxes, region, tree_ids)
             if progress:
-                progress("photos", done, len(PHOTOS))
+                progress("photos", done, len(photos))
 
         trees = [{a["tree"] for a in annotations} for _, annotations in sets.values()]
         assert not trees[0] & trees[1], f"trees in both sets: {sorted(trees[0] & trees[1])}"

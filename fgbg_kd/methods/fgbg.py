@@ -37,6 +37,9 @@ class FgBg(Method):
         gate_margin: how much better the teacher's quality (0..1) must be; under 0, how much worse
             it may be: a little less sure of the background than a new student, it still knows more.
         gate_softness: width, in quality, of a sigmoid in place of the gate's step; 0 = a step.
+        gate_quality: what makes a prediction good on foreground: "score": the score of the box's
+            class; "box": that times the IoU of the predicted box, for which the teacher's box
+            branch must run.
     """
 
     choices = {
@@ -46,6 +49,7 @@ class FgBg(Method):
         "kl": ("sigmoid", "softmax"),
         "bg_normalizer": ("fg", "bg"),
         "gate": ("off", "cell", "object", "image"),
+        "gate_quality": ("box", "score"),
     }
     signed = ("gate_margin",)
 
@@ -65,14 +69,16 @@ class FgBg(Method):
         gate: str = "cell",
         gate_margin: float = -0.2,
         gate_softness: float = 0.0,
+        gate_quality: str = "box",
     ):
         super().__init__()
         self.accept(FgBg, locals())
         self.fg_weight, self.bg_weight = fg_weight, bg_weight
         weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
         self.losses = [name for name, weight in weights.items() if weight > 0]
-        self.needs_boxes = gate != "off"
-        self.needs_logits = bg_weight > 0 or self.needs_boxes
+        self.gated = gate != "off"
+        self.needs_logits = bg_weight > 0 or self.gated
+        self.needs_boxes = self.gated and gate_quality == "box"
         self.divergence = {"kl": kl if bg_weight > 0 else None, "temperature": temperature}
         self.gating = {"mode": gate, "margin": gate_margin, "softness": gate_softness}
         # Built only if used: parameters without a gradient would stop DistributedDataParallel.
@@ -94,8 +100,9 @@ class FgBg(Method):
         foreground, background = cells.foreground.float(), cells.background.float()  # (N, R)
         shown = {"gate": foreground + background}
         if self.needs_logits:
-            found = batch.compare(cells, quality=self.needs_boxes, **self.divergence)
-        if self.needs_boxes:
+            asked = {"quality": self.gated, "boxes": self.needs_boxes}
+            found = batch.compare(cells, **asked, **self.divergence)
+        if self.gated:
             qualities = found.student_quality, found.teacher_quality
             shown["gate"] = teacher_gate(*qualities, cells, **self.gating)
             shown["better"] = qualities[1] > qualities[0]

@@ -50,6 +50,7 @@ def compare_predictions(
     kl: str | None = "sigmoid",
     temperature: float = 1.0,
     quality: bool = True,
+    boxes: bool = True,
     impl: str = "auto",
 ) -> Comparison:
     """KL(teacher || student) on background cells, and the quality of both on all cells.
@@ -57,7 +58,7 @@ def compare_predictions(
     The gate needs the qualities and weighs the KL, and both need all logits: one pass gives both.
 
     Args:
-        student, teacher: outputs with logits, and with deltas if ``quality``.
+        student, teacher: outputs with logits, and with deltas if ``quality`` of ``boxes``.
         detectors: the two DenseDetectors, which know their anchors and box coding.
         cells: the split of the same cells.
         gt_classes: (N, B) int64.
@@ -66,6 +67,7 @@ def compare_predictions(
             the KL compares the largest logit of each class over them.
         kl, temperature: see :func:`kl_divergence`; None: no KL.
         quality: False: no qualities.
+        boxes: False: qualities by class scores alone; see :func:`prediction_quality`.
         impl: "torch": plain PyTorch, the definition; "triton": fused; "auto": Triton on CUDA.
             Qualities of a box coding that the kernel does not know are computed in plain PyTorch.
     """
@@ -73,7 +75,9 @@ def compare_predictions(
         raise ValueError(f"kl is {kl!r}: it can be 'sigmoid', 'softmax' or None.")
     outputs, where = (student, teacher), (detectors, cells, gt_classes, strides)
     if kl and not same_anchors:
-        found = compare_predictions(*outputs, *where, kl=None, quality=quality, impl=impl)
+        found = compare_predictions(
+            *outputs, *where, kl=None, quality=quality, boxes=boxes, impl=impl
+        )
         outputs = [
             o._replace(logits=[_best_anchor(x, d.num_classes) for x in o.logits])
             for d, o in zip(detectors, outputs)
@@ -86,9 +90,9 @@ def compare_predictions(
     if use_triton(impl, student.logits[0]):
         from .predictions_triton import box_coding, compare  # compiled on first use
 
-        fused_quality = quality and all(box_coding(d) for d in detectors)
+        fused_quality = quality and (not boxes or all(box_coding(d) for d in detectors))
         if kl or fused_quality:
-            found = compare(*outputs, *where, kl, temperature, fused_quality)
+            found = compare(*outputs, *where, kl, temperature, fused_quality, boxes)
         quality = quality and not fused_quality
     elif kl:
         apart = torch.cat(
@@ -101,7 +105,8 @@ def compare_predictions(
         found = found._replace(kl=torch.where(cells.background, apart, 0))
     if quality:
         good = [
-            prediction_quality(d, o, cells, gt_classes, strides) for d, o in zip(detectors, outputs)
+            prediction_quality(d, o, cells, gt_classes, strides, boxes)
+            for d, o in zip(detectors, outputs)
         ]
         found = found._replace(student_quality=good[0], teacher_quality=good[1])
     return found
@@ -146,6 +151,7 @@ def prediction_quality(
     cells: Split,
     gt_classes: Tensor,
     strides: Sequence[int],
+    boxes: bool = True,
 ) -> Tensor:
     """How good a dense detector's prediction is at each cell, in [0, 1].
 
@@ -153,22 +159,21 @@ def prediction_quality(
     RetinaNet student.
 
     - On a foreground cell owned by box b: the largest, over anchors, of
-      sigmoid(logit of b's class) * IoU(decoded box, b).
+      sigmoid(logit of b's class) * IoU(decoded box, b), or without the IoU.
     - On a background cell: 1 - the largest sigmoid(logit) over anchors and classes.
     - On a padding cell: 0.
 
     Args:
         detector: a DenseDetector; its anchors and box transform decode the deltas.
-        output: logits and deltas; features for the anchors' positions.
+        output: logits; for boxes deltas, and features for the anchors' positions.
         cells: the split of the same cells.
         gt_classes: (N, B) int64.
         strides: in pixels, per level; the detector may have more levels.
+        boxes: whether the IoU counts. Without it nothing of the detector's boxes is needed.
 
     Returns:
         (N, R) in fp32 or better.
     """
-    anchors = _anchors(detector.anchor_generator, output.features, strides)  # per level (H*W*A, 4)
-    anchors = torch.cat([a.tensor for a in anchors])  # (R*A, 4)
     owner_class = cells.owner(gt_classes).split([h * w for h, w in cells.level_shapes], dim=1)
     score, highest = [], []
     for logit, owner in zip(output.logits, owner_class):
@@ -176,14 +181,24 @@ def prediction_quality(
         highest.append(logit.flatten(2).amax(2))
         index = owner[..., None, None].expand(*logit.shape[:3], 1)
         score.append(logit.gather(3, index).squeeze(3))  # (N, HW, A)
+    foreground = torch.cat(score, dim=1).sigmoid()  # (N, R, A)
+    if boxes:
+        foreground = foreground * _overlap(detector, output, cells, strides)
+    foreground, background = foreground.amax(2), 1 - torch.cat(highest, dim=1).sigmoid()
+    return torch.where(cells.foreground, foreground, torch.where(cells.background, background, 0))
+
+
+def _overlap(
+    detector: nn.Module, output: DenseOutput, cells: Split, strides: Sequence[int]
+) -> Tensor:
+    """(N, R, A): IoU of each decoded box with the one that owns its cell."""
+    anchors = _anchors(detector.anchor_generator, output.features, strides)  # per level (H*W*A, 4)
+    anchors = torch.cat([a.tensor for a in anchors])  # (R*A, 4)
     delta = torch.cat([_per_anchor(d, 4) for d in output.deltas], dim=1)  # (N, R, A, 4)
     boxes = detector.box2box_transform.apply_deltas(
         delta.reshape(-1, 4), anchors.to(delta).repeat(len(delta), 1)
     ).reshape(delta.shape)
-    overlap = _iou(boxes, cells.owner(cells.boxes)[:, :, None])
-    foreground = (torch.cat(score, dim=1).sigmoid() * overlap).amax(2)
-    background = 1 - torch.cat(highest, dim=1).sigmoid()
-    return torch.where(cells.foreground, foreground, torch.where(cells.background, background, 0))
+    return _iou(boxes, cells.owner(cells.boxes)[:, :, None])
 
 
 def _anchors(generator: nn.Module, features: Sequence[Tensor], strides: Sequence[int]) -> list:

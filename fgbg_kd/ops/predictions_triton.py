@@ -62,52 +62,69 @@ def _highest(logits_at, z_c, channels, mask, ACC: tl.constexpr, CLASSES: tl.cons
 
 
 @triton.jit
-def _box_quality(
-    logits_at, z_c,  # of class 0 of anchor 0 of each cell
-    deltas_at, d_c,
-    anchors,  # (A, 4) XYXY around the cell's corner
-    num_anchors, classes, own_class,
+def _overlap(
+    deltas_at, d_c,  # of an anchor at each cell
+    anchor,  # (4,) XYXY around the cell's corner
     corner_x, corner_y,  # pixels, without the offset
     stride,
     x0, y0, x1, y1,  # the owner
     mask,
     CODING: tl.constexpr,  # of box_coding
-    ACC: tl.constexpr,
 ):  # fmt: skip
-    """The largest, over anchors, of sigmoid(logit of own_class) * IoU(decoded box, owner)."""
+    """IoU of the decoded box with the owner."""
     LINEAR: tl.constexpr = len(CODING) == 2
     offset = CODING[0] * stride
+    d0 = tl.load(deltas_at, mask=mask, other=0.0).to(tl.float32)
+    d1 = tl.load(deltas_at + d_c, mask=mask, other=0.0).to(tl.float32)
+    d2 = tl.load(deltas_at + 2 * d_c, mask=mask, other=0.0).to(tl.float32)
+    d3 = tl.load(deltas_at + 3 * d_c, mask=mask, other=0.0).to(tl.float32)
+    a0, a1, a2, a3 = tl.load(anchor), tl.load(anchor + 1), tl.load(anchor + 2), tl.load(anchor + 3)
+    width, height = a2 - a0, a3 - a1
+    centre_x = corner_x + offset + 0.5 * (a0 + a2)
+    centre_y = corner_y + offset + 0.5 * (a1 + a3)
+    if LINEAR:  # Box2BoxTransformLinear: distances to the four sides
+        unit = width * CODING[1] + (1 - CODING[1])  # the anchor's size or a pixel
+        p0, p1 = centre_x - tl.maximum(d0, 0.0) * unit, centre_y - tl.maximum(d1, 0.0) * unit
+        p2, p3 = centre_x + tl.maximum(d2, 0.0) * unit, centre_y + tl.maximum(d3, 0.0) * unit
+    else:  # Box2BoxTransform: shift and log scale of the anchor
+        centre_x += d0 / CODING[1] * width
+        centre_y += d1 / CODING[2] * height
+        half_w = 0.5 * tl.exp(tl.minimum(d2 / CODING[3], CODING[5])) * width
+        half_h = 0.5 * tl.exp(tl.minimum(d3 / CODING[4], CODING[5])) * height
+        p0, p1 = centre_x - half_w, centre_y - half_h
+        p2, p3 = centre_x + half_w, centre_y + half_h
+    inter_w = tl.maximum(tl.minimum(p2, x1) - tl.maximum(p0, x0), 0.0)
+    inter = inter_w * tl.maximum(tl.minimum(p3, y1) - tl.maximum(p1, y0), 0.0)
     own_area = tl.maximum(x1 - x0, 0.0) * tl.maximum(y1 - y0, 0.0)
-    best = tl.zeros([mask.shape[0]], ACC)
+    area = tl.maximum(p2 - p0, 0.0) * tl.maximum(p3 - p1, 0.0)
+    return inter / tl.maximum(own_area + area - inter, 1e-6)
+
+
+@triton.jit
+def _own_quality(
+    logits_at, z_c,  # of class 0 of anchor 0 of each cell
+    deltas_at, d_c,
+    anchors,  # (A, 4)
+    num_anchors, classes, own_class,
+    corner_x, corner_y, stride,
+    x0, y0, x1, y1,
+    mask,
+    BOXES: tl.constexpr,
+    CODING: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The largest, over anchors, of sigmoid(logit of own_class), with BOXES times the IoU."""
+    best = tl.zeros([mask.shape[0]], ACC) + float("-inf")
     for a in range(num_anchors):
         z = tl.load(logits_at + (a * classes + own_class) * z_c, mask=mask, other=0.0).to(ACC)
-        at = deltas_at + a * 4 * d_c
-        d0 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        d1 = tl.load(at + d_c, mask=mask, other=0.0).to(tl.float32)
-        d2 = tl.load(at + 2 * d_c, mask=mask, other=0.0).to(tl.float32)
-        d3 = tl.load(at + 3 * d_c, mask=mask, other=0.0).to(tl.float32)
-        a0, a1 = tl.load(anchors + a * 4), tl.load(anchors + a * 4 + 1)
-        a2, a3 = tl.load(anchors + a * 4 + 2), tl.load(anchors + a * 4 + 3)
-        width, height = a2 - a0, a3 - a1
-        centre_x = corner_x + offset + 0.5 * (a0 + a2)
-        centre_y = corner_y + offset + 0.5 * (a1 + a3)
-        if LINEAR:  # Box2BoxTransformLinear: distances to the four sides
-            unit = width * CODING[1] + (1 - CODING[1])  # the anchor's size or a pixel
-            p0, p1 = centre_x - tl.maximum(d0, 0.0) * unit, centre_y - tl.maximum(d1, 0.0) * unit
-            p2, p3 = centre_x + tl.maximum(d2, 0.0) * unit, centre_y + tl.maximum(d3, 0.0) * unit
-        else:  # Box2BoxTransform: shift and log scale of the anchor
-            centre_x += d0 / CODING[1] * width
-            centre_y += d1 / CODING[2] * height
-            half_w = 0.5 * tl.exp(tl.minimum(d2 / CODING[3], CODING[5])) * width
-            half_h = 0.5 * tl.exp(tl.minimum(d3 / CODING[4], CODING[5])) * height
-            p0, p1 = centre_x - half_w, centre_y - half_h
-            p2, p3 = centre_x + half_w, centre_y + half_h
-        inter_w = tl.maximum(tl.minimum(p2, x1) - tl.maximum(p0, x0), 0.0)
-        inter = inter_w * tl.maximum(tl.minimum(p3, y1) - tl.maximum(p1, y0), 0.0)
-        area = tl.maximum(p2 - p0, 0.0) * tl.maximum(p3 - p1, 0.0)
-        iou = inter / tl.maximum(own_area + area - inter, 1e-6)
-        best = tl.maximum(best, _sigmoid(z) * iou)
-    return best
+        if BOXES:
+            iou = _overlap(
+                deltas_at + a * 4 * d_c, d_c, anchors + a * 4, corner_x, corner_y, stride,
+                x0, y0, x1, y1, mask, CODING,
+            )  # fmt: skip
+            z = _sigmoid(z) * iou
+        best = tl.maximum(best, z)
+    return best if BOXES else _sigmoid(best)
 
 
 @triton.jit
@@ -140,6 +157,7 @@ def compare_kernel(
     KL: tl.constexpr,
     SOFTMAX: tl.constexpr,
     QUALITY: tl.constexpr,
+    BOXES: tl.constexpr,
     S_CODING: tl.constexpr,
     T_CODING: tl.constexpr,
     ACC: tl.constexpr,
@@ -156,6 +174,28 @@ def compare_kernel(
     s_at = student + n * s_n + row * s_h + column * s_w
     t_at = teacher + n * t_n + row * t_h + column * t_w
     plane = tl.num_programs(1).to(tl.int64) * all_cells
+    if QUALITY:  # of foreground first: what it needs is not held below
+        foreground = owner >= 0
+        box = n * num_boxes + tl.where(foreground, owner, 0)
+        own_class = tl.load(box_classes + box, mask=foreground, other=0)
+        x0 = tl.load(boxes + box * 4, mask=foreground, other=0.0)
+        y0 = tl.load(boxes + box * 4 + 1, mask=foreground, other=0.0)
+        x1 = tl.load(boxes + box * 4 + 2, mask=foreground, other=0.0)
+        y1 = tl.load(boxes + box * 4 + 3, mask=foreground, other=0.0)
+        x, y = column * stride, row * stride
+        s_good = _own_quality(
+            s_at, s_c, s_deltas + n * sd_n + row * sd_h + column * sd_w, sd_c, s_anchors,
+            s_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
+            BOXES, S_CODING, ACC,
+        )  # fmt: skip
+        t_good = _own_quality(
+            t_at, t_c, t_deltas + n * td_n + row * td_h + column * td_w, td_c, t_anchors,
+            t_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
+            BOXES, T_CODING, ACC,
+        )  # fmt: skip
+        rest = exists & ~background  # and padding, of quality 0
+        tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=rest)
+        tl.store(out + 2 * plane + at, tl.where(foreground, t_good, 0), mask=rest)
     s_highest = tl.zeros([CELLS], ACC) + float("-inf")
     t_highest = s_highest
     if KL:
@@ -185,28 +225,8 @@ def compare_kernel(
         s_highest = _highest(s_at, s_c, s_channels, background, ACC, CLASSES)
         t_highest = _highest(t_at, t_c, t_channels, background, ACC, CLASSES)
     if QUALITY:
-        foreground = owner >= 0
-        box = n * num_boxes + tl.where(foreground, owner, 0)
-        own_class = tl.load(box_classes + box, mask=foreground, other=0)
-        x0 = tl.load(boxes + box * 4, mask=foreground, other=0.0)
-        y0 = tl.load(boxes + box * 4 + 1, mask=foreground, other=0.0)
-        x1 = tl.load(boxes + box * 4 + 2, mask=foreground, other=0.0)
-        y1 = tl.load(boxes + box * 4 + 3, mask=foreground, other=0.0)
-        x, y = column * stride, row * stride
-        s_good = _box_quality(
-            s_at, s_c, s_deltas + n * sd_n + row * sd_h + column * sd_w, sd_c, s_anchors,
-            s_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
-            S_CODING, ACC,
-        )  # fmt: skip
-        t_good = _box_quality(
-            t_at, t_c, t_deltas + n * td_n + row * td_h + column * td_w, td_c, t_anchors,
-            t_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
-            T_CODING, ACC,
-        )  # fmt: skip
-        s_good = tl.where(background, 1 - _sigmoid(s_highest), s_good)
-        t_good = tl.where(background, 1 - _sigmoid(t_highest), t_good)
-        tl.store(out + plane + at, s_good, mask=exists)
-        tl.store(out + 2 * plane + at, t_good, mask=exists)
+        tl.store(out + plane + at, 1 - _sigmoid(s_highest), mask=background)
+        tl.store(out + 2 * plane + at, 1 - _sigmoid(t_highest), mask=background)
 
 
 @triton.jit
@@ -280,13 +300,15 @@ def _compare(
     num_classes: int,
     kl: bool,
     softmax: bool,
+    quality: bool,
     temperature: float,
 ) -> Tensor:
     """(3, N, R): KL, quality of the student, of the teacher; what is not asked for is not written.
 
-    deltas and anchors: of all levels of the student, then of the teacher; empty: no qualities.
+    deltas and anchors: of all levels of the student, then of the teacher; empty: qualities by
+    class scores alone.
     """
-    quality, num_levels = len(deltas) > 0, len(student)
+    with_boxes, num_levels = len(deltas) > 0, len(student)
     acc = accumulation_dtype(student[0], teacher[0])
     out = box_index.new_empty(3, *box_index.shape, dtype=acc)
     group, block, cells = _tile(num_classes, softmax)
@@ -294,15 +316,16 @@ def _compare(
     with on_device_of(out):
         for i, (first, n, channels, h, w) in enumerate(levels(student)):
             s, t = student[i], teacher[i]
-            ds, dt = (deltas[i], deltas[num_levels + i]) if quality else (s, t)
+            ds, dt = (deltas[i], deltas[num_levels + i]) if with_boxes else (s, t)
             compare_kernel[(triton.cdiv(h * w, cells), n)](
                 s, t, ds, dt,
-                *((anchors[i], anchors[num_levels + i]) if quality else (boxes, boxes)),
+                *((anchors[i], anchors[num_levels + i]) if with_boxes else (boxes, boxes)),
                 box_index, boxes, box_classes, out,
                 channels, t.shape[1], num_classes, group, w, h * w, first, out.shape[2],
                 boxes.shape[1], float(strides[i]),
                 *s.stride(), *t.stride(), *ds.stride(), *dt.stride(),
-                INVERSE_T=1 / temperature, KL=kl, SOFTMAX=softmax, QUALITY=quality,
+                INVERSE_T=1 / temperature, KL=kl, SOFTMAX=softmax,
+                QUALITY=quality, BOXES=with_boxes,
                 S_CODING=tuple(s_coding), T_CODING=tuple(t_coding),
                 ACC=triton_dtype(acc), CLASSES=block, CELLS=cells,
             )  # fmt: skip
@@ -344,7 +367,7 @@ def _(student, teacher, weight, num_classes, softmax, temperature):
 
 
 def _setup(ctx, inputs, output):
-    student, teacher, deltas, anchors, *_, box_index, _, _, num_classes, kl, softmax, t = inputs
+    student, teacher, deltas, anchors, *_, box_index, _, _, num_classes, kl, softmax, _, t = inputs
     ctx.options = (num_classes, softmax, t)
     ctx.kl, ctx.num_deltas, ctx.num_anchors = kl, len(deltas), len(anchors)
     ctx.save_for_backward(*student, *teacher, box_index)
@@ -358,7 +381,7 @@ def _backward(ctx, grad):
         weight = torch.where(box_index == BACKGROUND, grad[0], 0)
         grads = kl_grad(student, teacher, weight, *ctx.options)
     lists = ([None] * size for size in (len(teacher), ctx.num_deltas, ctx.num_anchors))
-    return grads, *lists, *[None] * 10
+    return grads, *lists, *[None] * 11
 
 
 _compare.register_autograd(_backward, setup_context=_setup)
@@ -374,18 +397,19 @@ def compare(
     kl: str | None,
     temperature: float,
     quality: bool,
+    boxes: bool,
 ) -> Comparison:
     """:func:`fgbg_kd.ops.compare_predictions`, for codings that :func:`box_coding` knows."""
-    anchors = []
-    for generator in [d.anchor_generator for d in detectors] if quality else []:
+    anchors, boxes = [], quality and boxes
+    for generator in [d.anchor_generator for d in detectors] if boxes else []:
         at = dict(zip(generator.strides, generator.cell_anchors))
         anchors += [at[s] for s in strides]
     out = _compare(
         list(student.logits),
         list(teacher.logits),
-        [*student.deltas, *teacher.deltas] if quality else [],
+        [*student.deltas, *teacher.deltas] if boxes else [],
         anchors,
-        *(box_coding(d) if quality else (0.0,) for d in detectors),
+        *(box_coding(d) if boxes else (0.0,) for d in detectors),
         [int(s) for s in strides],
         cells.box_index,
         cells.boxes,
@@ -393,6 +417,7 @@ def compare(
         detectors[0].num_classes,
         kl is not None,
         kl == "softmax",
+        quality,
         float(temperature),
     )
     return Comparison(out[0] if kl else None, *(out[1:].detach() if quality else ()))

@@ -21,7 +21,7 @@ def ints(names):
 
 STRIDES = ints("s_n s_c s_h s_w t_n t_c t_h t_w")
 INTS = ints("channels width num_cells first all_cells")
-BOX, LINEAR = (0.5, 1.0, 1.0, 1.0, 1.0, 4.0), (0.5, 1.0)
+BOX, LINEAR, NONE = (0.5, 1.0, 1.0, 1.0, 1.0, 4.0), (0.5, 1.0), (0.0,)
 
 
 def cases():
@@ -53,10 +53,10 @@ def cases():
             types |= {"box_index": "*i32", "box_classes": "*i64", "stride": "fp32"}
             types |= STRIDES | ints("s_channels t_channels classes group width num_cells first")
             types |= ints("all_cells num_boxes sd_n sd_c sd_h sd_w td_n td_c td_h td_w")
-            for kl, quality, coding in ((1, 1, BOX), (1, 0, BOX), (0, 1, LINEAR)):
+            for kl, quality, coding in ((1, 1, BOX), (1, 1, NONE), (1, 0, NONE), (0, 1, LINEAR)):
                 constants = tile | kind | {"KL": bool(kl), "QUALITY": bool(quality)}
-                constants |= {"S_CODING": coding, "T_CODING": coding}
-                name = f"compare {dtype} softmax of {classes}, kl={kl} quality={quality}"
+                constants |= {"BOXES": coding != NONE, "S_CODING": coding, "T_CODING": coding}
+                name = f"compare {dtype} softmax of {classes}, {constants}"
                 yield name, predictions_triton.compare_kernel, types, constants
 
 
@@ -88,7 +88,7 @@ def test_kernels_compile_without_register_spills(arch):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = done.stdout.split("KERNEL ")[1:]
-    assert len(kernels) == 2 + 2 * (2 + 3 * 4)
+    assert len(kernels) == 2 + 2 * (2 + 3 * 5)
     for kernel in kernels:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", kernel)
         assert spills and set(spills) == {"0"}, kernel

@@ -259,6 +259,34 @@ def test_one_pass_gives_the_qualities_and_the_kl(kinds, dtype, channels_last, sc
     assert (fused.student_quality[cells.box_index == -2] == 0).all()
 
 
+@pytest.mark.parametrize("kinds", [("RetinaNet", "FCOS"), ("FCOS", "RetinaNet")])
+@pytest.mark.parametrize("kl", ["sigmoid", None])
+def test_qualities_by_score_alone_need_no_boxes(kinds, kl):
+    shapes, detectors = [(5, 6), (3, 3)], [detector(kind, [32, 64], 5) for kind in kinds]
+    boxes = [torch.tensor([[3.0, 3, 30, 40], [20, 20, 29, 29]], device=DEVICE)] * 2
+    cells = split(boxes, [(40, 48), (33, 48)], shapes, [8, 16], impl="torch")
+    classes = torch.tensor([[4, 0], [1, 2]], device=DEVICE)
+    outputs = [
+        predictions(d, shapes, False, torch.float32, 50 * i)._replace(features=(), deltas=None)
+        for i, d in enumerate(detectors)
+    ]
+    options = {"same_anchors": False, "kl": kl, "boxes": False}
+    plain, fused = (
+        compare_predictions(*outputs, detectors, cells, classes, [8, 16], impl=impl, **options)
+        for impl in ("torch", "triton")
+    )
+    for d, output, quality in zip(detectors, outputs, plain[1:]):
+        scores = [x.sigmoid().unflatten(1, (d.num_anchors, 5)).amax(1) for x in output.logits]
+        scores = torch.cat([x.flatten(2) for x in scores], dim=2)  # (N, K, R), of the best anchor
+        own = scores.gather(1, cells.owner(classes)[:, None])[:, 0]
+        expected = torch.where(cells.foreground, own, (1 - scores.amax(1)) * cells.background)
+        torch.testing.assert_close(quality, expected)
+    assert cells.foreground.any() and (cells.box_index == PADDING).any()
+    for expected, got in zip(plain, fused):
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_heads_that_differ_are_compared_by_the_best_anchor_of_each_class():
     shapes = [(5, 6), (3, 3)]
     detectors = [detector(kind, [32, 64], 5) for kind in ("RetinaNet", "FCOS")]
@@ -380,6 +408,6 @@ def test_the_comparison_is_registered_soundly():
         torch.full((2, 5), BACKGROUND, dtype=torch.int32, device=DEVICE),
         torch.zeros(2, 1, 4, device=DEVICE),
         torch.zeros(2, 1, dtype=torch.long, device=DEVICE),
-        3, True, True, 1.5,
+        3, True, True, True, 1.5,
     )  # fmt: skip
     torch.library.opcheck(predictions_triton._compare, arguments)
