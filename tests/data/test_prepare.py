@@ -364,13 +364,12 @@ def fake_trees(tmp_path, monkeypatch):
         archive.writestr("deepforest/data/fake.png", cv2.imencode(".png", image)[1].tobytes())
     monkeypatch.setattr(tree_crowns, "PACKAGE_SHA256", packages.sha256_of(wheel))
     photo = tree_crowns.Photo("fake", (0, 0, None, 500), (0, 550, None, None))
-    monkeypatch.setattr(tree_crowns, "PHOTOS", (photo,))
-    return wheel.parent, len(corners)
+    return {"photos": (photo,), "cache": wheel.parent}, len(corners)
 
 
 def test_the_tree_set_counts_every_test_tree_once_and_loads(tmp_path, monkeypatch):
-    cache, num_trees = fake_trees(tmp_path, monkeypatch)
-    meta, was_built = tree_crowns.build_trees(tmp_path / "trees", cache=cache)
+    source, num_trees = fake_trees(tmp_path, monkeypatch)
+    meta, was_built = tree_crowns.build_trees(tmp_path / "trees", **source)
     assert was_built
     sets = {}
     for split in ("train", "test"):
@@ -387,7 +386,19 @@ def test_the_tree_set_counts_every_test_tree_once_and_loads(tmp_path, monkeypatc
     assert len(sets["test"]) == len(set(sets["test"])) == meta["summary"]["test"]["trees"]
     assert not set(sets["train"]) & set(sets["test"])
     assert num_trees > len(set(sets["train"])) + len(sets["test"]) > 0.85 * num_trees
-    assert not tree_crowns.build_trees(tmp_path / "trees", cache=cache)[1]
+    assert not tree_crowns.build_trees(tmp_path / "trees", **source)[1]
+
+
+def test_the_trees_for_tuning_lie_in_the_training_regions_alone():
+    def ends(region):  # of a photo larger than any
+        return region and tuple(9999 if v is None else v for v in region)
+
+    for whole, tuning in zip(tree_crowns.PHOTOS, tree_crowns.TUNING_PHOTOS, strict=True):
+        assert tuning.name == whole.name
+        x0, y0, x1, y1 = ends(whole.train)
+        for region in filter(None, map(ends, tuning[1:])):
+            assert x0 <= region[0] and y0 <= region[1] and region[2] <= x1 and region[3] <= y1
+    assert [bool(photo.test) for photo in tree_crowns.TUNING_PHOTOS] == [True, False, False]
 
 
 # ---- pretrained --------------------------------------------------------------------------------
