@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from .errors import KINDS
 from .methods import METHOD_REGISTRY
-from .runs import COSTS, COUNTED, METRICS, flat, keys_read
+from .runs import COSTS, METRICS
+from .settings import COUNTED, flat, keys_read
 
 PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
 # What says which method a run is of, and what all runs of a comparison share: no option of one.
@@ -85,8 +86,8 @@ def group(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """Rows by comparison (config and its overrides), then method (:func:`name_of`), then seed.
 
     Of rows with one key the last counts, and of a comparison only those of its last "task"
-    (:func:`fgbg_kd.runs.task_of`; rows of old have none): files under the same names change. The
-    variants of a method stand together.
+    (:func:`fgbg_kd.settings.task_of`; rows of old have none): files under the same names change.
+    The variants of a method stand together.
     """
     groups: dict = {}
     last = _last_tasks(rows)

@@ -17,7 +17,7 @@ from .detector import load_detector
 from .engine import read_config
 from .errors import detections_of
 from .records import read_json, read_rows
-from .runs import flat
+from .settings import flat
 
 DISTILLED = "distilled"
 # Keys that say what a run trains and how; those that a distilled run has beside its plain one, or

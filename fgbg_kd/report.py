@@ -20,7 +20,8 @@ from .analysis import cost, draw_side_by_side, read_input
 from .comparison import PLAIN, TEACHER, average, number, paired, signed
 from .errors import KINDS, detection_errors, image_scores, tide, truth_of
 from .finished import DISTILLED, Run, find_runs, load_run, versions
-from .runs import METRICS, keys_read
+from .runs import METRICS
+from .settings import keys_read
 
 _COLORS = {TEACHER: ["#555555", "#999999"], PLAIN: ["#0072B2", "#56B4E9"]}
 _DISTILLED_COLORS = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#8C564B", "#7F6BB3"]

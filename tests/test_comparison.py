@@ -27,7 +27,8 @@ from fgbg_kd.config_files import merge_overrides
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, read_config
 from fgbg_kd.records import read_rows
-from fgbg_kd.runs import RunError, task_of
+from fgbg_kd.runs import RunError
+from fgbg_kd.settings import task_of
 from fgbg_kd.teacher_runs import teacher_evaluation, train_or_find_teacher
 
 

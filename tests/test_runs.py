@@ -12,7 +12,8 @@ import pytest
 from conftest import tiny_cfg
 
 from fgbg_kd.engine import read_config
-from fgbg_kd.runs import RunError, Runner, settings_of
+from fgbg_kd.runs import RunError, Runner
+from fgbg_kd.settings import settings_of
 
 # Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
 CHILD = """

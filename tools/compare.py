@@ -43,7 +43,8 @@ from fgbg_kd.errors import has_objects, run_errors, tide, truth_of
 from fgbg_kd.hashing import sha256_of_text
 from fgbg_kd.methods import METHOD_REGISTRY
 from fgbg_kd.records import add_row, read_rows, write_whole
-from fgbg_kd.runs import COUNTED, RunError, Runner, flat, surroundings, task_of
+from fgbg_kd.runs import RunError, Runner, surroundings
+from fgbg_kd.settings import COUNTED, flat, task_of
 from fgbg_kd.teacher_runs import teacher_evaluation, train_or_find_teacher
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
