@@ -5,7 +5,7 @@ Example:
     tools/benchmark.py ops --plot ops.png         split, cosine, comparison on FPN shapes, on a GPU
     tools/benchmark.py ops --counts-only          what needs no GPU: bytes, launches, memory
     tools/benchmark.py step --device cpu --images 2 --size 384 640
-        --methods FgBg PKD                        steps: plain, teacher, each method (R101 to R50)
+        --methods FgBg "FgBg GATE=off" PKD        steps: plain, teacher, each method (R101 to R50)
 
 Times are p20 / p50 / p80 over runs: of CUDA events on a GPU, of the wall clock on a CPU.
 """
@@ -33,8 +33,11 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
 from fgbg_kd import FgBgDistiller  # noqa: E402
+from fgbg_kd.comparison import method_overrides  # noqa: E402
+from fgbg_kd.config import method_options  # noqa: E402
 from fgbg_kd.detector import build_detector, read_detector_config  # noqa: E402
 from fgbg_kd.distiller import run_dense  # noqa: E402
+from fgbg_kd.engine import read_config  # noqa: E402
 from fgbg_kd.ops import DenseOutput, compare_predictions, cosine_loss, split  # noqa: E402
 from fgbg_kd.teacher import PRECISIONS, precision  # noqa: E402
 
@@ -290,18 +293,24 @@ def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Modul
     return student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
 
 
+def options_of(config_file: str, spec: str) -> dict:
+    """The options of a method that compare.py would call `spec`."""
+    overrides = method_overrides(read_config(config_file), spec)
+    return method_options(read_config(config_file, overrides))
+
+
 def steps(args) -> list[dict]:
     """Plain step, teacher's forward pass and step of each method, on random images and boxes."""
     (height, width), device = args.size, args.device
     student, teacher = pair(args.config_file, device)
     distillers = {
-        method: FgBgDistiller(
+        spec: FgBgDistiller(
             student=student,
             teacher=teacher,
             teacher_precision=args.precision,
-            kd={"method": method, **({"gate": args.gate} if method == "FgBg" else {})},
+            kd={"method": spec.split()[0], **options_of(args.config_file, spec)},
         ).train()
-        for method in args.methods
+        for spec in args.methods
     }
     boxes_too = any(distiller.kd.needs_boxes for distiller in distillers.values())
     generator = torch.Generator().manual_seed(0)
@@ -331,7 +340,7 @@ def steps(args) -> list[dict]:
             run_dense(teacher, images, boxes=boxes_too)
 
     calls = {"plain student step": train(student), "teacher forward": look}
-    calls |= {f"{method} step": train(distiller) for method, distiller in distillers.items()}
+    calls |= {f"{spec} step": train(distiller) for spec, distiller in distillers.items()}
     found = quantiles_in_turn(calls, device, args.seconds)
     rows = []
     (_, plain, _), (_, forward, _) = list(found.values())[:2]
@@ -371,9 +380,8 @@ def main() -> None:
         nargs="+",
         default=["FgBg"],
         metavar="METHOD",
-        help="whose steps; a MODEL.KD.METHOD",
+        help='whose steps, as compare.py names them: PKD "FgBg GATE=off"',
     )
-    parser.add_argument("--gate", default="cell", help="as MODEL.KD.GATE")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--counts-only", action="store_true", help="no timing")
     parser.add_argument("--plot", type=Path, help="of the operators' times, a picture")
