@@ -128,7 +128,7 @@ def is_kept(row: dict, rows: list[dict]) -> bool:
 
 
 def name_of(row: dict) -> str:
-    """A row's method, with the options that are not today's defaults.
+    """A row's method, with the options that are neither today's defaults nor in the title.
 
     Not as it was typed: what a row shows stays true when a default changes.
     """
@@ -136,7 +136,13 @@ def name_of(row: dict) -> str:
     if name not in METHOD_REGISTRY:  # plain, the teacher
         return row["method"]
     defaults = METHOD_REGISTRY.get(name).options()
-    other = [f"{k.upper()}={_short(v)}" for k, v in row["options"].items() if defaults.get(k) != v]
+    node = "MODEL.KD." if name == OURS else f"MODEL.KD.{name.upper()}."
+    told = {(k, str(v)) for k, v in zip(row["overrides"][::2], row["overrides"][1::2])}
+    other = [
+        f"{k.upper()}={_short(v)}"
+        for k, v in row["options"].items()
+        if defaults.get(k) != v and (f"{node}{k.upper()}", str(v)) not in told
+    ]
     short = [x.removeprefix("MODEL.KD.").removeprefix(f"{name.upper()}.") for x in typed]
     keys = [x for x in short if x.partition("=")[0].lower() not in row["options"]]
     return " ".join([name, *other, *keys])

@@ -18,6 +18,8 @@ _FILES = (
     "MODEL.KD.TEACHER.CONFIG",
 )
 _CONTENT = "sha256 of "
+# What runs did before there was a key for it, where that is not its default.
+_BEFORE = {"MODEL.KD.GATE_QUALITY": "box"}
 # What a comparison sets itself, run by run.
 COUNTED = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 
@@ -97,7 +99,7 @@ def changes(old: dict, new: dict) -> list[str]:
 
     What that run does not tell is no difference: keys at their default, hashes of files.
     """
-    default = _defaults() | {_CONTENT + key: new.get(_CONTENT + key) for key in _FILES}
+    default = _defaults() | _BEFORE | {_CONTENT + key: new.get(_CONTENT + key) for key in _FILES}
     return [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in new.items()

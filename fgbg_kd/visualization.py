@@ -90,7 +90,12 @@ def cell_maps(
         cosine = torch.cat([cosine_similarity(s, t).flatten(1) for s, t in levels], dim=1)
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
-    found = batch.compare(cells, kl=option["kl"], temperature=option["temperature"])
+    found = batch.compare(
+        cells,
+        kl=option["kl"],
+        temperature=option["temperature"],
+        boxes=option["gate_quality"] == "box",
+    )
     off = option["gate"] == "off"
     gate = teacher_gate(
         found.student_quality,

@@ -159,8 +159,9 @@ def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
     assert not calls
 
 
-def test_without_the_gate_the_box_branch_is_not_run_and_the_logits_are_the_same(distil_cfg):
-    distil_cfg.MODEL.KD.GATE = "off"
+@pytest.mark.parametrize("gate, quality", [("cell", "score"), ("off", "box")])
+def test_only_boxes_in_the_gate_run_the_box_branch(distil_cfg, gate, quality):
+    distil_cfg.MODEL.KD.GATE, distil_cfg.MODEL.KD.GATE_QUALITY = gate, quality
     model, runs, batch = build_model(distil_cfg), [], make_batch()
     images = model.teacher.preprocess_image(batch).tensor
     expected = run_dense(model.teacher, images)[1][0]

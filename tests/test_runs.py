@@ -13,7 +13,7 @@ from conftest import tiny_cfg
 
 from fgbg_kd.engine import read_config
 from fgbg_kd.runs import RunError, Runner
-from fgbg_kd.settings import settings_of
+from fgbg_kd.settings import changes, settings_of
 
 # Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
 CHILD = """
@@ -130,6 +130,12 @@ def test_a_key_that_is_new_since_is_no_difference_at_its_default(folder):
     run(folder)
     with pytest.raises(RunError, match="SOLVER.OPTIMIZER was 'SGD', is 'AdamW'"):
         run(folder, "SOLVER.OPTIMIZER", "AdamW")
+
+
+def test_a_folder_of_before_the_gate_had_a_key_for_its_quality_is_of_boxes():
+    key = "MODEL.KD.GATE_QUALITY"
+    assert changes({}, {key: "score"}) == [f"{key} was 'box', is 'score'"]
+    assert changes({}, {key: "box"}) == changes({}, {"MODEL.KD.GATE": "cell"}) == []
 
 
 def test_a_seed_left_open_and_other_data_under_one_name_are_no_obstacle(folder, coco):

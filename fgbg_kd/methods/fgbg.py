@@ -69,7 +69,7 @@ class FgBg(Method):
         gate: str = "cell",
         gate_margin: float = -0.2,
         gate_softness: float = 0.0,
-        gate_quality: str = "box",
+        gate_quality: str = "score",
     ):
         super().__init__()
         self.accept(FgBg, locals())
