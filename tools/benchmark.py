@@ -147,6 +147,7 @@ class Scene:
             self.cells,
             self.classes,
             STRIDES,
+            boxes=False,  # as the gate has it by default
             impl=impl,
         )
         gate = (found.teacher_quality > found.student_quality).float()
@@ -160,8 +161,8 @@ class Scene:
         feature, logit = CHANNELS * self.itemsize, self.anchors * CLASSES * self.itemsize
         # Foreground cells: both maps in, twice; all cells: the gradient out.
         cosine = 4 * fg * feature + cells * feature
-        # Background cells likewise; of foreground cells the own class and the box of each anchor.
-        compare = 4 * bg * logit + 2 * fg * self.anchors * 5 * self.itemsize + cells * logit
+        # Background cells likewise; of foreground cells the own class of each anchor.
+        compare = 4 * bg * logit + 2 * fg * self.anchors * self.itemsize + cells * logit
         return {
             "split": (4 * cells, 4 * cells, 1),
             # weight in, 3 sums out; 2 factors in
