@@ -128,7 +128,7 @@ def is_kept(row: dict, rows: list[dict]) -> bool:
 
 
 def name_of(row: dict) -> str:
-    """A row's method, with the options that are neither today's defaults nor in the title.
+    """A row's method, with the options that are not what the title says, or else today's defaults.
 
     Not as it was typed: what a row shows stays true when a default changes.
     """
@@ -137,20 +137,22 @@ def name_of(row: dict) -> str:
         return row["method"]
     defaults = METHOD_REGISTRY.get(name).options()
     node = "MODEL.KD." if name == OURS else f"MODEL.KD.{name.upper()}."
-    told = {(k, str(v)) for k, v in zip(row["overrides"][::2], row["overrides"][1::2])}
-    other = [
-        f"{k.upper()}={_short(v)}"
-        for k, v in row["options"].items()
-        if defaults.get(k) != v and (f"{node}{k.upper()}", str(v)) not in told
-    ]
+    told = dict(zip(row["overrides"][::2], row["overrides"][1::2]))
+
+    def is_other(key, value):
+        if (text := told.get(f"{node}{key.upper()}")) is None:
+            return value != defaults.get(key)
+        return str(value) != text and not (isinstance(value, float) and float(text) == value)
+
+    other = [f"{k.upper()}={_short(v)}" for k, v in row["options"].items() if is_other(k, v)]
     short = [x.removeprefix("MODEL.KD.").removeprefix(f"{name.upper()}.") for x in typed]
     keys = [x for x in short if x.partition("=")[0].lower() not in row["options"]]
     return " ".join([name, *other, *keys])
 
 
 def ours_of(methods: dict[str, dict]) -> str | None:
-    """The variant of ours that the others are compared with: that of the defaults, else the one
-    that the config makes, named without options, else the only one there is."""
+    """The variant of ours that the others are compared with: that of title and defaults, else the
+    one that the config makes, named without options, else the only one there is."""
     variants = [name for name in methods if name.split()[0] == OURS]
     as_configured = [n for n in variants if any(r["method"] == OURS for r in methods[n].values())]
     found = [[n for n in variants if n == OURS], as_configured, variants]

@@ -99,7 +99,8 @@ def changes(old: dict, new: dict) -> list[str]:
 
     What that run does not tell is no difference: keys at their default, hashes of files.
     """
-    default = _defaults() | _BEFORE | {_CONTENT + key: new.get(_CONTENT + key) for key in _FILES}
+    before = _BEFORE if new.get("MODEL.KD.GATE") != "off" else {}
+    default = _defaults() | before | {_CONTENT + key: new.get(_CONTENT + key) for key in _FILES}
     return [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in new.items()

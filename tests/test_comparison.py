@@ -188,6 +188,26 @@ def test_the_gap_is_that_of_the_seeds_that_both_have():
     assert "| FgBg | +10.00 | – | 50 % |" in markdown(group(rows)["c.yaml"])
 
 
+def test_a_row_is_named_by_what_its_title_does_not_tell():
+    told = {"overrides": ["MODEL.KD.GATE_QUALITY", "box", "MODEL.KD.GATE_MARGIN", "0"]}
+    options = {"gate_quality": "box", "gate_margin": 0.0, "fg_weight": 3.0}
+    other = {**options, "gate_quality": "score", "gate_margin": -0.2, "fg_weight": 8.0}
+    rows = [
+        row("FgBg", 0, 20.0, options=options, **told),
+        row("FgBg FG_WEIGHT=8 GATE_QUALITY=score GATE_MARGIN=-0.2", 0, 21.0, options=other, **told),
+        row("PKD WEIGHT=2", 0, 9.0, options={"weight": 2.0}, **told),
+    ]
+    (methods,) = group(rows).values()
+    assert [*methods] == [
+        "FgBg",
+        "FgBg GATE_QUALITY=score GATE_MARGIN=-0.2 FG_WEIGHT=8",
+        "PKD WEIGHT=2",
+    ]
+    weight = {"overrides": ["MODEL.KD.PKD.WEIGHT", "2"]}
+    (methods,) = group([row("PKD", 0, 9.0, options={"weight": 2.0}, **weight)]).values()
+    assert [*methods] == ["PKD"]
+
+
 def test_the_one_variant_of_ours_is_compared_when_the_config_changes_the_default():
     rows = [row("plain", 0, 10.0), row("PKD", 0, 12.0)]
     rows += [row("FgBg", 0, 15.0, options={"fg_weight": 5.0})]

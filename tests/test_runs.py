@@ -136,6 +136,7 @@ def test_a_folder_of_before_the_gate_had_a_key_for_its_quality_is_of_boxes():
     key = "MODEL.KD.GATE_QUALITY"
     assert changes({}, {key: "score"}) == [f"{key} was 'box', is 'score'"]
     assert changes({}, {key: "box"}) == changes({}, {"MODEL.KD.GATE": "cell"}) == []
+    assert changes({"MODEL.KD.GATE": "off"}, {"MODEL.KD.GATE": "off", key: "score"}) == []
 
 
 def test_a_seed_left_open_and_other_data_under_one_name_are_no_obstacle(folder, coco):

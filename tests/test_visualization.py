@@ -32,6 +32,7 @@ OPTIONS = [
     {"kl": "softmax", "temperature": 2.0, "gate_margin": -0.02},
     {"gate": "object", "gate_softness": 0.1, "assign": "scale"},
     {"gate": "off"},
+    {"gate_margin": 0.0, "gate_quality": "box"},
 ]
 
 

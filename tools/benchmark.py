@@ -33,7 +33,7 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 from detectron2.utils.events import EventStorage  # noqa: E402
 
 from fgbg_kd import FgBgDistiller  # noqa: E402
-from fgbg_kd.comparison import method_overrides  # noqa: E402
+from fgbg_kd.comparison import PLAIN, method_overrides  # noqa: E402
 from fgbg_kd.config import method_options  # noqa: E402
 from fgbg_kd.detector import build_detector, read_detector_config  # noqa: E402
 from fgbg_kd.distiller import run_dense  # noqa: E402
@@ -296,8 +296,14 @@ def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Modul
 
 def options_of(config_file: str, spec: str) -> dict:
     """The options of a method that compare.py would call `spec`."""
+    if spec.split()[0] == PLAIN:
+        sys.exit(f"benchmark: {spec!r}: the plain step is timed in any case.")
     overrides = method_overrides(read_config(config_file), spec)
-    return method_options(read_config(config_file, overrides))
+    options = method_options(read_config(config_file, overrides))
+    for key in overrides[4::2]:  # after the meta-architecture and the method
+        if key.rpartition(".")[2].lower() not in options:
+            sys.exit(f"benchmark: {spec!r}: {key} is no option of the method.")
+    return options
 
 
 def steps(args) -> list[dict]:

@@ -4,7 +4,7 @@
 example: python tools/prepare_data.py scenes --train 2000 --test 400 --size 128
 
   scenes      digits on photos, ten classes, exact boxes  -> datasets/scenes
-  trees       aerial photos with hand-drawn tree crowns   -> datasets/trees
+  trees       aerial photos with hand-drawn tree crowns   -> datasets/trees (or trees_tuning)
   pretrained  ImageNet MobileNetV2 with timm's names      -> datasets/pretrained
   all         the three above
 
@@ -77,6 +77,8 @@ def main():
         help="datasets/trees_tuning: train and test set cut from the train set, to choose options",
     )
     args = parser.parse_args()
+    if args.tuning and args.kind != "trees":
+        parser.error("--tuning is for trees; of scenes the val part is there to choose options")
 
     kinds = ["scenes", "trees", "pretrained"] if args.kind == "all" else [args.kind]
     for kind in kinds:

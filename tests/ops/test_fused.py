@@ -233,7 +233,10 @@ SCENE = {
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("scene", SCENE)
 @pytest.mark.parametrize("kl", ["sigmoid", "softmax", None])
-def test_one_pass_gives_the_qualities_and_the_kl(kinds, dtype, channels_last, scene, kl):
+@pytest.mark.parametrize("with_boxes", [True, False])
+def test_one_pass_gives_the_qualities_and_the_kl(
+    kinds, dtype, channels_last, scene, kl, with_boxes
+):
     """The second image is smaller than the batch: it has padding."""
     shapes, sizes = [(7, 9), (4, 5)], [(56, 72), (37, 50)]
     detectors = [detector(kind, [32, 64], 5) for kind in kinds]
@@ -246,7 +249,9 @@ def test_one_pass_gives_the_qualities_and_the_kl(kinds, dtype, channels_last, sc
         predictions(d, shapes, channels_last, dtype, 100 * i) for i, d in enumerate(detectors)
     ]
     plain, fused = (
-        compare_predictions(*outputs, detectors, cells, classes, [8, 16], kl=kl, impl=impl)
+        compare_predictions(
+            *outputs, detectors, cells, classes, [8, 16], kl=kl, boxes=with_boxes, impl=impl
+        )
         for impl in ("torch", "triton")
     )
     for name, expected in plain._asdict().items():
