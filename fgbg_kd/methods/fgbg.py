@@ -18,11 +18,9 @@ class FgBg(Method):
     L_bg = sum over background cells of g T^2 KL(teacher || student) / number of foreground cells
 
     with the cell weight w (:func:`split`), the gate g (:func:`teacher_gate`) and the adapter phi.
-    The sums go over the whole batch, of all workers: no size of image, batch or map changes the
-    scale of a term. Cells that the gate shuts stay in the divisors, so a term fades as the student
-    catches up. In a batch without any object L_bg is divided by the number of background cells: by
-    1, empty images would weigh hundredfold. Where the detectors have other anchors (RetinaNet and
-    FCOS), the KL compares the largest logit of each class over the anchors of a cell.
+    Sums are of the whole batch, of all workers: no size changes the scale of a term. Cells that the
+    gate shuts stay in the divisors: a term fades as the student catches up. Without any object L_bg
+    is divided by the background cells: by 1, empty images would weigh hundredfold.
 
     Args:
         student_channels, teacher_channels: C per level.
@@ -34,12 +32,9 @@ class FgBg(Method):
         temperature: T; 1 = the predictions as they are.
         bg_normalizer: the cells that L_bg is divided by, foreground ("fg") or background ("bg").
         gate: over what qualities are averaged before they are compared; "off" = g is 1.
-        gate_margin: how much better the teacher's quality (0..1) must be; under 0, how much worse
-            it may be: a little less sure of the background than a new student, it still knows more.
+        gate_margin: how much better the teacher's quality (0..1) must be; under 0: may be worse.
         gate_softness: width, in quality, of a sigmoid in place of the gate's step; 0 = a step.
-        gate_quality: what makes a prediction good on foreground: "score": the score of the box's
-            class; "box": that times the IoU of the predicted box, for which the teacher's box
-            branch must run.
+        gate_quality: on foreground; "score": of the box's class; "box": times its box's IoU as well.
     """
 
     choices = {
@@ -74,8 +69,8 @@ class FgBg(Method):
         super().__init__()
         self.accept(FgBg, locals())
         self.fg_weight, self.bg_weight = fg_weight, bg_weight
-        weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
-        self.losses = [name for name, weight in weights.items() if weight > 0]
+        terms = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
+        self.losses = [name for name in terms if terms[name] > 0]
         self.gated = gate != "off"
         self.needs_logits = bg_weight > 0 or self.gated
         self.needs_boxes = self.gated and gate_quality == "box"
@@ -92,20 +87,19 @@ class FgBg(Method):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:
-            loss_kd_fg and loss_kd_bg, without a term of weight 0; and shares of the foreground
-            and background cells (NaN where there are none): kd/fg_gate and kd/bg_gate, where the
-            teacher guides; with a gate kd/fg_better and kd/bg_better, where its quality is higher.
+            loss_kd_fg and loss_kd_bg, if of weight over 0; and shares of the cells (NaN of none):
+            kd/fg_gate, kd/bg_gate: open; kd/fg_better, kd/bg_better: where the teacher is better.
         """
         cells = batch.split(self.option["assign"], self.option["normalize"])
         foreground, background = cells.foreground.float(), cells.background.float()  # (N, R)
         shown = {"gate": foreground + background}
         if self.needs_logits:
-            asked = {"quality": self.gated, "boxes": self.needs_boxes}
-            found = batch.compare(cells, **asked, **self.divergence)
+            asked = {"quality": self.gated, "boxes": self.needs_boxes, **self.divergence}
+            found = batch.compare(cells, **asked)
         if self.gated:
-            qualities = found.student_quality, found.teacher_quality
-            shown["gate"] = teacher_gate(*qualities, cells, **self.gating)
-            shown["better"] = qualities[1] > qualities[0]
+            student, teacher = found.student_quality, found.teacher_quality
+            shown["gate"] = teacher_gate(student, teacher, cells, **self.gating)
+            shown["better"] = teacher > student
         sums = torch.stack([foreground.sum(), background.sum(), cells.weight.sum()])
         num_fg, num_bg, weight = world_mean(sums)
         losses = {}

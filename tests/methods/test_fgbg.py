@@ -62,7 +62,7 @@ def test_the_gate_shuts_cells_of_both_terms_and_leaves_the_divisors(monkeypatch)
     # Above a box of two cells, below the background; the teacher is better in one of each.
     better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
 
-    def found(self, cells, quality, boxes, **divergence):
+    def found(self, cells, **options):
         apart = kl_divergence(student.logits[0], logits, 1, "sigmoid").flatten(1) * cells.background
         return Comparison(apart, torch.full((1, 4), 0.5), better)
 
