@@ -34,7 +34,7 @@ class FgBg(Method):
         gate: over what qualities are averaged before they are compared; "off" = g is 1.
         gate_margin: how much better the teacher's quality (0..1) must be; under 0: may be worse.
         gate_softness: width, in quality, of a sigmoid in place of the gate's step; 0 = a step.
-        gate_quality: on foreground; "score": of the box's class; "box": times its box's IoU as well.
+        gate_quality: on foreground; "score": of the box's class; "box": times its box's IoU, too.
     """
 
     choices = {
