@@ -131,9 +131,9 @@ def kl_divergence(
     """
     dtype = accumulation_dtype(student, teacher)
     n, _, h, w = student.shape
-    s, t = (
-        x.to(dtype).reshape(n, -1, num_classes, h, w) / temperature for x in (student, teacher)
-    )  # (N, A, K, H, W)
+    s, t = (x.to(dtype).reshape(n, -1, num_classes, h, w) for x in (student, teacher))
+    if temperature != 1:  # a division by 1 copies both maps
+        s, t = s / temperature, t / temperature
     if kind == "sigmoid":
         # KL(p_t || p_s) = cross-entropy minus entropy; both terms in logits, so that neither
         # a large logit nor a probability of 0 or 1 gives infinity.

@@ -1,21 +1,16 @@
 #!/usr/bin/env python
-"""Times the operators, or whole training steps, and counts what they must read and write.
+"""Times the operators, split, cosine and comparison, and counts what they must read and write.
 
 Example:
-    tools/benchmark.py ops --plot ops.png         split, cosine, comparison on FPN shapes, on a GPU
-    tools/benchmark.py ops --counts-only          what needs no GPU: bytes, launches, memory
-    tools/benchmark.py step --device cpu --images 2 --size 384 640
-        --methods FgBg "FgBg GATE=off" PKD        steps: plain, teacher, each method (R101 to R50)
+    tools/benchmark_ops.py --plot ops.png         times on FPN shapes, on a GPU
+    tools/benchmark_ops.py --counts-only          what needs no GPU: bytes, launches, memory
 
-Times are p20 / p50 / p80 over runs: of CUDA events on a GPU, of the wall clock on a CPU.
+Times are p20 / p50 / p80 over runs, of CUDA events.
 """
 
 import argparse
-import csv
 import math
 import os
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,75 +22,19 @@ from torch.profiler import ProfilerActivity, profile
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for the memory of the kernels on the CPU
 
+from _benchmark import describe, quantiles, random_boxes, rounded, show  # noqa: E402
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator  # noqa: E402
 from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
-from detectron2.utils.events import EventStorage  # noqa: E402
 
-from fgbg_kd import FgBgDistiller  # noqa: E402
-from fgbg_kd.comparison import PLAIN, method_overrides  # noqa: E402
-from fgbg_kd.config import method_options  # noqa: E402
-from fgbg_kd.detector import build_detector, read_detector_config  # noqa: E402
-from fgbg_kd.distiller import run_dense  # noqa: E402
-from fgbg_kd.engine import read_config  # noqa: E402
 from fgbg_kd.ops import DenseOutput, compare_predictions, cosine_loss, split  # noqa: E402
-from fgbg_kd.teacher import PRECISIONS, precision  # noqa: E402
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-R101_TO_R50 = str(CONFIGS / "COCO-Detection" / "retinanet_R101_3x_to_R50_1x.yaml")
-STRIDES = (8, 16, 32, 64, 128)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def quantiles(function, device: str, seconds: float) -> tuple[float, float, float]:
-    """p20, p50, p80 in milliseconds, after warming up."""
-    return quantiles_in_turn({"": function}, device, seconds)[""]
-
-
-def quantiles_in_turn(calls: dict, device: str, seconds: float) -> dict:
-    """:func:`quantiles` of several functions by name, called in turn: what else the machine does
-    meets all of them alike."""
-    for function in calls.values():
-        for _ in range(3):
-            function()
-    times, stop = {name: [] for name in calls}, time.perf_counter() + seconds * len(calls)
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() < stop and rounds < 500):
-        rounds += 1
-        for name, function in calls.items():
-            times[name].append(milliseconds(function, device))
-    at = torch.tensor([0.2, 0.5, 0.8])
-    return {
-        name: tuple(round(v, 3) for v in torch.tensor(found).quantile(at).tolist())
-        for name, found in times.items()
-    }
-
-
-def milliseconds(function, device: str) -> float:
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - start)
-
-
-def random_boxes(count: int, height: int, width: int, generator) -> torch.Tensor:
-    """(count, 4) XYXY, sides from 8 pixels to half the image, log-uniform."""
-    corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
-    side = torch.exp(torch.rand(count, 2, generator=generator) * math.log(height / 16)) * 8
-    return torch.cat([corner - side / 2, corner + side / 2], dim=1)
-
 
 CASES = {  # images of 800x1333, anchors a cell
     "RetinaNet, 16 images": (16, 9),
     "RetinaNet, 2 images": (2, 9),
     "FCOS, 16 images": (16, 1),
 }
+STRIDES = (8, 16, 32, 64, 128)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZE, BOXES, CHANNELS, CLASSES = (800, 1333), 20, 256, 80
 IMPLS = ("torch", "compile", "triton")
 
@@ -202,10 +141,6 @@ def operators(args) -> list[dict]:
     return rows
 
 
-def rounded(row: dict) -> dict:
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-
-
 def gradient(function, leaves: list, impl: str) -> tuple:
     return torch.autograd.grad(function(leaves, impl), leaves)
 
@@ -286,119 +221,20 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Student and teacher of a config that distils, with random weights."""
-    cfg = read_detector_config(config_file)
-    torch.manual_seed(0)
-    student, teacher = map(build_detector, (cfg, read_detector_config(cfg.MODEL.KD.TEACHER.CONFIG)))
-    return student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
-
-
-def options_of(config_file: str, spec: str) -> dict:
-    """The options of a method that compare.py would call `spec`."""
-    if spec.split()[0] == PLAIN:
-        sys.exit(f"benchmark: {spec!r}: the plain step is timed in any case.")
-    overrides = method_overrides(read_config(config_file), spec)
-    options = method_options(read_config(config_file, overrides))
-    for key in overrides[4::2]:  # after the meta-architecture and the method
-        if key.rpartition(".")[2].lower() not in options:
-            sys.exit(f"benchmark: {spec!r}: {key} is no option of the method.")
-    return options
-
-
-def steps(args) -> list[dict]:
-    """Plain step, teacher's forward pass and step of each method, on random images and boxes."""
-    (height, width), device = args.size, args.device
-    student, teacher = pair(args.config_file, device)
-    distillers = {
-        spec: FgBgDistiller(
-            student=student,
-            teacher=teacher,
-            teacher_precision=args.precision,
-            kd={"method": spec.split()[0], **options_of(args.config_file, spec)},
-        ).train()
-        for spec in args.methods
-    }
-    boxes_too = any(distiller.kd.needs_boxes for distiller in distillers.values())
-    generator = torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(args.images):
-        instances = Instances((height, width))
-        boxes = Boxes(random_boxes(BOXES, height, width, generator))
-        boxes.clip((height, width))
-        instances.gt_boxes = boxes
-        instances.gt_classes = torch.randint(student.num_classes, (BOXES,), generator=generator)
-        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances[boxes.nonempty()]})
-
-    def train(model):
-        def step():
-            with EventStorage(0):
-                loss = sum(model(batch).values())
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-
-        return step
-
-    @torch.no_grad()
-    def look():
-        images = teacher.preprocess_image(batch).tensor
-        with precision(args.precision, student.device):
-            run_dense(teacher, images, boxes=boxes_too)
-
-    calls = {"plain student step": train(student), "teacher forward": look}
-    calls |= {f"{spec} step": train(distiller) for spec, distiller in distillers.items()}
-    found = quantiles_in_turn(calls, device, args.seconds)
-    rows = []
-    (_, plain, _), (_, forward, _) = list(found.values())[:2]
-    for name, (p20, p50, p80) in found.items():
-        row = {"what": name, "p20 ms": p20, "p50 ms": p50, "p80 ms": p80}
-        if name != "teacher forward":
-            row |= {"over plain": p50 / plain, "over plain + teacher": p50 / (plain + forward)}
-        rows.append(rounded(row))
-    return rows
-
-
-def show(rows: list[dict], path: Path | None) -> None:
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(c, "")) for c in columns) + " |")
-    if path:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("ops", "step"))
-    parser.add_argument("--config-file", default=R101_TO_R50, metavar="FILE", help="of a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=16, help="of a step")
-    parser.add_argument("--size", type=int, nargs=2, default=SIZE, metavar=("H", "W"))
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the operators' maps")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the teacher")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["FgBg"],
-        metavar="METHOD",
-        help='whose steps, as compare.py names them: PKD "FgBg GATE=off"',
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the maps")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--counts-only", action="store_true", help="no timing")
-    parser.add_argument("--plot", type=Path, help="of the operators' times, a picture")
+    parser.add_argument("--plot", type=Path, help="of the times, a picture")
     parser.add_argument("--csv", type=Path, help="write the rows there, too")
     args = parser.parse_args()
-    if args.device == "cuda":
-        print(torch.cuda.get_device_name())
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    show(operators(args) if args.what == "ops" else steps(args), args.csv)
+    describe(args.device)
+    show(operators(args), args.csv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
