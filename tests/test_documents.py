@@ -227,11 +227,12 @@ def test_a_file_that_cannot_be_read_or_written_is_named_in_a_line(
         start(monkeypatch, tool, arguments)
 
 
-def test_the_tables_of_results_are_those_of_their_rows(monkeypatch):
+@pytest.mark.parametrize("name", ["results.md", "results_before.md"])
+def test_the_tables_of_results_are_those_of_their_rows(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     import compare
 
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = (ROOT / "docs" / name).read_text()
     assert re.findall(r"table: (docs/results/\w+\.jsonl)", text)
     assert fill(text, compare.filling) == text
 
