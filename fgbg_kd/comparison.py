@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .errors import KINDS
 from .methods import METHOD_REGISTRY
 from .runs import COSTS, METRICS
-from .settings import COUNTED, flat, keys_read
+from .settings import BEFORE, COUNTED, flat, keys_read
 
 PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
 # What says which method a run is of, and what all runs of a comparison share: no option of one.
@@ -47,7 +47,7 @@ def method_overrides(cfg, spec: str) -> list[str]:
     Raises:
         ValueError: no such method, or no key that it reads and that may differ from run to run.
     """
-    name, *options = spec.split()
+    name, *options = spec.split() or [""]
     if name == PLAIN:
         overrides, prefixes = ["MODEL.META_ARCHITECTURE", cfg.MODEL.KD.STUDENT], [""]
     elif name in METHOD_REGISTRY:
@@ -144,9 +144,12 @@ def name_of(row: dict) -> str:
             return value != defaults.get(key)
         return str(value) != text and not (isinstance(value, float) and float(text) == value)
 
-    other = [f"{k.upper()}={_short(v)}" for k, v in row["options"].items() if is_other(k, v)]
+    options = row["options"]
+    if name == OURS and options.get("gate") != "off":
+        options = {**BEFORE, **options}
+    other = [f"{k.upper()}={_short(v)}" for k, v in options.items() if is_other(k, v)]
     short = [x.removeprefix("MODEL.KD.").removeprefix(f"{name.upper()}.") for x in typed]
-    keys = [x for x in short if x.partition("=")[0].lower() not in row["options"]]
+    keys = [x for x in short if x.partition("=")[0].lower() not in options]
     return " ".join([name, *other, *keys])
 
 

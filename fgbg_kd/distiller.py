@@ -237,7 +237,7 @@ class FgBgDistiller(nn.Module):
         with precision(self.teacher_precision, self.device):
             inputs = images.tensor
             if not self.same_input:
-                inputs = renormalized(self.teacher, self.student, images, batched_inputs)
+                inputs = renormalized(self.teacher, self.student, images)
             inputs = padded(self.teacher, inputs, images.image_sizes)
             if self.cache and not everything:
                 return self.cache(run, inputs, batched_inputs)

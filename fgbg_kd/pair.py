@@ -173,22 +173,21 @@ def channel_order(detector: nn.Module) -> str:
     return getattr(detector, "input_format", None) or "BGR"
 
 
-def renormalized(
-    teacher: nn.Module, student: nn.Module, images: ImageList, batched_inputs: list[dict]
-) -> Tensor:
+def renormalized(teacher: nn.Module, student: nn.Module, images: ImageList) -> Tensor:
     """The student's batch with the teacher's mean, std and channel order.
+
+    From the student's, which is on the device: a copy of the images would wait for its pass.
 
     Returns:
         (N, 3, H, W), the shape of ``images.tensor``; padding is 0 after normalisation.
     """
-    flip = channel_order(student) != channel_order(teacher)
-    out = torch.zeros_like(images.tensor)
-    for i, x in enumerate(batched_inputs):
-        image = x["image"].to(out.device)
-        image = image.flip(0) if flip else image
-        out[i, :, : image.shape[1], : image.shape[2]] = (
-            image - teacher.pixel_mean
-        ) / teacher.pixel_std
+    pixels = images.tensor * student.pixel_std + student.pixel_mean
+    if channel_order(student) != channel_order(teacher):
+        pixels = pixels.flip(1)
+    out = (pixels - teacher.pixel_mean) / teacher.pixel_std
+    for image, (height, width) in zip(out, images.image_sizes):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
     return out
 
 

@@ -1,6 +1,7 @@
 """Files that runs write and others read, whenever a run may be killed."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that shall be there whole, as it was before, or not at all.
 
-    It takes the place of ``path`` at the end; after an error it is removed.
+    It takes the place of ``path`` at the end; after an error it is removed. Two processes that
+    write the same file do not meet: the last one's stays.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.partial{os.getpid()}{path.suffix}")
     try:
         yield partial
         partial.replace(path)

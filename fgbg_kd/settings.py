@@ -4,29 +4,26 @@ import json
 import os
 from pathlib import Path
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from .config import get_fgbg_kd_cfg
-from .detector import find_config
+from .detector import find_config, read_detector_config
 from .hashing import sha256_of, sha256_of_text
 from .methods import METHOD_REGISTRY, FgBg
 
 # Keys that name a file whose content is a part of a run's settings.
-_FILES = (
-    "DATASETS.TRAIN_JSON",
-    "DATASETS.TEST_JSON",
-    "MODEL.WEIGHTS",
-    "MODEL.TIMM.WEIGHTS",
-    "MODEL.KD.TEACHER.CONFIG",
-)
+_FILES = ("DATASETS.TRAIN_JSON", "DATASETS.TEST_JSON", "MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS")
 _CONTENT = "sha256 of "
-# What runs did before there was a key for it, where that is not its default.
-_BEFORE = {"MODEL.KD.GATE_QUALITY": "box"}
+# What ours did before there was an option for it, where that is not its default.
+BEFORE = {"gate_quality": "box"}
 # What a comparison sets itself, run by run.
 COUNTED = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 
 
 def settings_of(cfg, reads: Path | None = None) -> dict:
     """What the result of a run depends on: its config as {"A.B.C": value}, and hashes of a
-    checkpoint and of the files that the config names (of the data, the JSON files).
+    checkpoint, of the teacher's config and of the files that the config names (of the data, the
+    JSON files, those of registered sets too).
 
     Keys that the run does not read, and OUTPUT_DIR, are left out.
     """
@@ -43,20 +40,44 @@ def task_of(cfg, teacher: Path | None = None) -> str:
     """
     neutral = {"MODEL.META_ARCHITECTURE": "FgBgDistiller", "MODEL.KD.METHOD": ""}
     settings = _with_contents(keys_read({**flat(cfg), **neutral}), teacher)
-    default = _defaults()
-    told = {k: v for k, v in settings.items() if k not in COUNTED and default.get(k) != v}
+    told = {k: v for k, v in _told(settings).items() if k not in COUNTED}
     return sha256_of_text(json.dumps(told, sort_keys=True))[:10]
 
 
 def _with_contents(settings: dict, reads: Path | None) -> dict:
     del settings["OUTPUT_DIR"]
-    for key in _FILES:
-        file = settings.get(key, "")
-        if key == "MODEL.KD.TEACHER.CONFIG" and file:
-            file = find_config(file)
+    files = {key: settings.get(key, "") for key in _FILES}
+    for part in ("TRAIN", "TEST"):
+        for name in () if files[f"DATASETS.{part}_JSON"] else settings[f"DATASETS.{part}"]:
+            files[name] = _registered(name)
+    for key, file in files.items():
         if os.path.isfile(file):
             settings[_CONTENT + key] = sha256_of(file)
+    if teacher := settings.get("MODEL.KD.TEACHER.CONFIG"):
+        settings[_CONTENT + "the teacher's config"] = _config_hash(teacher)
     return json.loads(json.dumps(settings | _hash(reads)))  # tuples become lists, as in a file
+
+
+def _registered(name: str) -> str:
+    """The JSON file of a set that is registered in Detectron2; "": none is known."""
+    if name not in DatasetCatalog:
+        return ""
+    return getattr(MetadataCatalog.get(name), "json_file", "")
+
+
+def _config_hash(config: str) -> str:
+    """Of what a teacher's config says, its _BASE_ files included; of a Python config, its file."""
+    if config.endswith(".py"):
+        return sha256_of(find_config(config))
+    told = _told(flat(read_detector_config(config)))
+    told.pop("OUTPUT_DIR", None)
+    return sha256_of_text(json.dumps(told, sort_keys=True))
+
+
+def _told(settings: dict) -> dict:
+    """Settings without those that are defaults."""
+    default = _defaults()
+    return {k: v for k, v in json.loads(json.dumps(settings)).items() if default.get(k) != v}
 
 
 def _defaults() -> dict:
@@ -99,8 +120,9 @@ def changes(old: dict, new: dict) -> list[str]:
 
     What that run does not tell is no difference: keys at their default, hashes of files.
     """
-    before = _BEFORE if new.get("MODEL.KD.GATE") != "off" else {}
-    default = _defaults() | before | {_CONTENT + key: new.get(_CONTENT + key) for key in _FILES}
+    default = _defaults() | {k: v for k, v in new.items() if k.startswith(_CONTENT)}
+    if new.get("MODEL.KD.GATE") != "off":
+        default |= {f"MODEL.KD.{key.upper()}": value for key, value in BEFORE.items()}
     return [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in new.items()

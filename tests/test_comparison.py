@@ -95,7 +95,7 @@ def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
         "seed": seed,
         "config": "c.yaml",
         "overrides": [],
-        "options": options or {},
+        "options": ({"gate_quality": "score"} if method[:4] == "FgBg" else {}) | (options or {}),
         **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), ap),
         "APl": None,
         "seconds_per_step": 0.5,
@@ -206,6 +206,19 @@ def test_a_row_is_named_by_what_its_title_does_not_tell():
     weight = {"overrides": ["MODEL.KD.PKD.WEIGHT", "2"]}
     (methods,) = group([row("PKD", 0, 9.0, options={"weight": 2.0}, **weight)]).values()
     assert [*methods] == ["PKD"]
+
+
+def test_a_row_of_before_the_gate_had_a_quality_is_none_of_today():
+    before = [row("FgBg", 0, 20.0, options={"gate": "cell"})]
+    before += [row("FgBg", 0, 10.0, options={"gate": "off"})]
+    for old in before:
+        del old["options"]["gate_quality"]
+    (methods,) = group([*before, row("FgBg", 0, 30.0)]).values()
+    assert {name: by_seed[0]["AP"] for name, by_seed in methods.items()} == {
+        "FgBg GATE_QUALITY=box": 20.0,
+        "FgBg": 30.0,
+        "FgBg GATE=off": 10.0,
+    }
 
 
 def test_the_one_variant_of_ours_is_compared_when_the_config_changes_the_default():

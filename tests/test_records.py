@@ -2,7 +2,7 @@
 
 import pytest
 
-from fgbg_kd.records import add_row, read_json, read_rows, write_whole
+from fgbg_kd.records import add_row, read_json, read_rows, whole, write_whole
 
 
 def test_a_torn_last_row_is_left_out_and_gives_way_to_the_next(tmp_path):
@@ -26,6 +26,15 @@ def test_another_damaged_row_is_an_error_with_its_place(tmp_path):
         read_rows(file)
     with pytest.raises(ValueError, match="rows.jsonl is damaged"):
         read_json(file)
+
+
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    file = tmp_path / "results.md"
+    with whole(file) as ours:
+        ours.write_text("ours")
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        write_whole(file, "theirs")
+    assert file.read_text() == "ours" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

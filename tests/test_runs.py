@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_cfg
+from detectron2.data.datasets import register_coco_instances
 
 from fgbg_kd.engine import read_config
 from fgbg_kd.runs import RunError, Runner
@@ -109,6 +110,31 @@ def test_data_that_changed_under_one_name_are_refused_where_the_folder_knows(fol
     kept.write_text(json.dumps(old))  # a folder of before there were hashes
     run(folder, *opts)
     assert len(calls(folder)) == 1
+
+
+def test_data_of_a_registered_set_that_changed_are_refused(folder, coco):
+    data = folder / "train.json"
+    data.write_text(Path(coco[0]).read_text())
+    register_coco_instances("changing", {}, str(data), coco[1])
+    opts = ["DATASETS.TRAIN", "('changing',)", "DATASETS.TRAIN_JSON", ""]
+    run(folder, *opts)
+    data.write_text(data.read_text() + " ")
+    with pytest.raises(RunError, match="sha256 of changing was"):
+        run(folder, *opts)
+
+
+def test_what_the_base_of_a_teachers_config_says_is_a_setting(folder):
+    (folder / "base.yaml").write_text("INPUT: {FORMAT: RGB}")
+    (folder / "teacher.yaml").write_text("_BASE_: base.yaml\nOUTPUT_DIR: a")
+    opts = ["MODEL.META_ARCHITECTURE", "FgBgDistiller"]
+    opts += ["MODEL.KD.TEACHER.CONFIG", str(folder / "teacher.yaml")]
+    run(folder, *opts)
+    (folder / "teacher.yaml").write_text("_BASE_: base.yaml\nOUTPUT_DIR: b  # no matter")
+    run(folder, *opts)
+    assert len(calls(folder)) == 1
+    (folder / "base.yaml").write_text("INPUT: {FORMAT: BGR}")
+    with pytest.raises(RunError, match="sha256 of the teacher's config was"):
+        run(folder, *opts)
 
 
 def test_a_run_that_goes_on_under_another_commit_names_both(folder, monkeypatch):

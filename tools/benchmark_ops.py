@@ -11,6 +11,7 @@ Times are p20 / p50 / p80 over runs, of CUDA events.
 import argparse
 import math
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ import _quiet  # noqa: F401
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-if not torch.cuda.is_available():
+TIMED = torch.cuda.is_available() and "--counts-only" not in sys.argv
+if not TIMED:
     os.environ["TRITON_INTERPRET"] = "1"  # for the memory of the kernels on the CPU
 
 from _benchmark import describe, quantiles, random_boxes, rounded, show  # noqa: E402
@@ -122,18 +124,17 @@ def peak_memory(function) -> int:
 
 
 def operators(args) -> list[dict]:
-    """Rows of the operators' table; times only where the device is a GPU."""
-    rows, timing = [], args.device == "cuda" and not args.counts_only
-    copy = copy_bandwidth(args) if timing else None
+    """Rows of the operators' table; times only where there is a GPU."""
+    rows, copy = [], copy_bandwidth(args) if TIMED else None
     for case, (images, anchors) in CASES.items():
-        scene = Scene(images, anchors, SIZE, args.dtype, args.device if timing else "meta")
+        scene = Scene(images, anchors, SIZE, args.dtype, "cuda" if TIMED else "meta")
         for operator, (least, moved, launches) in scene.counts().items():
             row = {"case": case, "operator": operator, "least MB": least / 1e6}
             row |= {"moved MB": moved / 1e6, "moved / least": moved / least, "launches": launches}
             rows.append(rounded(row))
-        if timing:
+        if TIMED:
             rows += timed(case, scene, args, copy)
-    if not timing:
+    if not TIMED:
         print("times: not run (they need a GPU)")
         rows += extra_memory(args)
     elif args.plot:
@@ -163,9 +164,9 @@ def extra_memory(args) -> list[dict]:
 
 def copy_bandwidth(args) -> float:
     """GB/s of a copy of 268 MB on the device, read and write together."""
-    source = torch.empty(2**28, dtype=torch.uint8, device=args.device)
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     copied = torch.empty_like(source)
-    _, p50, _ = quantiles(lambda: copied.copy_(source), args.device, args.seconds)
+    _, p50, _ = quantiles(lambda: copied.copy_(source), "cuda", args.seconds)
     print(f"copy: {2 * 0.268 / p50 * 1e3:.0f} GB/s")
     return 2 * 0.268 / p50 * 1e3
 
@@ -225,14 +226,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the maps")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--counts-only", action="store_true", help="no timing")
     parser.add_argument("--plot", type=Path, help="of the times, a picture")
     parser.add_argument("--csv", type=Path, help="write the rows there, too")
     args = parser.parse_args()
-    describe(args.device)
+    describe("cuda" if TIMED else "cpu")
     show(operators(args), args.csv)
 
 

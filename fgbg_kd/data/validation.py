@@ -79,6 +79,13 @@ def _check_entries(content: dict, path: str, training: bool) -> None:
             if a["image_id"] not in images or a["category_id"] not in categories
         ],
     )
+    if not training:
+        _refuse(
+            path,
+            "annotations with an id under 1, which COCO's evaluation never takes for found: number "
+            "them from 1",
+            [a for a in annotations if a["id"] < 1],
+        )
     _refuse(
         path,
         'annotations with "ignore", which Detectron2 does not know: use "iscrowd"',

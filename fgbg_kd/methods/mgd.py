@@ -17,7 +17,8 @@ class MGD(Method):
     differ.
 
     A sum, not a mean: the scale grows with channels and map, so the published weight belongs to
-    256 channels on COCO's image sizes, and clipped gradients. It overflows fp16: fp32 throughout.
+    256 channels on COCO's image sizes, and clipped gradients. It overflows fp16, so it is
+    taken in fp32.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class MGD(Method):
     ):
         super().__init__()
         self.accept(MGD, locals())
+        if mask_ratio > 1:
+            raise ValueError(f"MODEL.KD.MGD.MASK_RATIO is {mask_ratio}: a share, at most 1.")
         self.weight, self.mask_ratio = weight, mask_ratio
         self.adapters = build_adapters(student_channels, teacher_channels)
         self.generators = nn.ModuleList(

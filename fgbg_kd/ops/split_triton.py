@@ -4,14 +4,13 @@ Cost: cells times boxes of an image. Memory: the answer, 4 bytes a cell.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device_of
+from .dispatch import on_device_of, upload
 
 BLOCK = 256
 
@@ -82,24 +81,16 @@ def box_index_kernel(
     tl.store(out + n * num_cells + cell, tl.where(padding, -2, owner), mask=exists)
 
 
-@lru_cache(maxsize=64)
-def _levels(shapes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device) -> Tensor:
-    """Copied to the device once for each set of map shapes."""
-    rows, start = [], 0
-    for (h, w), stride in zip(shapes, strides):
-        rows.append((h, w, stride, start))
-        start += h * w
-    return torch.tensor(rows, dtype=torch.int32).to(device)
-
-
 @torch.library.custom_op("fgbg_kd::box_index", mutates_args=())
 def _box_index(
     boxes: Tensor, sizes: Tensor, shapes: list[int], strides: list[int], scale: bool
 ) -> Tensor:
-    pairs = tuple(zip(shapes[::2], shapes[1::2]))
-    num_images, num_cells = len(boxes), sum(h * w for h, w in pairs)
+    rows, num_images, num_cells = [], len(boxes), 0
+    for h, w, stride in zip(shapes[::2], shapes[1::2], strides):
+        rows.append((h, w, stride, num_cells))
+        num_cells += h * w
     out = boxes.new_empty(num_images, num_cells, dtype=torch.int32)
-    levels = _levels(pairs, tuple(strides), boxes.device)
+    levels = upload(rows, boxes, torch.int32)
     with on_device_of(boxes):
         box_index_kernel[(triton.cdiv(num_cells, BLOCK), num_images)](
             boxes.contiguous(),
@@ -108,7 +99,7 @@ def _box_index(
             out,
             num_cells,
             boxes.shape[1],
-            LEVELS=len(pairs),
+            LEVELS=len(rows),
             SCALE=scale,
             BLOCK=BLOCK,
         )

@@ -116,6 +116,15 @@ def test_ids_that_repeat(data, group):
         data.register()
 
 
+def test_an_id_that_evaluation_takes_for_not_found(data):
+    for annotation in data.content["annotations"]:
+        annotation["id"] -= 1
+    data.register()
+    read_coco(data.path, training=True)
+    with pytest.raises(DataError, match=r"1 annotations with an id under 1.* from 1 \(ids 0\)"):
+        read_coco(data.path, training=False)
+
+
 @pytest.mark.parametrize("key", ["image_id", "category_id"])
 def test_a_reference_to_nothing(data, key):
     data.content["annotations"][0][key] = 77

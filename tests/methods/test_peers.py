@@ -330,6 +330,11 @@ def test_a_negative_weight_is_named(name):
         METHOD_REGISTRY.get(name)([3], [3], weight=-1.0)
 
 
+def test_a_share_over_1_is_named():
+    with pytest.raises(ValueError, match="MGD.MASK_RATIO is 65: a share, at most 1"):
+        METHOD_REGISTRY.get("MGD")([3], [3], mask_ratio=65)
+
+
 @pytest.mark.parametrize("name, option", [("CWD", "temperature"), ("PKD", "num_levels")])
 def test_an_option_that_cannot_be_0_is_named(name, option):
     with pytest.raises(ValueError, match=f"{name}.{option.upper()} is 0: it must be over 0"):
