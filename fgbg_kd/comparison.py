@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .errors import KINDS
 from .methods import METHOD_REGISTRY
 from .runs import COSTS, METRICS
-from .settings import BEFORE, COUNTED, flat, keys_read
+from .settings import COUNTED, flat, keys_read, options_before
 
 PLAIN, TEACHER, OURS = "plain", "teacher", "FgBg"
 # What says which method a run is of, and what all runs of a comparison share: no option of one.
@@ -145,8 +145,8 @@ def name_of(row: dict) -> str:
         return str(value) != text and not (isinstance(value, float) and float(text) == value)
 
     options = row["options"]
-    if name == OURS and options.get("gate") != "off":
-        options = {**BEFORE, **options}
+    if name == OURS:
+        options = {**options_before(options.get("gate")), **options}
     other = [f"{k.upper()}={_short(v)}" for k, v in options.items() if is_other(k, v)]
     short = [x.removeprefix("MODEL.KD.").removeprefix(f"{name.upper()}.") for x in typed]
     keys = [x for x in short if x.partition("=")[0].lower() not in options]

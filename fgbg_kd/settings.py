@@ -14,8 +14,6 @@ from .methods import METHOD_REGISTRY, FgBg
 # Keys that name a file whose content is a part of a run's settings.
 _FILES = ("DATASETS.TRAIN_JSON", "DATASETS.TEST_JSON", "MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS")
 _CONTENT = "sha256 of "
-# What ours did before there was an option for it, where that is not its default.
-BEFORE = {"gate_quality": "box"}
 # What a comparison sets itself, run by run.
 COUNTED = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 
@@ -115,14 +113,19 @@ def flat(node, prefix: str = "") -> dict:
     return values
 
 
+def options_before(gate: str | None) -> dict:
+    """What ours did before there was an option for it, where that is not the option's default."""
+    return {} if gate == "off" else {"gate_quality": "box"}
+
+
 def changes(old: dict, new: dict) -> list[str]:
     """In words, how settings differ from those of an older run.
 
     What that run does not tell is no difference: keys at their default, hashes of files.
     """
     default = _defaults() | {k: v for k, v in new.items() if k.startswith(_CONTENT)}
-    if new.get("MODEL.KD.GATE") != "off":
-        default |= {f"MODEL.KD.{key.upper()}": value for key, value in BEFORE.items()}
+    for key, value in options_before(new.get("MODEL.KD.GATE")).items():
+        default[f"MODEL.KD.{key.upper()}"] = value
     return [
         f"{key} was {old.get(key, default.get(key))!r}, is {value!r}"
         for key, value in new.items()
