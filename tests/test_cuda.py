@@ -49,9 +49,11 @@ def test_losses_and_gradients_are_those_of_the_cpu(distil_cfg, method):
         return
     for name, value in losses.items():
         torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-4, atol=1e-6)
+    scales = {name: value.abs().max() for name, value in expected_grads.items()}
     for name, value in gradients.items():
-        scale = expected_grads[name].abs().max()
-        assert (value.cpu() - expected_grads[name]).abs().max() <= 1e-3 * scale + 1e-7, name
+        # Those of biases that PKD and CWD do not see are rounding alone.
+        tolerance = 1e-3 * scales[name] + 1e-6 * max(scales.values())
+        assert (value.cpu() - expected_grads[name]).abs().max() <= tolerance, name
 
 
 @pytest.mark.parametrize("method", METHODS)

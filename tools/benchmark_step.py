@@ -65,7 +65,9 @@ def steps(args) -> list[dict]:
             teacher=teacher,
             teacher_precision=args.precision,
             kd=options_of(args.config_file, spec),
-        ).train()
+        )
+        .to(device)
+        .train()
         for spec in args.methods
     }
     boxes_too = any(distiller.kd.needs_boxes for distiller in distillers.values())

@@ -122,7 +122,11 @@ def torchrun(cfg, folder) -> subprocess.Popen:
             [sys.executable, *launcher, *train, "--config-file", str(folder / "run.yaml")],
             stdout=log,
             stderr=log,
-            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            env={
+                **os.environ,
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                "CUDA_VISIBLE_DEVICES": "",  # of which there may be fewer than processes
+            },
         )
 
 

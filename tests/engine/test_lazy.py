@@ -58,6 +58,7 @@ dataloader.train.mapper.augmentations[0].short_edge_length = [64]
 lr_multiplier.scheduler.values, lr_multiplier.scheduler.milestones = [1.0], [90000]
 lr_multiplier.warmup_length = 0.0
 train.init_checkpoint, train.seed, train.output_dir = "", 7, {output!r}
+train.device = "cpu"  # where runs repeat bit for bit
 train.max_iter, train.eval_period, train.log_period = 3, 0, 1
 
 from fgbg_kd import FgBgDistiller, build_teacher

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fgbg_kd.ops import split
 from fgbg_kd.ops.split import BACKGROUND, PADDING
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs
+
 
 def owner_by_definition(boxes, image_size, shape, stride, here):
     """Cell by cell, box by box: what `split` says in words."""
@@ -94,7 +96,7 @@ def home(box, size, strides):
 @given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]), strides)
 def test_the_kernel_is_the_definition(images, assign, strides):
     sizes = [(h, w) for h, w, _ in images]
-    tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
+    tensors = [torch.tensor(b, device=DEVICE).reshape(-1, 4) for *_, b in images]
     arguments = (tensors, sizes, [(64 // s, 64 // s) for s in strides], strides)
     plain, fused = (split(*arguments, assign=assign, impl=i) for i in ("torch", "triton"))
     assert torch.equal(plain.box_index, fused.box_index)
@@ -106,6 +108,7 @@ def test_the_kernel_takes_nan_hundreds_of_boxes_and_odd_shapes():
     corner = torch.randint(-20, 200, (400, 2), generator=generator).float()
     boxes = torch.cat([corner, corner + torch.randint(-5, 60, (400, 2), generator=generator)], 1)
     boxes[::7, 1] = math.nan
+    boxes = boxes.to(DEVICE)
     arguments = ([boxes, boxes[:0]], [(97, 131), (50, 60)], [(13, 17), (7, 9)], (8, 16))
     plain, fused = (split(*arguments, impl=i) for i in ("torch", "triton"))
     assert torch.equal(plain.box_index, fused.box_index)
