@@ -4,6 +4,7 @@
 Example:
     tools/benchmark_ops.py --plot ops.png         times on FPN shapes, on a GPU
     tools/benchmark_ops.py --counts-only          what needs no GPU: bytes, launches, memory
+    tools/benchmark_ops.py --impls torch triton   without torch.compile, which compiles for minutes
 
 Times are p20 / p50 / p80 over runs, of CUDA events.
 """
@@ -126,7 +127,8 @@ def peak_memory(function) -> int:
 def operators(args) -> list[dict]:
     """Rows of the operators' table; times only where there is a GPU."""
     rows, copy = [], copy_bandwidth(args) if TIMED else None
-    for case, (images, anchors) in CASES.items():
+    for case in args.cases:
+        images, anchors = CASES[case]
         scene = Scene(images, anchors, SIZE, args.dtype, "cuda" if TIMED else "meta")
         for operator, (least, moved, launches) in scene.counts().items():
             row = {"case": case, "operator": operator, "least MB": least / 1e6}
@@ -180,19 +182,20 @@ def timed(case: str, scene: Scene, args, copy: float) -> list[dict]:
         p20, p50, p80 = quantiles(call, "cuda", args.seconds)
         row = {"case": case, "operator": operator, "impl": impl, "mode": mode}
         row |= {"p20 ms": p20, "p50 ms": p50, "p80 ms": p80}
+        print(*row.values(), sep=", ", flush=True)
         if whole:
             extra = (torch.cuda.max_memory_allocated() - before) / whole - 1
             row |= {"of copy bandwidth": least / 1e6 / p50 / copy, "extra memory / maps": extra}
         rows.append(rounded(row))
 
-    for impl in ("torch", "triton"):
+    for impl in (i for i in args.impls if i != "compile"):
         measure("split", impl, "forward", lambda impl=impl: scene.split(impl))
     least = {operator: bytes_moved for operator, (bytes_moved, *_) in scene.counts().items()}
     for operator, maps in (("cosine", scene.student.features), ("compare", scene.student.logits)):
         function = getattr(scene, operator)
         leaves = [x.requires_grad_() for x in maps]
         whole = sum(x.numel() * x.element_size() for x in maps)
-        for impl in IMPLS:
+        for impl in args.impls:
             call = torch.compile(function) if impl == "compile" else function
             kind = "torch" if impl == "compile" else impl
             with torch.no_grad():
@@ -206,7 +209,7 @@ def draw(rows: list[dict], path: Path) -> None:
     """Bars of p50 with p20 to p80, an axis for each operator and mode, of the first case."""
     import matplotlib.pyplot as plt
 
-    case = next(iter(CASES))
+    case = rows[0]["case"]
     panels = {}
     for row in (r for r in rows if r["case"] == case and "p50 ms" in r):
         panels.setdefault((row["operator"], row["mode"]), []).append(row)
@@ -228,6 +231,8 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the maps")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
     parser.add_argument("--counts-only", action="store_true", help="no timing")
     parser.add_argument("--plot", type=Path, help="of the times, a picture")
     parser.add_argument("--csv", type=Path, help="write the rows there, too")
