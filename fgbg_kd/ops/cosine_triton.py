@@ -13,25 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .cosine import MIN_SQUARE
-from .dispatch import accumulation_dtype, levels, on_device_of, triton_dtype
+from .dispatch import accumulation_dtype, empty_map_like, levels, on_device_of, triton_dtype
 
 # A tile. Cells are neighbours in memory in NCHW, channels in channels_last.
-CELLS, CHANNELS = 64, 32
+CELLS, CHANNELS = 128, 8
 
 
 @triton.jit
 def cosine_forward_kernel(
-    student,  # (N, C, H, W), any strides
+    student,  # (N, C, HW), any strides
     teacher,  # likewise
     weight,  # (N, R) contiguous
     out,  # (3, N, R): dot, |s|^2, |t|^2
     channels,
-    width,
     num_cells,  # HW of this level
     first,  # cell of this level in R
     all_cells,  # R
-    s_n, s_c, s_h, s_w,
-    t_n, t_c, t_h, t_w,
+    s_n, s_c, s_p,
+    t_n, t_c, t_p,
     ACC: tl.constexpr,
     CELLS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -41,38 +40,37 @@ def cosine_forward_kernel(
     exists = cell < num_cells
     at = n * all_cells + first + cell
     used = tl.load(weight + at, mask=exists, other=0.0) != 0
-    row, column = cell // width, cell % width
-    s_at = student + n * s_n + row * s_h + column * s_w
-    t_at = teacher + n * t_n + row * t_h + column * t_w
-    dot, ss, tt = tl.zeros([CELLS], ACC), tl.zeros([CELLS], ACC), tl.zeros([CELLS], ACC)
+    s_at, t_at = student + n * s_n + cell * s_p, teacher + n * t_n + cell * t_p
+    # Tiles, added up after the loop: within it no thread waits for another.
+    dot = tl.zeros([CHANNELS, CELLS], ACC)
+    ss, tt = dot, dot
     for start in range(0, channels, CHANNELS):
         c = start + tl.arange(0, CHANNELS)
         mask = (c < channels)[:, None] & used[None, :]
         s = tl.load(s_at[None, :] + c[:, None] * s_c, mask=mask, other=0.0).to(ACC)
         t = tl.load(t_at[None, :] + c[:, None] * t_c, mask=mask, other=0.0).to(ACC)
-        dot += tl.sum(s * t, 0)
-        ss += tl.sum(s * s, 0)
-        tt += tl.sum(t * t, 0)
+        dot += s * t
+        ss += s * s
+        tt += t * t
     plane = tl.num_programs(1).to(tl.int64) * all_cells
-    tl.store(out + at, dot, mask=exists)
-    tl.store(out + plane + at, ss, mask=exists)
-    tl.store(out + 2 * plane + at, tt, mask=exists)
+    tl.store(out + at, tl.sum(dot, 0), mask=exists)
+    tl.store(out + plane + at, tl.sum(ss, 0), mask=exists)
+    tl.store(out + 2 * plane + at, tl.sum(tt, 0), mask=exists)
 
 
 @triton.jit
 def cosine_backward_kernel(
-    student,  # (N, C, H, W), any strides
+    student,  # (N, C, HW), any strides
     teacher,  # likewise
     factors,  # (2, N, R) contiguous: of t and of s in the gradient; both 0: cell not read
-    grad,  # (N, C, H, W), any strides
+    grad,  # (N, C, HW), any strides
     channels,
-    width,
     num_cells,
     first,
     all_cells,
-    s_n, s_c, s_h, s_w,
-    t_n, t_c, t_h, t_w,
-    g_n, g_c, g_h, g_w,
+    s_n, s_c, s_p,
+    t_n, t_c, t_p,
+    g_n, g_c, g_p,
     ACC: tl.constexpr,
     CELLS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -85,14 +83,12 @@ def cosine_backward_kernel(
     plane = tl.num_programs(2).to(tl.int64) * all_cells
     of_t = tl.load(factors + at, mask=exists, other=0.0)
     of_s = tl.load(factors + plane + at, mask=exists, other=0.0)
-    row, column = cell // width, cell % width
     whole = (c < channels)[:, None] & exists[None, :]
     mask = whole & ((of_t != 0) | (of_s != 0))[None, :]
-    s_at = student + n * s_n + row * s_h + column * s_w
-    t_at = teacher + n * t_n + row * t_h + column * t_w
+    s_at, t_at = student + n * s_n + cell * s_p, teacher + n * t_n + cell * t_p
     s = tl.load(s_at[None, :] + c[:, None] * s_c, mask=mask, other=0.0).to(ACC)
     t = tl.load(t_at[None, :] + c[:, None] * t_c, mask=mask, other=0.0).to(ACC)
-    g_at = grad + n * g_n + row * g_h + column * g_w
+    g_at = grad + n * g_n + cell * g_p
     value = of_t[None, :] * t + of_s[None, :] * s
     tl.store(g_at[None, :] + c[:, None] * g_c, value.to(grad.dtype.element_ty), mask=whole)
 
@@ -102,12 +98,13 @@ def cosine_grad(
     student: Sequence[Tensor], teacher: Sequence[Tensor], factors: Tensor
 ) -> list[Tensor]:
     """Gradient of the student's features: factors[0] * teacher + factors[1] * student."""
-    grads, factors = [torch.empty_like(s) for s in student], factors.contiguous()
+    grads, factors = [empty_map_like(s) for s in student], factors.contiguous()
     with on_device_of(factors):
-        for (first, n, c, h, w), s, t, grad in zip(levels(student), student, teacher, grads):
+        for (first, n, c, h, w), *maps in zip(levels(student), student, teacher, grads):
+            s, t, grad = (x.flatten(2) for x in maps)
             grid = (triton.cdiv(h * w, CELLS), triton.cdiv(c, CHANNELS), n)
             cosine_backward_kernel[grid](
-                s, t, factors, grad, c, w, h * w, first, factors.shape[2],
+                s, t, factors, grad, c, h * w, first, factors.shape[2],
                 *s.stride(), *t.stride(), *grad.stride(),
                 ACC=triton_dtype(factors.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
             )  # fmt: skip
@@ -116,7 +113,7 @@ def cosine_grad(
 
 @cosine_grad.register_fake
 def _(student, teacher, factors):
-    return [torch.empty_like(s) for s in student]
+    return [empty_map_like(s) for s in student]
 
 
 @torch.library.custom_op("fgbg_kd::weighted_cosine", mutates_args=())
@@ -127,9 +124,10 @@ def weighted_cosine(
     weight = weight.contiguous()
     sums = weight.new_empty(3, *weight.shape, dtype=accumulation_dtype(student[0], teacher[0]))
     with on_device_of(weight):
-        for (first, n, c, h, w), s, t in zip(levels(student), student, teacher):
+        for (first, n, c, h, w), *maps in zip(levels(student), student, teacher):
+            s, t = (x.flatten(2) for x in maps)
             cosine_forward_kernel[(triton.cdiv(h * w, CELLS), n)](
-                s, t, weight, sums, c, w, h * w, first, weight.shape[1],
+                s, t, weight, sums, c, h * w, first, weight.shape[1],
                 *s.stride(), *t.stride(),
                 ACC=triton_dtype(sums.dtype), CELLS=CELLS, CHANNELS=CHANNELS,
             )  # fmt: skip

@@ -44,6 +44,15 @@ def levels(maps: Sequence[Tensor]) -> list[tuple[int, int, int, int, int]]:
     return rows
 
 
+def empty_map_like(x: Tensor) -> Tensor:
+    """Room for a map (N, C, H, W), laid out like another, whose ``flatten(2)`` is a view.
+
+    Kernels take maps flattened: only so Triton sees that neighbouring cells are neighbours in
+    memory. Flattening copies a map only if it is a cut-out of a wider one.
+    """
+    return torch.empty_like(x.flatten(2)).unflatten(2, x.shape[2:])
+
+
 def triton_dtype(dtype: torch.dtype):
     """Triton's name of an accumulation dtype."""
     import triton.language as tl

@@ -14,29 +14,49 @@ import triton.language as tl
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch import Tensor, nn
 
-from .dispatch import accumulation_dtype, levels, on_device_of, triton_dtype
+from .dispatch import accumulation_dtype, empty_map_like, levels, on_device_of, triton_dtype
 from .predictions import Comparison, DenseOutput
 from .split import BACKGROUND, Split
 
 TILE = 1024  # values of a tile; more spill registers on sm_80
 # The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
-# which leaves the tile wide in cells (neighbours in memory). A softmax needs its anchor whole.
-GROUP = 16
+# which leaves a cell to each thread: the threads of a block need not meet before the next tile.
+# (16 channels of 64 cells, two threads a cell, took four times as long.) A softmax needs its anchor
+# whole.
+GROUP = 8
 
 
 @triton.jit
-def _log1p_exp(x):
-    """log(1 + exp(x)), exact to rounding also where exp(x) is under the rounding of 1."""
-    e = tl.exp(-tl.abs(x))
-    u = 1 + e
-    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))  # Kahan
-    return tl.maximum(x, 0.0) + log1p
+def _log1p(e):
+    """log(1 + e) of e in [0, 1], exact to rounding also where e is under the rounding of 1."""
+    if e.dtype == tl.float64:
+        u = 1 + e
+        return tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))  # Kahan
+    else:  # minimax of log(1 + e) / e, relative error 3e-8: no logarithm, no division
+        p = e * 0.00523268804 - 0.0295052137
+        p = p * e + 0.0782259107
+        p = p * e - 0.136632428
+        p = p * e + 0.191060051
+        p = p * e - 0.24842982
+        p = p * e + 0.333190978
+        p = p * e - 0.499994934
+        p = p * e + 0.99999994
+        return p * e
 
 
 @triton.jit
 def _sigmoid(x):
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1, e) / (1 + e)
+
+
+@triton.jit
+def _bernoulli_kl(s, t):
+    """KL(sigmoid(t) || sigmoid(s))."""
+    e_s, e_t = tl.exp(-tl.abs(s)), tl.exp(-tl.abs(t))
+    p_t = tl.where(t >= 0, 1, e_t) / (1 + e_t)
+    log_partition = tl.maximum(s, 0.0) - tl.maximum(t, 0.0) + (_log1p(e_s) - _log1p(e_t))
+    return log_partition - p_t * (s - t)
 
 
 @triton.jit
@@ -52,13 +72,13 @@ def _log_softmax(x, mask):
 @triton.jit
 def _highest(logits_at, z_c, channels, mask, ACC: tl.constexpr, CLASSES: tl.constexpr):
     """The largest logit of each cell."""
-    highest = tl.zeros([mask.shape[0]], ACC) + float("-inf")
+    highest = tl.zeros([CLASSES, mask.shape[0]], ACC) + float("-inf")
     for start in range(0, channels, CLASSES):
         channel = start + tl.arange(0, CLASSES)[:, None]
         read = (channel < channels) & mask[None, :]
         z = tl.load(logits_at[None, :] + channel * z_c, mask=read, other=float("-inf"))
-        highest = tl.maximum(highest, tl.max(z.to(ACC), 0))
-    return highest
+        highest = tl.maximum(highest, z.to(ACC))
+    return tl.max(highest, 0)
 
 
 @triton.jit
@@ -129,9 +149,9 @@ def _own_quality(
 
 @triton.jit
 def compare_kernel(
-    student,  # logits (N, A*K, H, W), any strides
+    student,  # logits (N, A*K, HW), any strides
     teacher,  # likewise; without KL the anchors may differ
-    s_deltas,  # (N, A*4, H, W), any strides
+    s_deltas,  # (N, A*4, HW), any strides
     t_deltas,
     s_anchors,  # (A, 4)
     t_anchors,
@@ -149,10 +169,10 @@ def compare_kernel(
     all_cells,  # R
     num_boxes,  # B
     stride,  # pixels
-    s_n, s_c, s_h, s_w,
-    t_n, t_c, t_h, t_w,
-    sd_n, sd_c, sd_h, sd_w,
-    td_n, td_c, td_h, td_w,
+    s_n, s_c, s_p,
+    t_n, t_c, t_p,
+    sd_n, sd_c, sd_p,
+    td_n, td_c, td_p,
     INVERSE_T: tl.constexpr,  # a constant, since an argument would be rounded to fp32
     KL: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -170,9 +190,7 @@ def compare_kernel(
     at = n * all_cells + first + cell
     owner = tl.load(box_index + at, mask=exists, other=-2)
     background = owner == -1
-    row, column = cell // width, cell % width
-    s_at = student + n * s_n + row * s_h + column * s_w
-    t_at = teacher + n * t_n + row * t_h + column * t_w
+    s_at, t_at = student + n * s_n + cell * s_p, teacher + n * t_n + cell * t_p
     plane = tl.num_programs(1).to(tl.int64) * all_cells
     if QUALITY:  # of foreground first: what it needs is not held below
         foreground = owner >= 0
@@ -182,25 +200,29 @@ def compare_kernel(
         y0 = tl.load(boxes + box * 4 + 1, mask=foreground, other=0.0)
         x1 = tl.load(boxes + box * 4 + 2, mask=foreground, other=0.0)
         y1 = tl.load(boxes + box * 4 + 3, mask=foreground, other=0.0)
-        x, y = column * stride, row * stride
+        x, y = cell % width * stride, cell // width * stride
         s_good = _own_quality(
-            s_at, s_c, s_deltas + n * sd_n + row * sd_h + column * sd_w, sd_c, s_anchors,
+            s_at, s_c, s_deltas + n * sd_n + cell * sd_p, sd_c, s_anchors,
             s_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
             BOXES, S_CODING, ACC,
         )  # fmt: skip
         t_good = _own_quality(
-            t_at, t_c, t_deltas + n * td_n + row * td_h + column * td_w, td_c, t_anchors,
+            t_at, t_c, t_deltas + n * td_n + cell * td_p, td_c, t_anchors,
             t_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
             BOXES, T_CODING, ACC,
         )  # fmt: skip
-        rest = exists & ~background  # and padding, of quality 0
-        tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=rest)
-        tl.store(out + 2 * plane + at, tl.where(foreground, t_good, 0), mask=rest)
+        other = exists & ~background  # and padding, of quality 0
+        tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=other)
+        tl.store(out + 2 * plane + at, tl.where(foreground, t_good, 0), mask=other)
     s_highest = tl.zeros([CELLS], ACC) + float("-inf")
     t_highest = s_highest
     if KL:
         k = tl.arange(0, CLASSES)
-        total = tl.zeros([CELLS], ACC)
+        # Tiles, added up after the loop: within it no thread waits for another.
+        apart = tl.zeros([CLASSES, CELLS], ACC)
+        s_max = tl.zeros([CLASSES, CELLS], ACC) + float("-inf")
+        t_max = s_max
+        rest = tl.zeros([CELLS], ACC)  # of the background of a softmax
         for start in range(0, s_channels, group):
             channel = (start + k)[:, None]
             real = ((k < group) & (start + k < s_channels))[:, None] & (cell >= 0)[None, :]
@@ -208,17 +230,19 @@ def compare_kernel(
             s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC)
             t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC)
             if QUALITY:
-                s_highest = tl.maximum(s_highest, tl.max(tl.where(mask, s, float("-inf")), 0))
-                t_highest = tl.maximum(t_highest, tl.max(tl.where(mask, t, float("-inf")), 0))
+                s_max = tl.maximum(s_max, tl.where(mask, s, float("-inf")))
+                t_max = tl.maximum(t_max, tl.where(mask, t, float("-inf")))
             s, t = s * INVERSE_T, t * INVERSE_T
             if SOFTMAX:
                 log_s, rest_s = _log_softmax(s, real)
                 log_t, rest_t = _log_softmax(t, real)
-                apart = tl.exp(log_t) * tl.where(real, log_t - log_s, 0)
-                total += tl.sum(apart, 0) + tl.exp(rest_t) * (rest_t - rest_s)
+                apart += tl.exp(log_t) * tl.where(real, log_t - log_s, 0)
+                rest += tl.exp(rest_t) * (rest_t - rest_s)
             else:
-                apart = _log1p_exp(s) - _log1p_exp(t) - _sigmoid(t) * (s - t)
-                total += tl.sum(tl.where(mask, apart, 0), 0)
+                apart += tl.where(mask, _bernoulli_kl(s, t), 0)
+        if QUALITY:
+            s_highest, t_highest = tl.max(s_max, 0), tl.max(t_max, 0)
+        total = tl.sum(apart, 0) + rest
         total = tl.where(background, total / (INVERSE_T * INVERSE_T), 0)
         tl.store(out + at, total, mask=exists)
     elif QUALITY:
@@ -231,19 +255,18 @@ def compare_kernel(
 
 @triton.jit
 def kl_backward_kernel(
-    student,  # (N, A*K, H, W), any strides
+    student,  # (N, A*K, HW), any strides
     teacher,  # likewise
     weight,  # (N, R) contiguous: upstream gradient of the KL; 0: cell not read
-    grad,  # (N, A*K, H, W), any strides
+    grad,  # (N, A*K, HW), any strides
     channels,
     group,
-    width,
     num_cells,
     first,
     all_cells,
-    s_n, s_c, s_h, s_w,
-    t_n, t_c, t_h, t_w,
-    g_n, g_c, g_h, g_w,
+    s_n, s_c, s_p,
+    t_n, t_c, t_p,
+    g_n, g_c, g_p,
     INVERSE_T: tl.constexpr,
     SOFTMAX: tl.constexpr,
     ACC: tl.constexpr,
@@ -255,34 +278,32 @@ def kl_backward_kernel(
     exists = cell < num_cells
     w = tl.load(weight + n * all_cells + first + cell, mask=exists, other=0.0).to(ACC)
     used = exists & (w != 0)
-    row, column = cell // width, cell % width
-    s_at = student + n * s_n + row * s_h + column * s_w
-    t_at = teacher + n * t_n + row * t_h + column * t_w
-    g_at = grad + n * g_n + row * g_h + column * g_w
+    s_at, t_at = student + n * s_n + cell * s_p, teacher + n * t_n + cell * t_p
+    g_at = grad + n * g_n + cell * g_p
     k = tl.arange(0, CLASSES)
-    for start in range(0, channels, group):
-        channel = (start + k)[:, None]
-        real = ((k < group) & (start + k < channels))[:, None] & (cell >= 0)[None, :]
-        mask = real & used[None, :]
-        s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
-        t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
-        if SOFTMAX:
-            log_s, _ = _log_softmax(s, real)
-            log_t, _ = _log_softmax(t, real)
-            value = tl.exp(log_s) - tl.exp(log_t)
-        else:
-            value = _sigmoid(s) - _sigmoid(t)
-        # T^2 KL has 1/T from the logits: T (p_s - p_t)
-        value = tl.where(mask, value * (w / INVERSE_T)[None, :], 0)
-        at = g_at[None, :] + channel * g_c
-        tl.store(at, value.to(grad.dtype.element_ty), mask=real & exists[None, :])
+    start = tl.program_id(2) * group
+    channel = (start + k)[:, None]
+    real = ((k < group) & (start + k < channels))[:, None] & (cell >= 0)[None, :]
+    mask = real & used[None, :]
+    s = tl.load(s_at[None, :] + channel * s_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
+    t = tl.load(t_at[None, :] + channel * t_c, mask=mask, other=0.0).to(ACC) * INVERSE_T
+    if SOFTMAX:
+        log_s, _ = _log_softmax(s, real)
+        log_t, _ = _log_softmax(t, real)
+        value = tl.exp(log_s) - tl.exp(log_t)
+    else:
+        value = _sigmoid(s) - _sigmoid(t)
+    # T^2 KL has 1/T from the logits: T (p_s - p_t)
+    value = tl.where(mask, value * (w / INVERSE_T)[None, :], 0)
+    at = g_at[None, :] + channel * g_c
+    tl.store(at, value.to(grad.dtype.element_ty), mask=real & exists[None, :])
 
 
 def _tile(classes: int, softmax: bool) -> tuple[int, int, int]:
     """Channels that are read at a time, the same as a power of two, and cells."""
     group = classes if softmax else GROUP
     block = triton.next_power_of_2(group)
-    return group, block, max(1, min(64, TILE // block))
+    return group, block, max(1, min(128, TILE // block))
 
 
 @torch.library.custom_op("fgbg_kd::compare_predictions", mutates_args=())
@@ -315,8 +336,8 @@ def _compare(
     box_index, boxes, box_classes = (x.contiguous() for x in (box_index, boxes, box_classes))
     with on_device_of(out):
         for i, (first, n, channels, h, w) in enumerate(levels(student)):
-            s, t = student[i], teacher[i]
-            ds, dt = (deltas[i], deltas[num_levels + i]) if with_boxes else (s, t)
+            s, t = student[i].flatten(2), teacher[i].flatten(2)
+            ds, dt = (deltas[j].flatten(2) if with_boxes else s for j in (i, num_levels + i))
             compare_kernel[(triton.cdiv(h * w, cells), n)](
                 s, t, ds, dt,
                 *((anchors[i], anchors[num_levels + i]) if with_boxes else (boxes, boxes)),
@@ -348,13 +369,14 @@ def kl_grad(
     temperature: float,
 ) -> list[Tensor]:
     """Gradient of the sum of weight * T^2 * KL(teacher || student) in the student's logits."""
-    grads, weight = [torch.empty_like(s) for s in student], weight.contiguous()
+    grads, weight = [empty_map_like(s) for s in student], weight.contiguous()
     group, block, cells = _tile(num_classes, softmax)
     acc = triton_dtype(accumulation_dtype(student[0], teacher[0]))
     with on_device_of(weight):
-        for (first, n, c, h, w), s, t, grad in zip(levels(student), student, teacher, grads):
-            kl_backward_kernel[(triton.cdiv(h * w, cells), n)](
-                s, t, weight, grad, c, group, w, h * w, first, weight.shape[1],
+        for (first, n, c, h, w), *maps in zip(levels(student), student, teacher, grads):
+            s, t, grad = (x.flatten(2) for x in maps)
+            kl_backward_kernel[(triton.cdiv(h * w, cells), n, triton.cdiv(c, group))](
+                s, t, weight, grad, c, group, h * w, first, weight.shape[1],
                 *s.stride(), *t.stride(), *grad.stride(),
                 INVERSE_T=1 / temperature, SOFTMAX=softmax, ACC=acc, CLASSES=block, CELLS=cells,
             )  # fmt: skip
@@ -363,7 +385,7 @@ def kl_grad(
 
 @kl_grad.register_fake
 def _(student, teacher, weight, num_classes, softmax, temperature):
-    return [torch.empty_like(s) for s in student]
+    return [empty_map_like(s) for s in student]
 
 
 def _setup(ctx, inputs, output):

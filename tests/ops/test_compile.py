@@ -19,8 +19,8 @@ def ints(names):
     return dict.fromkeys(names.split(), "i32")
 
 
-STRIDES = ints("s_n s_c s_h s_w t_n t_c t_h t_w")
-INTS = ints("channels width num_cells first all_cells")
+STRIDES = ints("s_n s_c s_p t_n t_c t_p")
+INTS = ints("channels num_cells first all_cells")
 BOX, LINEAR, NONE = (0.5, 1.0, 1.0, 1.0, 1.0, 4.0), (0.5, 1.0), (0.0,)
 
 
@@ -38,21 +38,21 @@ def cases():
         constants = {"ACC": tl.float32, **tile}
         yield f"cosine forward {dtype}", cosine_triton.cosine_forward_kernel, types, constants
         types = maps | {"factors": "*fp32", "grad": f"*{dtype}"} | INTS | STRIDES
-        types |= ints("g_n g_c g_h g_w")
+        types |= ints("g_n g_c g_p")
         yield f"cosine backward {dtype}", cosine_triton.cosine_backward_kernel, types, constants
         for classes in (1, 80, None):  # of a softmax; None: sigmoid
             group, block, cells = predictions_triton._tile(classes or 80, classes is not None)
             tile = {"CLASSES": block, "CELLS": cells, "ACC": tl.float32}
             kind = {"SOFTMAX": classes is not None, "INVERSE_T": 0.5}
             types = maps | {"weight": "*fp32", "grad": f"*{dtype}"} | INTS | STRIDES
-            types |= ints("group g_n g_c g_h g_w")
+            types |= ints("group g_n g_c g_p")
             name = f"kl backward {dtype} softmax of {classes}"
             yield name, predictions_triton.kl_backward_kernel, types, tile | kind
             types = maps | {"s_deltas": f"*{dtype}", "t_deltas": f"*{dtype}", "out": "*fp32"}
             types |= {"s_anchors": "*fp32", "t_anchors": "*fp32", "boxes": "*fp32"}
             types |= {"box_index": "*i32", "box_classes": "*i64", "stride": "fp32"}
             types |= STRIDES | ints("s_channels t_channels classes group width num_cells first")
-            types |= ints("all_cells num_boxes sd_n sd_c sd_h sd_w td_n td_c td_h td_w")
+            types |= ints("all_cells num_boxes sd_n sd_c sd_p td_n td_c td_p")
             for kl, quality, coding in ((1, 1, BOX), (1, 1, NONE), (1, 0, NONE), (0, 1, LINEAR)):
                 constants = tile | kind | {"KL": bool(kl), "QUALITY": bool(quality)}
                 constants |= {"BOXES": coding != NONE, "S_CODING": coding, "T_CODING": coding}
