@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 
 
-def quantiles(function, device: str, seconds: float) -> tuple[float, float, float]:
-    """p20, p50, p80 in milliseconds, after warming up."""
-    return quantiles_in_turn({"": function}, device, seconds)[""]
+def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, float, float]:
+    """p20, p50, p80 in milliseconds, after warming up.
+
+    Args:
+        ahead: on a GPU, how many seconds it sleeps before each run, so that it does not wait for
+            the host in between.
+    """
+    return quantiles_in_turn({"": function}, device, seconds, ahead)[""]
 
 
-def quantiles_in_turn(calls: dict, device: str, seconds: float) -> dict:
+def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0.0) -> dict:
     """:func:`quantiles` of several functions by name, called in turn: what else the machine does
     meets all of them alike."""
     for function in calls.values():
@@ -24,7 +29,7 @@ def quantiles_in_turn(calls: dict, device: str, seconds: float) -> dict:
     while rounds < 5 or (time.perf_counter() < stop and rounds < 500):
         rounds += 1
         for name, function in calls.items():
-            times[name].append(milliseconds(function, device))
+            times[name].append(milliseconds(function, device, ahead))
     at = torch.tensor([0.2, 0.5, 0.8])
     return {
         name: tuple(round(v, 3) for v in torch.tensor(found).quantile(at).tolist())
@@ -32,9 +37,22 @@ def quantiles_in_turn(calls: dict, device: str, seconds: float) -> dict:
     }
 
 
-def milliseconds(function, device: str) -> float:
+def host_seconds(function) -> float:
+    """Median of five: how long the host takes to issue the work of a function to the GPU."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[2]
+
+
+def milliseconds(function, device: str, ahead: float) -> float:
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(int(ahead * 2e9))  # cycles, of at most 2 GHz
         begin.record()
         function()
         end.record()
