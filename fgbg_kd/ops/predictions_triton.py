@@ -20,9 +20,8 @@ from .split import BACKGROUND, Split
 
 TILE = 1024  # values of a tile; more spill registers on sm_80
 # The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
-# which leaves a cell to each thread: the threads of a block need not meet before the next tile.
-# (16 channels of 64 cells, two threads a cell, took four times as long.) A softmax needs its anchor
-# whole.
+# which leaves whole cells to a thread: no thread waits for another before the next tile. A softmax
+# needs its anchor whole.
 GROUP = 8
 
 
