@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same losses there, mixed precision, no waiting, a whole training."""
+"""What only a GPU shows: the same losses there, mixed precision, no waiting, a whole training."""
 
 import copy
 import warnings

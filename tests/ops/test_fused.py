@@ -173,6 +173,29 @@ def test_kl(n, c, shapes, dtype, weights, kind, temperature, channels_last):
     check(function, student, [s.double() for s in student])
 
 
+@pytest.mark.parametrize("loss", ["cosine", "kl"])
+@pytest.mark.parametrize(
+    "cut",
+    [lambda x: x[..., 1:5, 2:8], lambda x: x[:, 1:4], lambda x: x.transpose(2, 3)],
+    ids=["cells", "channels", "transposed"],
+)
+def test_maps_may_be_cut_out_or_transposed(loss, cut):
+    wide, other = randn(2, 6, 7, 9, seed=1).float(), cut(randn(2, 6, 7, 9, seed=2).float())
+    weight = make_weight("mixed", 2, other[0, 0].numel())
+
+    def function(x):
+        if loss == "cosine":
+            return cosine_loss([x], [other], weight, "triton")
+        return kl_sum([x], [other], weight, other.shape[1], impl="triton")
+
+    expected, (grad,) = run(lambda x: function(cut(x[0]).contiguous()), [wide])
+    got, (cut_grad,) = run(lambda x: function(cut(x[0])), [wide])
+    assert torch.equal(got, expected) and torch.equal(cut_grad, grad)
+    # A map that is one without being cut here.
+    _, (own,) = run(lambda x: function(x[0]), [cut(wide)])
+    assert torch.equal(own, cut(grad))
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_kl_gradcheck_through_the_kernels(kind):
     student = [
