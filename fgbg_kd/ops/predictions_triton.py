@@ -213,8 +213,6 @@ def compare_kernel(
         other = exists & ~background  # and padding, of quality 0
         tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=other)
         tl.store(out + 2 * plane + at, tl.where(foreground, t_good, 0), mask=other)
-    s_highest = tl.zeros([CELLS], ACC) + float("-inf")
-    t_highest = s_highest
     if KL:
         k = tl.arange(0, CLASSES)
         # Tiles, added up after the loop: within it no thread waits for another.
