@@ -17,9 +17,15 @@ METHODS = sorted(name for name, _ in METHOD_REGISTRY)
 
 
 @pytest.fixture(autouse=True)
-def full_fp32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_fp32():
+    """By hand: pytest's monkeypatch cannot undo what these modules keep in C++."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [x.allow_tf32 for x in switches]
+    for x in switches:
+        x.allow_tf32 = False
+    yield
+    for x, value in zip(switches, before):
+        x.allow_tf32 = value
 
 
 def build(cfg, method):

@@ -16,7 +16,7 @@ from .cosine import MIN_SQUARE
 from .dispatch import accumulation_dtype, empty_map_like, levels, on_device_of, triton_dtype
 
 # A tile. Cells are neighbours in memory in NCHW, channels in channels_last.
-CELLS, CHANNELS = 128, 8
+CELLS, CHANNELS = 64, 16
 
 
 @triton.jit

@@ -18,11 +18,11 @@ from .dispatch import accumulation_dtype, empty_map_like, levels, on_device_of, 
 from .predictions import Comparison, DenseOutput
 from .split import BACKGROUND, Split
 
-TILE = 1024  # values of a tile; more spill registers on sm_80
 # The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
-# which leaves whole cells to a thread: no thread waits for another before the next tile. A softmax
-# needs its anchor whole.
-GROUP = 8
+# and only after the last tile do threads wait for another. A softmax needs its anchor whole. With
+# wider tiles small maps take long: they have few programs, each of which goes through all channels.
+GROUP, CELLS = 16, 32
+TILE = 1024  # values of a tile at most; more spill registers on sm_80
 
 
 @triton.jit
@@ -300,7 +300,7 @@ def _tile(classes: int, softmax: bool) -> tuple[int, int, int]:
     """Channels that are read at a time, the same as a power of two, and cells."""
     group = classes if softmax else GROUP
     block = triton.next_power_of_2(group)
-    return group, block, max(1, min(128, TILE // block))
+    return group, block, max(1, min(CELLS, TILE // block))
 
 
 @torch.library.custom_op("fgbg_kd::compare_predictions", mutates_args=())
