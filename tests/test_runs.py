@@ -1,5 +1,7 @@
 """Runs as child processes: done once, gone on with, refused where they do not fit, ended."""
 
+import contextlib
+import fcntl
 import json
 import signal
 import subprocess
@@ -23,8 +25,10 @@ out = pathlib.Path(sys.argv[-1].removeprefix("train.output_dir=").strip("'"))
 with open(out / "calls.txt", "a") as calls: print(*sys.argv[1:], file=calls)
 if (out / "fail").exists(): sys.exit("the loss is NaN")
 if (out / "hang").exists():
-    import subprocess
-    subprocess.Popen(["sleep", "600"]); (out / "started").touch(); time.sleep(600)
+    import fcntl, subprocess
+    lock = open(out / "lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX)
+    subprocess.Popen(["sleep", "600"], pass_fds=[lock.fileno()])
+    (out / "started").touch(); time.sleep(600)
 (out / "inference").mkdir()
 for name in ("model_0000001.pth", "model_final.pth", "inference/instances_predictions.pth"):
     (out / name).touch()
@@ -208,7 +212,7 @@ def test_a_folder_is_run_by_one_process_at_a_time(folder):
         arguments = ("x", folder / "c.yaml", folder / "run", [])
         thread = threading.Thread(target=lambda: pytest.raises(RunError, runner.run, *arguments))
         thread.start()
-        wait_for(folder / "run" / "started")
+        wait_for((folder / "run" / "started").exists)
         with pytest.raises(RunError, match="another process"):
             run(folder)
         runner.stop()
@@ -216,12 +220,12 @@ def test_a_folder_is_run_by_one_process_at_a_time(folder):
     assert not (folder / "run" / "done.json").exists()
 
 
-def wait_for(path):
+def wait_for(condition):
     for _ in range(600):
-        if path.exists():
+        if condition():
             return
         time.sleep(0.05)
-    raise AssertionError(f"{path} did not appear")
+    raise AssertionError("waited for 30 seconds")
 
 
 PARENT = """
@@ -242,10 +246,14 @@ def test_ctrl_c_ends_the_children_and_their_children_without_a_trace(folder):
     (folder / "run" / "hang").touch()
     command = [sys.executable, "-c", PARENT, str(folder)]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(folder / "run" / "started")
+    wait_for((folder / "run" / "started").exists)
     parent.send_signal(signal.SIGINT)
-    # The pipe closes when all that hold it are gone: the grandchild has its end as well.
     _, errors = parent.communicate(timeout=60)
     assert parent.returncode == 1 and "Traceback" not in errors and "stopped" in errors
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(folder) not in left
+
+    def all_are_gone():  # child and grandchild hold one lock
+        with open(folder / "run" / "lock") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+
+    wait_for(all_are_gone)

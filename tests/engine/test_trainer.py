@@ -100,8 +100,8 @@ import sys, torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+torch.set_num_threads(1)  # as the tests have it: the sums of more are rounded otherwise
 cfg = get_cfg()
 cfg.merge_from_file(sys.argv[1])
 model = build_model(cfg).eval()
