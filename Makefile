@@ -11,7 +11,7 @@ PIP   := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pi
 STAMP := $(VENV)/.fgbg_kd
 LINTED := fgbg_kd tools tests setup.py
 
-.PHONY: help setup test lint quickstart trees clean
+.PHONY: help setup analysis test lint quickstart trees clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -19,7 +19,9 @@ help:  ## this list
 
 setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
 
-test: setup $(STAMP)-analysis  ## run the tests (TESTS=tests/test_x.py for some)
+analysis: $(STAMP)-analysis  ## setup, and tidecv for tools/compare.py --errors
+
+test: setup analysis  ## run the tests (TESTS=tests/test_x.py for some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
 lint: setup  ## ruff check, ruff format --check

@@ -207,6 +207,8 @@ def surroundings(threads: int, jobs: int) -> dict:
         told = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
         models = re.findall(r"model name\s*: (.+)", told)
         hardware = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+        # How numbers round depends on it: rows of two instruction sets are not of one machine.
+        hardware += f", {torch.backends.cpu.get_cpu_capability()}"
     versions = (
         f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}, "
         f"Python {platform.python_version()}"

@@ -15,7 +15,7 @@ class FgBg(Method):
     """Our method: L_fg and L_bg of one batch.
 
     L_fg = sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
-    L_bg = sum over background cells of g T^2 KL(teacher || student) / number of foreground cells
+    L_bg = sum over background cells of g tau^2 KL(teacher || student) / number of foreground cells
 
     with the cell weight w (:func:`split`), the gate g (:func:`teacher_gate`) and the adapter phi.
     Sums are of the whole batch, of all workers: no size changes the scale of a term. Cells that the
@@ -29,7 +29,7 @@ class FgBg(Method):
         normalize: w; "object": 1 / (cells of the box on the level); "cell": 1.
         adapter: 1x1 convolution phi; "auto": where C differs; "conv": always; "none": never.
         kl: "sigmoid": of a Bernoulli per class; "softmax": of all and a background logit of 0.
-        temperature: T; 1 = the predictions as they are.
+        temperature: tau; 1 = the predictions as they are.
         bg_normalizer: the cells that L_bg is divided by, foreground ("fg") or background ("bg").
         gate: over what qualities are averaged before they are compared; "off" = g is 1.
         gate_margin: how much better the teacher's quality (0..1) must be; under 0: may be worse.

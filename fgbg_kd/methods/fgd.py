@@ -31,7 +31,8 @@ class FGD(Method):
       little of the former.
     - GC_t is trained as well, as published: of the four only L_global has a moving target.
     - Sums, not means, in fp32: the weight is that of 256 channels on COCO's image sizes, with
-      clipped gradients. The ratios are the same in all published configs of one-stage detectors.
+      clipped gradients. The ratios are the same in all published configs of one-stage detectors;
+      the paper has an attention_ratio of 1, for FCOS of 5.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Mimic(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 2.0,  # as where LD's authors compare with it
+        weight: float = 2.0,  # as where LD's authors compare with it, there inside boxes only
     ):
         super().__init__()
         self.accept(Mimic, locals())
