@@ -21,7 +21,7 @@ setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
 
 analysis: $(STAMP)-analysis  ## setup, and tidecv for tools/compare.py --errors
 
-test: setup analysis  ## run the tests (TESTS=tests/test_x.py for some)
+test: analysis  ## run the tests (TESTS=tests/test_x.py for some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
 lint: setup  ## ruff check, ruff format --check
