@@ -190,17 +190,17 @@ def test_the_gap_is_that_of_the_seeds_that_both_have():
 
 def test_a_row_is_named_by_what_its_title_does_not_tell():
     told = {"overrides": ["MODEL.KD.GATE_QUALITY", "box", "MODEL.KD.GATE_MARGIN", "0"]}
-    options = {"gate_quality": "box", "gate_margin": 0.0, "fg_weight": 3.0}
-    other = {**options, "gate_quality": "score", "gate_margin": -0.2, "fg_weight": 8.0}
+    options = {"gate_quality": "box", "gate_margin": 0.0, "fg_weight": 8.0}
+    other = {**options, "gate_quality": "score", "gate_margin": -0.2, "fg_weight": 3.0}
     rows = [
         row("FgBg", 0, 20.0, options=options, **told),
-        row("FgBg FG_WEIGHT=8 GATE_QUALITY=score GATE_MARGIN=-0.2", 0, 21.0, options=other, **told),
+        row("FgBg FG_WEIGHT=3 GATE_QUALITY=score GATE_MARGIN=-0.2", 0, 21.0, options=other, **told),
         row("PKD WEIGHT=2", 0, 9.0, options={"weight": 2.0}, **told),
     ]
     (methods,) = group(rows).values()
     assert [*methods] == [
         "FgBg",
-        "FgBg GATE_QUALITY=score GATE_MARGIN=-0.2 FG_WEIGHT=8",
+        "FgBg GATE_QUALITY=score GATE_MARGIN=-0.2 FG_WEIGHT=3",
         "PKD WEIGHT=2",
     ]
     weight = {"overrides": ["MODEL.KD.PKD.WEIGHT", "2"]}

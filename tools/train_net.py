@@ -3,7 +3,7 @@
 
 Examples:
     tools/train_net.py --config-file configs/quickstart/scenes_distilled.yaml OUTPUT_DIR output/run
-    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=2
+    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=4
 """
 
 import _quiet  # noqa: F401

@@ -9,7 +9,7 @@ model = L(FgBgDistiller)(
     student=_zoo.model,
     teacher=L(build_teacher)(config="COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
     # The warm-up is as long as the learning rate's in lr_multiplier, 1/90 of train.max_iter.
-    kd=dict(fg_weight=3.0, bg_weight=1.0, warmup_iters=1000),
+    kd=dict(fg_weight=8.0, bg_weight=1.0, warmup_iters=1000),
 )
 train = _zoo.train
 train.output_dir = "output/COCO-Detection/lazy_retinanet_R101_3x_to_R50_1x"

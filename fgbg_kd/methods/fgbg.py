@@ -53,7 +53,7 @@ class FgBg(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        fg_weight: float = 3.0,
+        fg_weight: float = 8.0,
         bg_weight: float = 1.0,
         assign: str = "scale",
         normalize: str = "object",

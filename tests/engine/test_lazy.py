@@ -295,7 +295,7 @@ def test_the_readmes_python_config_and_command_are_read(tmp_path):
     (tmp_path / "my_distilled.py").write_text(text)
     cfg = load_lazy_config(str(tmp_path / "my_distilled.py"), arguments[4:])
     assert cfg.train.max_iter == 9000 and dict(cfg.model.kd) == dict(
-        fg_weight=2, bg_weight=1.0, warmup_iters=1000
+        fg_weight=4, bg_weight=1.0, warmup_iters=1000
     )
     assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
     assert instantiate(student_model(cfg.model)).num_classes == 80
