@@ -65,7 +65,7 @@ from fgbg_kd import FgBgDistiller, build_teacher
 model = L(FgBgDistiller)(
     student=_student,
     teacher=L(build_teacher)(config={teacher[0]!r}, weights={teacher[1]!r}),
-    kd=dict(fg_weight=3.0, bg_weight=1.0),
+    kd=dict(fg_weight=8.0, bg_weight=1.0),
 )
 """
 
