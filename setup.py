@@ -9,7 +9,7 @@ setup(
     "imitate the teacher's foreground, calibrate its background",
     author="the fgbg_kd authors",
     license="MIT",
-    package_data={"fgbg_kd": ["report.html"]},
+    package_data={"fgbg_kd.experiments": ["report.html"]},
     python_requires=">=3.10",
     packages=find_packages(include=["fgbg_kd", "fgbg_kd.*"]),
     install_requires=[

@@ -4,10 +4,11 @@ Importing it registers the meta-architecture ``FgBgDistiller`` and the timm back
 """
 
 from .config import add_fgbg_kd_config, get_fgbg_kd_cfg, student_config
+from .detectors import build_timm_backbone
 from .distiller import FgBgDistiller
 from .methods import METHOD_REGISTRY, Batch, DenseOutput, FgBg, Method
-from .modeling import build_timm_backbone
-from .teacher import TeacherError, build_teacher
+from .teacher import build_teacher
+from .utils.errors import TeacherError
 
 __version__ = "0.1.0"
 

@@ -14,11 +14,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .cache import TeacherCache
 from .config import method_options, student_config
 from .data import training_classes
-from .methods import METHOD_REGISTRY, Batch, DenseOutput
-from .pair import (
+from .matching import (
     inherited_weights,
     is_dense,
     level_names,
@@ -30,14 +28,10 @@ from .pair import (
     select,
     shared_levels,
 )
-from .teacher import (
-    PRECISIONS,
-    TeacherError,
-    accelerate,
-    build_teacher,
-    check_teacher_file,
-    precision,
-)
+from .methods import METHOD_REGISTRY, Batch, DenseOutput
+from .teacher import PRECISIONS, accelerate, build_teacher, check_teacher_file, precision
+from .teacher_cache import TeacherCache
+from .utils.errors import TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +83,7 @@ class FgBgDistiller(nn.Module):
             inherit: of "fpn" and "head", what :meth:`inherit` copies from the teacher.
             cache: keep the teacher's outputs: for images that come the same every time.
             vis_period: iterations between two pictures in TensorBoard of what distillation sees
-                (:mod:`fgbg_kd.visualization`); 0 = none.
+                (:mod:`fgbg_kd.experiments.drawing`); 0 = none.
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -196,7 +190,7 @@ class FgBgDistiller(nn.Module):
 
     def _draw(self, storage, batched_inputs: list[dict]) -> None:
         if comm.is_main_process():  # the only one with a writer, which empties the storage
-            from .visualization import draw_training  # matplotlib is needed here only
+            from .experiments.drawing import draw_training  # matplotlib is needed here only
 
             one = next((x for x in batched_inputs if len(x["instances"])), batched_inputs[0])
             storage.put_image("kd", draw_training(self, one))

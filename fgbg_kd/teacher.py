@@ -12,14 +12,9 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from .checkpoint import CheckpointError
-from .config_files import ConfigError
 from .data import training_classes
-from .detector import load_detector, read_detector_config, weights_of
-
-
-class TeacherError(ValueError):
-    """The teacher cannot teach: the message says why and what to do."""
+from .detectors.load import load_detector, read_detector_config, weights_of
+from .utils.errors import CheckpointError, ConfigError, TeacherError
 
 
 def build_teacher(

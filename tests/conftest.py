@@ -12,11 +12,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: runs them on the CPU
 
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd import FgBgDistiller, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 
 torch.set_num_threads(1)
@@ -180,3 +182,81 @@ def weights(folder):
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [{k: v for k, v in row.items() if "loss" in k} for row in rows if "total_loss" in row]
+
+
+def detector(kind="RetinaNet", edit=None, seed=1):
+    """A small detector with clear predictions; FCOS has 32 channels, RetinaNet 16."""
+    cfg = tiny_fcos_cfg() if kind == "FCOS" else tiny_cfg()
+    if edit:
+        edit(cfg)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
+    return model
+
+
+def faster_rcnn_cfg():
+    cfg = tiny_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.FPN.OUT_CHANNELS = 24
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.NAME, cfg.MODEL.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
+    return cfg
+
+
+def faster_rcnn():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return build_model(faster_rcnn_cfg())
+
+
+def distiller(student, teacher, **options):
+    kd = {k: v for k, v in options.items() if k not in ("classes", "inherit")}
+    rest = {k: v for k, v in options.items() if k in ("classes", "inherit")}
+    return FgBgDistiller(
+        student=student, teacher=teacher.eval().requires_grad_(False), kd=kd, **rest
+    ).train()
+
+
+def losses_of(model, batch=None):
+    with EventStorage():
+        return model(batch or make_batch())
+
+
+def seen_by(model, batch=None):
+    """The losses, and the Batch that the method got."""
+    seen = []
+    hook = model.kd.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    losses = losses_of(model, batch)
+    hook.remove()
+    return losses, seen[0]
+
+
+def answers(coco, images):
+    """All objects of these images, found; of others nothing."""
+    truth = json.loads(Path(coco[0]).read_text())
+    objects = [a for a in truth["annotations"] if a["image_id"] in images]
+    return [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in objects
+    ]
+
+
+def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
+    return {
+        "method": method,
+        "seed": seed,
+        "config": "c.yaml",
+        "overrides": [],
+        "options": ({"gate_quality": "score"} if method[:4] == "FgBg" else {}) | (options or {}),
+        **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), ap),
+        "APl": None,
+        "seconds_per_step": 0.5,
+        "memory_mb": 100,
+        "gpu_memory_mb": None,
+        "finished": finished,
+        **dict.fromkeys(("hardware", "threads", "jobs", "versions", "commit"), "x"),
+        **changes,
+    }

@@ -19,9 +19,9 @@ import yaml
 from conftest import ROOT, save_teacher, tiny_cfg
 
 from fgbg_kd import get_fgbg_kd_cfg
-from fgbg_kd.comparison import fill
-from fgbg_kd.config_files import merge_overrides
 from fgbg_kd.engine.loader import _leave_interrupts_to_the_training
+from fgbg_kd.experiments.tables import fill
+from fgbg_kd.utils.config_files import merge_overrides
 
 TOOLS = sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py"))
 DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]

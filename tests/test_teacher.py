@@ -9,8 +9,9 @@ from conftest import make_batch, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd import TeacherError, build_teacher
+from fgbg_kd import build_teacher
 from fgbg_kd.teacher import accelerate
+from fgbg_kd.utils.errors import TeacherError
 
 
 def edit_weights(source, target, edit):

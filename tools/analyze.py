@@ -15,8 +15,8 @@ import sys
 import _quiet  # noqa: F401
 import torch
 
-from fgbg_kd.analysis import cost, detectors_of, table
-from fgbg_kd.config_files import ConfigError
+from fgbg_kd.experiments.cost import cost, detectors_of, table
+from fgbg_kd.utils.errors import ConfigError
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import FgBgDistiller
-from fgbg_kd.comparison import PLAIN, method_overrides
 from fgbg_kd.config import method_options
-from fgbg_kd.detector import build_detector, read_detector_config
+from fgbg_kd.detectors.load import build_detector, read_detector_config
 from fgbg_kd.distiller import run_dense
 from fgbg_kd.engine import read_config
+from fgbg_kd.experiments.tables import PLAIN, method_overrides
 from fgbg_kd.teacher import PRECISIONS, precision
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -25,7 +25,11 @@ from pathlib import Path
 
 import _quiet  # noqa: F401
 
-from fgbg_kd.comparison import (
+from fgbg_kd.config import method_options
+from fgbg_kd.engine import load_config, read_config
+from fgbg_kd.experiments.runner import Runner, surroundings
+from fgbg_kd.experiments.settings import COUNTED, flat, task_of
+from fgbg_kd.experiments.tables import (
     PLAIN,
     TEACHER,
     as_recorded,
@@ -37,15 +41,11 @@ from fgbg_kd.comparison import (
     method_overrides,
     plot,
 )
-from fgbg_kd.config import method_options
-from fgbg_kd.engine import load_config, read_config
-from fgbg_kd.errors import has_objects, run_errors, tide, truth_of
-from fgbg_kd.hashing import sha256_of_text
+from fgbg_kd.experiments.teacher_runs import teacher_evaluation, train_or_find_teacher
+from fgbg_kd.experiments.tide import has_objects, run_errors, tide, truth_of
 from fgbg_kd.methods import METHOD_REGISTRY
-from fgbg_kd.records import add_row, read_rows, write_whole
-from fgbg_kd.runs import RunError, Runner, surroundings
-from fgbg_kd.settings import COUNTED, flat, task_of
-from fgbg_kd.teacher_runs import teacher_evaluation, train_or_find_teacher
+from fgbg_kd.utils.errors import RunError
+from fgbg_kd.utils.files import add_row, read_rows, sha256_of_text, write_whole
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 

@@ -26,10 +26,10 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import deploy
-from fgbg_kd.analysis import latency, pick, table
 from fgbg_kd.engine import FgBgTrainer, load_config
-from fgbg_kd.pair import channel_order
-from fgbg_kd.records import whole
+from fgbg_kd.experiments.cost import latency, pick, table
+from fgbg_kd.matching import channel_order
+from fgbg_kd.utils.files import whole
 
 
 def read(paths, about: dict) -> list[np.ndarray]:

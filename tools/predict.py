@@ -22,10 +22,8 @@ import _quiet  # noqa: F401
 import cv2
 
 from fgbg_kd import deploy
-from fgbg_kd.checkpoint import CheckpointError
-from fgbg_kd.config_files import ConfigError
-from fgbg_kd.data import DataError
 from fgbg_kd.data.validation import read_coco
+from fgbg_kd.utils.errors import CheckpointError, ConfigError, DataError
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 

@@ -30,7 +30,7 @@ def progress(label, done, total):
 
 def make(kind, args, cache):
     if kind == "scenes":
-        from fgbg_kd.data.scenes import build_scenes
+        from fgbg_kd.experiments.datasets.scenes import build_scenes
 
         folder = args.out / ("scenes" if args.objects == "digits" else f"scenes_{args.objects}")
         options = {k: getattr(args, k) for k in ("train", "val", "test", "size", "seed", "objects")}
@@ -38,13 +38,13 @@ def make(kind, args, cache):
             folder, objects_dir=args.objects_dir, cache=cache, progress=progress, **options
         )
     elif kind == "trees":
-        from fgbg_kd.data.tree_crowns import PHOTOS, TUNING_PHOTOS, build_trees
+        from fgbg_kd.experiments.datasets.tree_crowns import PHOTOS, TUNING_PHOTOS, build_trees
 
         folder = args.out / ("trees_tuning" if args.tuning else "trees")
         photos = TUNING_PHOTOS if args.tuning else PHOTOS
         built = build_trees(folder, photos=photos, cache=cache, progress=progress)
     else:
-        from fgbg_kd.data.pretrained import build_pretrained
+        from fgbg_kd.experiments.datasets.pretrained import build_pretrained
 
         folder = args.out / "pretrained"
         built = build_pretrained(folder, cache=cache)

@@ -19,16 +19,17 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog
 
-from fgbg_kd.analysis import (
+from fgbg_kd.detectors.load import load_detector
+from fgbg_kd.engine import load_config
+from fgbg_kd.experiments.cost import (
     cost,
     draw_side_by_side,
     pick,
     read_input,
     table,
 )
-from fgbg_kd.detector import load_detector
-from fgbg_kd.engine import load_config
-from fgbg_kd.runs import RunError, Runner
+from fgbg_kd.experiments.runner import Runner
+from fgbg_kd.utils.errors import RunError
 
 TOOLS = Path(__file__).parent
 CONFIGS = TOOLS.parent / "configs" / "quickstart"

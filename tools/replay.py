@@ -11,12 +11,12 @@ import _quiet  # noqa: F401
 import torch
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd.checkpoint import SafeCheckpointer
-from fgbg_kd.detector import without_pretrained
+from fgbg_kd.detectors.load import without_pretrained
 from fgbg_kd.engine import FgBgTrainer, build_lazy, load_config, load_lazy_config
-from fgbg_kd.engine.finite import load_batch, not_finite
 from fgbg_kd.engine.hooks import adapters_of, detector_of
+from fgbg_kd.engine.non_finite import load_batch, not_finite
 from fgbg_kd.engine.resume import seed_iteration
+from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer
 
 
 def main():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import _quiet  # noqa: F401
 
-from fgbg_kd.report import write_report
+from fgbg_kd.experiments.report import write_report
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import student_config
 from fgbg_kd.data import register_datasets
-from fgbg_kd.detector import load_exactly, without_pretrained
+from fgbg_kd.detectors.load import load_exactly, without_pretrained
 from fgbg_kd.engine import (
     FgBgTrainer,
     evaluate_lazy,

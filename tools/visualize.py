@@ -31,11 +31,11 @@ from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from fgbg_kd import FgBgDistiller
-from fgbg_kd.analysis import pick
-from fgbg_kd.detector import without_pretrained
+from fgbg_kd.detectors.load import without_pretrained
 from fgbg_kd.engine import build_lazy, load_config, load_lazy_config
-from fgbg_kd.observation import collect, draw_observation
-from fgbg_kd.visualization import cell_maps, confident, draw_panels, load_student
+from fgbg_kd.experiments.angle_and_kl import collect, draw_observation
+from fgbg_kd.experiments.cost import pick
+from fgbg_kd.experiments.drawing import cell_maps, confident, draw_panels, load_student
 
 FITTED_ON = 64  # images for the adapters of a student that has none
 

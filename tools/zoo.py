@@ -17,8 +17,8 @@ from pathlib import Path
 
 import _quiet  # noqa: F401
 
-from fgbg_kd.analysis import table
-from fgbg_kd.finished import last_rows, read_record
+from fgbg_kd.experiments.cost import table
+from fgbg_kd.experiments.run_folder import last_rows, read_record
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 COLUMNS = (

@@ -2,7 +2,7 @@
 
 from detectron2.data import DatasetMapper
 
-from .validation import DataError
+from ..utils.errors import DataError
 
 
 class NamingMapper(DatasetMapper):

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
+from ..utils.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 _KEYS = {
@@ -20,10 +22,6 @@ _KEYS = {
 }
 _EVALUATED = {"area": (int, float), "iscrowd": int}  # COCO's evaluation reads these as well
 _ORIENTATION = 0x0112  # EXIF's tag; over 4, height and width change places
-
-
-class DataError(ValueError):
-    """Data that cannot be used: the message names every file or entry at fault and the mend."""
 
 
 def read_coco(path: str, *, training: bool) -> dict:

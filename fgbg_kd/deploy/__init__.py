@@ -12,9 +12,10 @@ Normalisation and padding are inside; resizing is the caller's. To what size, an
 are called, the metadata in the file says (:func:`describe`).
 """
 
-from .deployable import Deployable, DeployError, suppress
-from .running import ExportedDetector, agreement, coco_results, detect, draw, open_detector, resized
-from .writing import FORMATS, describe, export, load_for_deployment, quantize
+from ..utils.errors import DeployError
+from .deployable import Deployable, suppress
+from .export import FORMATS, describe, export, load_for_deployment, quantize
+from .run import ExportedDetector, agreement, coco_results, detect, draw, open_detector, resized
 
 __all__ = [
     "FORMATS",

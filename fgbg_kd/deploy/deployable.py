@@ -10,13 +10,10 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from ..distiller import run_dense
-from ..pair import channel_order, is_dense
+from ..matching import channel_order, is_dense
+from ..utils.errors import DeployError
 
 OUTPUTS = ["boxes", "scores", "classes"]
-
-
-class DeployError(RuntimeError):
-    """Something cannot be exported, or a file not be run; the message says why and the mend."""
 
 
 def suppress(

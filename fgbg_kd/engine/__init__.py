@@ -2,8 +2,8 @@
 
 from .launch import launch
 from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
-from .output_dir import lock_output_dir
 from .resume import evaluation_dir, keep_record, last_checkpoint
+from .run_dir import lock_output_dir
 from .trainer import FgBgTrainer, load_config, read_config, read_run_config
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distiller import FgBgDistiller
-from ..teacher import TeacherError
+from ..utils.errors import TeacherError
 from .ema import WeightAverage
 from .gate_watch import GateWatch
 from .resume import IterationState

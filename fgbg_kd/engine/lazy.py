@@ -16,16 +16,16 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..cache import check_fixed_input
 from ..config import student_model
-from ..config_files import ConfigError
 from ..data import training_classes
-from ..detector import load_exactly
-from ..pair import channel_order
+from ..detectors.load import load_exactly
+from ..matching import channel_order
 from ..teacher import check_teacher_file
-from .finite import FiniteAMPTrainer, FiniteTrainer
+from ..teacher_cache import check_fixed_input
+from ..utils.errors import ConfigError
 from .hooks import adapters_of, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
+from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
 from .trainer import distributed
 

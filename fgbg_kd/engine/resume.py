@@ -21,7 +21,8 @@ from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import nn
 
-from ..checkpoint import CheckpointError, SafeCheckpointer
+from ..utils.errors import CheckpointError
+from ..utils.safe_checkpoint import SafeCheckpointer
 from .loader import ResumableLoader, derived_seed
 
 logger = logging.getLogger(__name__)

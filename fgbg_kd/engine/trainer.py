@@ -13,15 +13,15 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..cache import check_fixed_input
 from ..config import get_fgbg_kd_cfg
-from ..config_files import merge_overrides, merge_yaml
 from ..data import NamingMapper, check_num_classes, register_datasets
-from ..pair import channel_order
-from ..teacher import TeacherError
-from .finite import FiniteAMPTrainer, FiniteTrainer
+from ..matching import channel_order
+from ..teacher_cache import check_fixed_input
+from ..utils.config_files import merge_overrides, merge_yaml
+from ..utils.errors import TeacherError
 from .hooks import adapters_of, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
+from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import RunCheckpointer, begin, run_seed
 
 logger = logging.getLogger(__name__)

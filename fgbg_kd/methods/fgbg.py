@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..gate import teacher_gate
 from ..ops import cosine_loss
+from ..ops.gate import teacher_gate
 from .base import METHOD_REGISTRY, Batch, Method, build_adapters, safe, world_mean
 
 

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fgbg_kd.data import DataError, NamingMapper, register_datasets
+from fgbg_kd.data import NamingMapper, register_datasets
 from fgbg_kd.data.validation import read_coco
 from fgbg_kd.engine import FgBgTrainer
+from fgbg_kd.utils.errors import DataError
 
 
 class Data:

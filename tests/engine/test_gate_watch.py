@@ -13,9 +13,9 @@ from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd import TeacherError
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.hooks import TeacherCheck
+from fgbg_kd.utils.errors import TeacherError
 
 WARNING = "next to nothing to learn"
 

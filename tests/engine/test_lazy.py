@@ -14,13 +14,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.utils.env import seed_all_rng
 
-from fgbg_kd import FgBgDistiller, TeacherError, build_teacher
-from fgbg_kd.checkpoint import CheckpointError
+from fgbg_kd import FgBgDistiller, build_teacher
 from fgbg_kd.config import student_model
-from fgbg_kd.config_files import ConfigError
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
 from fgbg_kd.engine.resume import warm_up
+from fgbg_kd.utils.errors import CheckpointError, ConfigError, TeacherError
 
 # The detector of tiny_cfg, from the zoo's parts; then the lines that distil it.
 CONFIG = """
@@ -30,7 +29,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from fgbg_kd.modeling.timm_backbone import TimmBackbone
+from fgbg_kd.detectors.timm_backbone import TimmBackbone
 
 if "lazy_tiny" not in DatasetCatalog.list():
     register_coco_instances("lazy_tiny", {{}}, {json!r}, {images!r})

@@ -15,7 +15,6 @@ from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from fgbg_kd.checkpoint import CheckpointError
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.loader import ResumableLoader
@@ -27,6 +26,7 @@ from fgbg_kd.engine.resume import (
     run_seed,
     warm_up,
 )
+from fgbg_kd.utils.errors import CheckpointError
 
 
 class Killed(Exception):

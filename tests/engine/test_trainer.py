@@ -28,9 +28,10 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from fgbg_kd import TeacherError, get_fgbg_kd_cfg
+from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
+from fgbg_kd.utils.errors import TeacherError
 
 
 class StockOnOurData(DefaultTrainer):

@@ -1,0 +1,142 @@
+"""A loss that is not finite stops the run at once, and what led to it is kept.
+
+The file is a checkpoint, of the weights before the step, with the batch beside them, from which
+tools/replay.py computes the losses again and shows where the numbers went wrong.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..distiller import run_dense
+from ..matching import is_dense, level_names
+from ..methods import DenseOutput
+from ..utils.errors import NonFiniteLossError
+from ..utils.files import whole
+from .hooks import adapters_of, detector_of, unwrapped
+
+
+class FiniteTrainer(SimpleTrainer):
+    """SimpleTrainer that checks each worker's losses when it reads them, which it does anyway."""
+
+    def __init__(self, model: nn.Module, data_loader, optimizer, *, output_dir: str, seed: int):
+        super().__init__(model, data_loader, optimizer)
+        self.output_dir, self.seed = output_dir, seed
+        self._last = _LastInput()
+        model.register_forward_pre_hook(self._last)
+
+    @property
+    def batch(self) -> list[dict]:
+        """The last that went into the model."""
+        return self._last.batch
+
+    def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args, **kwargs):
+        loss_dict = {name: loss.detach().cpu() for name, loss in loss_dict.items()}
+        bad = [
+            f"{name} is {loss.item()}" for name, loss in loss_dict.items() if not loss.isfinite()
+        ]
+        if bad:
+            self._stop(bad)
+        super()._write_metrics(loss_dict, *args, **kwargs)
+
+    def _stop(self, bad: list[str]):
+        path = os.path.join(
+            self.output_dir, f"not_finite_{self.iter:07d}_rank{comm.get_rank()}.pth"
+        )
+        model = unwrapped(self.model)
+        names = ", ".join(str(x.get("file_name", "?")) for x in self.batch)
+        message = f"Iteration {self.iter}: {' and '.join(bad)}. Images: {names}."
+        try:
+            state = {"iteration": self.iter, "seed": self.seed, "rank": comm.get_rank()}
+            save_batch(path, model, self.batch, {**state, "loss_normalizer": self._last.normalizer})
+            message += f" {path} holds them and the weights (tools/replay.py)."
+        except OSError as error:
+            message += f" They could not be saved: {error}."
+        if comm.get_world_size() == 1:  # else the others would be waited for, by SyncBN
+            device = next(model.parameters()).device.type
+            try:
+                with torch.autocast(device, enabled=isinstance(self, AMPTrainer)):
+                    message += f" {not_finite(model, self.batch)}"
+            except Exception as error:  # such as no memory left: the fault itself must be told
+                message += f" Where it began could not be found ({error})."
+        raise NonFiniteLossError(message)
+
+
+class _LastInput:
+    """A hook apart from the trainer, which cannot be copied along with a model."""
+
+    batch, normalizer = (), None
+
+    def __call__(self, model, inputs):
+        self.batch = inputs[0]
+        self.normalizer = getattr(detector_of(unwrapped(model)), "loss_normalizer", None)
+
+
+class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
+    """AMPTrainer, likewise."""
+
+
+def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> None:
+    """Writes a checkpoint of the student (and the adapters) with the batch, whole or not at all.
+
+    Args:
+        state: what else the losses depend on, under names of its own.
+    """
+    rows = []
+    for x in batch:
+        row = {k: v for k, v in x.items() if isinstance(v, (Tensor, int, float, str))}
+        if "instances" in x:
+            row["gt_boxes"] = x["instances"].gt_boxes.tensor
+            row["gt_classes"] = x["instances"].gt_classes
+        rows.append(row)
+    content = {"model": detector_of(model).state_dict(), "batch": rows, **state}
+    content |= {name: part.state_dict() for name, part in adapters_of(model).items()}
+    with whole(Path(path)) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # torch's name for a full disk
+            raise OSError(str(error)) from error
+
+
+def load_batch(saved: dict) -> list[dict]:
+    """The batch of such a file as Detectron2's models take it."""
+    batch = []
+    for row in saved["batch"]:
+        x = dict(row)
+        if "gt_boxes" in x:
+            instances = x["instances"] = Instances(x["image"].shape[-2:])
+            instances.gt_boxes, instances.gt_classes = Boxes(x.pop("gt_boxes")), x.pop("gt_classes")
+        batch.append(x)
+    return batch
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module, batch: list[dict]) -> str:
+    """Where a batch makes numbers that are not finite, in words: parameters, levels, losses."""
+    found = [k for k, v in model.named_parameters() if not v.isfinite().all()]
+    found = [f"the parameters {', '.join(found[:5])}{', ...' * (len(found) > 5)}"] if found else []
+    student = detector_of(model)
+    outputs = []
+    if is_dense(student):
+        images = student.preprocess_image(batch)
+        features, predictions = run_dense(student, images.tensor)
+        name = "the model" if student is model else "the student"
+        outputs.append((name, student, DenseOutput(features, *predictions[:2])))
+        if student is not model and model.teacher is not None:
+            outputs.append(("the teacher", model.teacher, model.teach(batch, images)))
+    for name, detector, output in outputs:
+        for what, levels in zip(("features", "class logits", "box deltas"), output):
+            bad = [n for n, x in zip(level_names(detector), levels or ()) if not x.isfinite().all()]
+            if bad:
+                found.append(f"{what} of {name} on {', '.join(bad)}")
+    if not found and not outputs:
+        return "The parameters are finite; features are looked at in dense detectors only."
+    if not found:
+        return "Parameters, features and predictions are finite: the loss itself overflows."
+    return f"Not finite: {'; '.join(found)}."

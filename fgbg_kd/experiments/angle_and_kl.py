@@ -1,0 +1,139 @@
+"""The thesis' observation on real features: a small KL of softmax does not mean one direction."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import convert_image_to_rgb
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..distiller import FgBgDistiller
+from ..matching import channel_order
+from ..ops import cosine_similarity
+from .drawing import STUDENT_COLOR, TEACHER_COLOR, observe
+
+_SMALLEST = 0.02  # share of the cells, those of smallest KL, that count as "small KL"
+
+
+class Vectors(NamedTuple):
+    """The feature vectors of the foreground cells of many images: M cells of C channels.
+
+    Attributes:
+        student, teacher: M tensors (C,).
+        kl: (M,) KL(softmax of teacher || softmax of student) over channels, in nats.
+        angle: (M,) in degrees.
+        place: M of (number of the image, stride, y, x).
+    """
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    kl: Tensor
+    angle: Tensor
+    place: list[tuple[int, int, int, int]]
+
+    def most_telling(self) -> int:
+        """The cell of largest angle among the 2 % of smallest KL."""
+        few = max(1, round(_SMALLEST * len(self.kl)))
+        small = self.kl.argsort()[:few]
+        return int(small[self.angle[small].argmax()])
+
+
+@torch.no_grad()
+def collect(
+    distiller: FgBgDistiller, inputs: Iterable[dict], adapters: Sequence[nn.Module]
+) -> Vectors:
+    """
+    Args:
+        inputs: "image" and "instances" each.
+        adapters: from the student's to the teacher's features, per level.
+
+    Raises:
+        ValueError: the images have no objects.
+    """
+    vectors = Vectors([], [], [], [], [])
+    for number, one in enumerate(inputs):
+        batch = observe(distiller, one)
+        cells = batch.split()
+        masks = cells.foreground.split([h * w for h, w in cells.level_shapes], dim=1)
+        levels = zip(adapters, batch.student.features, batch.teacher.features)
+        for stride, mask, shape, (phi, s, t) in zip(
+            batch.strides, masks, cells.level_shapes, levels
+        ):
+            s, t = phi(s).float(), t.float()
+            mask = mask[0].reshape(shape)
+            kl = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1)
+            angle = cosine_similarity(s, t).clamp(-1, 1).arccos().rad2deg()
+            vectors.student.extend(s[0, :, mask].T.cpu())
+            vectors.teacher.extend(t[0, :, mask].T.cpu())
+            vectors.kl.append(kl[0][mask].cpu())
+            vectors.angle.append(angle[0][mask].cpu())
+            vectors.place.extend((number, stride, y, x) for y, x in mask.nonzero().tolist())
+    if not vectors.place:
+        raise ValueError("None of the images has an object: take others.")
+    return vectors._replace(kl=torch.cat(vectors.kl), angle=torch.cat(vectors.angle))
+
+
+def draw_observation(distiller: FgBgDistiller, vectors: Vectors, inputs: dict) -> np.ndarray:
+    """The two vectors of the most telling cell, their softmax, and all cells' KL and angle.
+
+    Args:
+        inputs: the image of that cell.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    best = vectors.most_telling()
+    kl, angle = float(vectors.kl[best]), float(vectors.angle[best])
+    order = vectors.teacher[best].argsort(descending=True)
+    pair = {
+        "teacher": (vectors.teacher[best][order], TEACHER_COLOR),
+        "student": (vectors.student[best][order], STUDENT_COLOR),
+    }
+    figure = Figure(figsize=(10.6, 3.9), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplot_mosaic(
+        [["image", "features", "cells"], ["image", "softmax", "cells"]], width_ratios=[1, 1.6, 1.2]
+    )
+    ax = axes["image"]
+    image_format = channel_order(distiller.student)
+    image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0).cpu(), image_format)
+    ax.imshow(image.clip(0, 255).astype(np.uint8))
+    _, stride, y, x = vectors.place[best]
+    corner = (x * stride - 0.5, y * stride - 0.5)
+    ax.add_patch(Rectangle(corner, stride, stride, fill=False, color="white", linewidth=4))
+    ax.add_patch(Rectangle(corner, stride, stride, fill=False, color="black", linewidth=2))
+    ax.set(xticks=[], yticks=[], title=f"one cell of stride {stride}")
+
+    channels = np.arange(len(order))
+    for name, (vector, color) in pair.items():
+        axes["features"].plot(channels, vector, ".-", color=color, linewidth=1, label=name)
+        softmax = F.softmax(vector, dim=0)
+        axes["softmax"].plot(channels, softmax, ".-", color=color, linewidth=1, label=name)
+    axes["features"].axhline(0, color="0.7", linewidth=0.8)
+    axes["features"].set_title(f"its feature vectors: angle {angle:.0f}°")
+    axes["features"].set_xticklabels([])
+    axes["features"].legend(loc="lower left", frameon=False)
+    axes["softmax"].set(
+        title=f"their softmax: KL {kl:.2f} nats",
+        ylim=(0, 0.1),
+        xlabel="channels, ordered by the teacher's feature",
+    )
+    ax = axes["cells"]
+    ax.scatter(vectors.kl, vectors.angle, s=3, color="0.6", linewidths=0)
+    ax.plot(kl, angle, "o", color="#D55E00", markersize=9)
+    ax.axhline(90, color="0.7", linewidth=0.8, linestyle="--")
+    ax.set(
+        xscale="log",
+        ylim=(0, 180),
+        yticks=range(0, 181, 45),
+        xlabel="KL of softmax (nats)",
+        ylabel="angle (degrees)",
+        title=f"all {len(vectors.kl)} foreground cells",
+    )
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()

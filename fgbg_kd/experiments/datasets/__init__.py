@@ -1,0 +1,1 @@
+"""Embedded data sets, made from files that ship inside published packages."""

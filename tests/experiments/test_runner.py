@@ -1,0 +1,260 @@
+"""Runs as child processes: done once, gone on with, refused where they do not fit, ended."""
+
+import contextlib
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny_cfg
+from detectron2.data.datasets import register_coco_instances
+
+from fgbg_kd.engine import read_config
+from fgbg_kd.experiments.runner import Runner
+from fgbg_kd.experiments.settings import changes, settings_of
+from fgbg_kd.utils.errors import RunError
+
+# Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
+CHILD = """
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[-1].removeprefix("train.output_dir=").strip("'"))
+with open(out / "calls.txt", "a") as calls: print(*sys.argv[1:], file=calls)
+if (out / "fail").exists(): sys.exit("the loss is NaN")
+if (out / "hang").exists():
+    import fcntl, subprocess
+    lock = open(out / "lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX)
+    subprocess.Popen(["sleep", "600"], pass_fds=[lock.fileno()])
+    (out / "started").touch(); time.sleep(600)
+(out / "inference").mkdir()
+for name in ("model_0000001.pth", "model_final.pth", "inference/instances_predictions.pth"):
+    (out / name).touch()
+with open(out / "metrics.json", "w") as f:
+    for t in (9.0, 1.0, 2.0): print(json.dumps({"time": t}), file=f)
+print("eta: 0:01  iter: 19  total_loss: 1.5  max_mem: 120M")
+for task, values in (("bbox", "10.5,20.0,5.0,1.0,2.0,nan"), ("segm", "9.0,9.0,9.0,9.0,9.0,9.0")):
+    print("[11/24] d2: copypaste: Task:", task)
+    print("[11/24] d2: copypaste: AP,AP50,AP75,APs,APm,APl")
+    print("[11/24] d2: copypaste:", values)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, coco):
+    """A folder with a config, an empty run and a train_net.py of a few lines."""
+    (tmp_path / "train_net.py").write_text(CHILD)
+    cfg = tiny_cfg(coco)
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    (tmp_path / "teacher.pth").write_bytes(b"one")
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def run(folder, *opts, **kwargs):
+    with Runner(folder / "train_net.py") as runner:
+        return runner.run("x", folder / "c.yaml", folder / "run", list(opts), **kwargs)
+
+
+def calls(folder):
+    return (folder / "run" / "calls.txt").read_text().splitlines()
+
+
+def test_metrics_time_and_memory_are_read_and_only_the_final_checkpoint_stays(folder):
+    result = run(folder)
+    assert (result["AP"], result["AP50"], result["APl"]) == (10.5, 20.0, None)
+    assert result["seconds_per_step"] == 2.0 and result["gpu_memory_mb"] == 120
+    assert 1 < result["memory_mb"] < 10**5
+    assert [p.name for p in (folder / "run").rglob("*.pth")] == ["model_final.pth"]
+
+
+def test_nothing_detected_is_an_ap_of_zero(folder):
+    child = (folder / "train_net.py").read_text()
+    (folder / "train_net.py").write_text(
+        child.replace("10.5,20.0,5.0,1.0,2.0", "nan,nan,nan,nan,nan")
+    )
+    result = run(folder)
+    assert (result["AP"], result["AP75"], result["APs"]) == (0.0, 0.0, None)
+
+
+def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
+    (folder / "run" / "fail").touch()
+    with pytest.raises(RunError, match="the loss is NaN\n.*train.txt"):
+        run(folder)
+    (folder / "run" / "fail").unlink()
+    with open(folder / "run" / "train.txt", "a") as log:
+        log.write("memory 77777\n")  # of a part of the run that took more than the last
+    first, second = run(folder), run(folder)
+    assert first == second and len(calls(folder)) == 2 and first["memory_mb"] == 77777
+    assert all("--resume" in line for line in calls(folder))
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_lost(folder):
+    run(folder, reads=folder / "teacher.pth")
+    with pytest.raises(RunError, match="SEED was 7, is 8"):
+        run(folder, "SEED", "8", reads=folder / "teacher.pth")
+    (folder / "teacher.pth").write_bytes(b"another teacher")
+    with pytest.raises(RunError, match="sha256 of the checkpoint"):
+        run(folder, reads=folder / "teacher.pth")
+    assert len(calls(folder)) == 1 and (folder / "run" / "done.json").is_file()
+
+
+def test_data_that_changed_under_one_name_are_refused_where_the_folder_knows(folder, coco):
+    data = folder / "train.json"
+    opts = ["DATASETS.TRAIN_JSON", str(data)]
+    data.write_text(Path(coco[0]).read_text())
+    run(folder, *opts)
+    data.write_text(data.read_text() + " ")
+    with pytest.raises(RunError, match="sha256 of DATASETS.TRAIN_JSON was"):
+        run(folder, *opts)
+    kept = folder / "run" / "settings.json"
+    old = {k: v for k, v in json.loads(kept.read_text()).items() if "sha256" not in k}
+    kept.write_text(json.dumps(old))  # a folder of before there were hashes
+    run(folder, *opts)
+    assert len(calls(folder)) == 1
+
+
+def test_data_of_a_registered_set_that_changed_are_refused(folder, coco):
+    data = folder / "train.json"
+    data.write_text(Path(coco[0]).read_text())
+    register_coco_instances("changing", {}, str(data), coco[1])
+    opts = ["DATASETS.TRAIN", "('changing',)", "DATASETS.TRAIN_JSON", ""]
+    run(folder, *opts)
+    data.write_text(data.read_text() + " ")
+    with pytest.raises(RunError, match="sha256 of changing was"):
+        run(folder, *opts)
+
+
+def test_what_the_base_of_a_teachers_config_says_is_a_setting(folder):
+    (folder / "base.yaml").write_text("INPUT: {FORMAT: RGB}")
+    (folder / "teacher.yaml").write_text("_BASE_: base.yaml\nOUTPUT_DIR: a")
+    opts = ["MODEL.META_ARCHITECTURE", "FgBgDistiller"]
+    opts += ["MODEL.KD.TEACHER.CONFIG", str(folder / "teacher.yaml")]
+    run(folder, *opts)
+    (folder / "teacher.yaml").write_text("_BASE_: base.yaml\nOUTPUT_DIR: b  # no matter")
+    run(folder, *opts)
+    assert len(calls(folder)) == 1
+    (folder / "base.yaml").write_text("INPUT: {FORMAT: BGR}")
+    with pytest.raises(RunError, match="sha256 of the teacher's config was"):
+        run(folder, *opts)
+
+
+def test_a_run_that_goes_on_under_another_commit_names_both(folder, monkeypatch):
+    (folder / "run" / "fail").touch()
+    monkeypatch.setattr("fgbg_kd.experiments.runner.commit", lambda: "aaa")
+    with pytest.raises(RunError):
+        run(folder)
+    (folder / "run" / "fail").unlink()
+    monkeypatch.setattr("fgbg_kd.experiments.runner.commit", lambda: "bbb+")
+    assert run(folder)["commit"] == "aaa, bbb+"
+
+
+def test_a_key_that_is_new_since_is_no_difference_at_its_default(folder):
+    run(folder)
+    kept = folder / "run" / "settings.json"
+    old = json.loads(kept.read_text())
+    del old["SOLVER.OPTIMIZER"]
+    kept.write_text(json.dumps(old))
+    run(folder)
+    with pytest.raises(RunError, match="SOLVER.OPTIMIZER was 'SGD', is 'AdamW'"):
+        run(folder, "SOLVER.OPTIMIZER", "AdamW")
+
+
+def test_a_folder_of_before_the_gate_had_a_key_for_its_quality_is_of_boxes():
+    key = "MODEL.KD.GATE_QUALITY"
+    assert changes({}, {key: "score"}) == [f"{key} was 'box', is 'score'"]
+    assert changes({}, {key: "box"}) == changes({}, {"MODEL.KD.GATE": "cell"}) == []
+    assert changes({"MODEL.KD.GATE": "off"}, {"MODEL.KD.GATE": "off", key: "score"}) == []
+
+
+def test_a_seed_left_open_and_other_data_under_one_name_are_no_obstacle(folder, coco):
+    run(folder, "SEED", "-1")
+    run(folder, "SEED", "-1")
+    assert len(calls(folder)) == 1
+    with Runner(folder / "train_net.py") as runner:
+        opts = ["DATASETS.TEST_IMAGES", str(folder)]
+        runner.run("y", folder / "c.yaml", folder / "other", opts)
+
+
+def test_settings_are_those_that_the_run_reads(folder):
+    def settings(*opts):
+        return settings_of(read_config(str(folder / "c.yaml"), list(opts)))
+
+    kd = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD"]
+    other_pkd, other_ours = ("MODEL.KD.PKD.WEIGHT", "3.0"), ("MODEL.KD.FG_WEIGHT", "9.0")
+    assert settings() == settings(*other_pkd, *other_ours, "OUTPUT_DIR", "elsewhere")
+    assert settings(*kd, "PKD") == settings(*kd, "PKD", *other_ours)
+    assert settings(*kd, "PKD") != settings(*kd, "PKD", *other_pkd)
+    assert settings(*kd, "FgBg") == settings(*kd, "FgBg", *other_pkd)
+    assert settings(*kd, "FgBg") != settings(*kd, "FgBg", *other_ours)
+
+
+def test_a_run_by_a_python_config_has_its_file_and_overrides_for_settings(folder):
+    (folder / "c.py").write_text("train = dict()")
+
+    def evaluate(*opts):
+        with Runner(folder / "train_net.py") as runner:
+            return runner.run("x", folder / "c.py", folder / "run", list(opts), eval_only=True)
+
+    assert evaluate("train.seed=1") == evaluate("train.seed=1") and len(calls(folder)) == 1
+    with pytest.raises(RunError, match="train.seed was '1', is '2'"):
+        evaluate("train.seed=2")
+    (folder / "c.py").write_text("train = dict(x=1)")
+    with pytest.raises(RunError, match="sha256 of the config"):
+        evaluate("train.seed=1")
+
+
+def test_a_folder_is_run_by_one_process_at_a_time(folder):
+    (folder / "run" / "hang").touch()
+    with Runner(folder / "train_net.py") as runner:
+        arguments = ("x", folder / "c.yaml", folder / "run", [])
+        thread = threading.Thread(target=lambda: pytest.raises(RunError, runner.run, *arguments))
+        thread.start()
+        wait_for((folder / "run" / "started").exists)
+        with pytest.raises(RunError, match="another process"):
+            run(folder)
+        runner.stop()
+        thread.join()
+    assert not (folder / "run" / "done.json").exists()
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 30 seconds")
+
+
+PARENT = """
+import sys, signal
+from pathlib import Path
+from fgbg_kd.experiments.runner import Runner
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path(sys.argv[1])
+try:
+    with Runner(folder / "train_net.py") as runner:
+        runner.run("x", folder / "c.yaml", folder / "run", [])
+except KeyboardInterrupt:
+    sys.exit("stopped")
+"""
+
+
+def test_ctrl_c_ends_the_children_and_their_children_without_a_trace(folder):
+    (folder / "run" / "hang").touch()
+    command = [sys.executable, "-c", PARENT, str(folder)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for((folder / "run" / "started").exists)
+    parent.send_signal(signal.SIGINT)
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 1 and "Traceback" not in errors and "stopped" in errors
+
+    def all_are_gone():  # child and grandchild hold one lock
+        with open(folder / "run" / "lock") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+
+    wait_for(all_are_gone)
