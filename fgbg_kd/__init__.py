@@ -1,28 +1,32 @@
-"""fgbg_kd: distils one-stage detectors in Detectron2, foreground and background apart.
+"""fgbg_kd distils one-stage detectors in Detectron2, foreground and background apart.
 
-Importing it registers the meta-architecture ``FgBgDistiller`` and the timm backbones.
+The import registers the meta-architectures ``FgBgDistiller`` and ``FCOS`` and the timm backbones.
 """
 
-from .config import add_fgbg_kd_config, get_fgbg_kd_cfg, student_config
-from .detectors import build_timm_backbone
+from .config import add_fgbg_kd_config, add_keys, get_fgbg_kd_cfg, student_config
+from .detectors import DenseView, register_view
 from .distiller import FgBgDistiller
 from .methods import METHOD_REGISTRY, Batch, DenseOutput, FgBg, Method
-from .teacher import build_teacher
-from .utils.errors import TeacherError
+from .teacher import Teacher, build_teacher
+from .utils.errors import FgBgError, TeacherError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHOD_REGISTRY",
     "Batch",
     "DenseOutput",
+    "DenseView",
     "FgBg",
     "FgBgDistiller",
+    "FgBgError",
     "Method",
+    "Teacher",
     "TeacherError",
     "add_fgbg_kd_config",
+    "add_keys",
     "build_teacher",
-    "build_timm_backbone",
     "get_fgbg_kd_cfg",
+    "register_view",
     "student_config",
 ]

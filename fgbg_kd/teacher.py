@@ -1,6 +1,6 @@
-"""The teacher: named by a config, loaded whole or not at all, frozen.
+"""The teacher: loaded whole or not at all, frozen, with its own input, precision and cache.
 
-Most failed distillations are teachers that were never loaded. Nothing here goes on with a warning.
+Most failed distillations have a teacher that was never loaded. So nothing here only warns.
 """
 
 import contextlib
@@ -10,29 +10,125 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
-from torch import nn
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .data import training_classes
+from .detectors.dense import DenseOutput, DetectorView, num_classes_of, view
 from .detectors.load import load_detector, read_detector_config, weights_of
+from .teacher_cache import TeacherCache
 from .utils.errors import CheckpointError, ConfigError, TeacherError
+
+PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher:
+    """A frozen detector that answers for the student's batch.
+
+    It is no nn.Module: state_dict, optimizer, DistributedDataParallel and ``train()`` do not see
+    it.
+
+    Attributes:
+        detector: the frozen detector.
+        view: its :class:`~fgbg_kd.detectors.dense.DetectorView`.
+        class_names: in the order of their numbers; None: not known.
+        weights: path or URL of its checkpoint; "": not known.
+        cache: a :class:`~fgbg_kd.teacher_cache.TeacherCache`, or None.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        *,
+        precision: str = "auto",
+        cache: bool = False,
+        class_names: Sequence[str] | None = None,
+        weights: str = "",
+    ):
+        """
+        Args:
+            detector: in eval mode, without gradients. It is changed: see :func:`accelerate`.
+            precision: "fp32", "bf16" or "fp16" of its pass; "auto": as the student trains.
+            cache: keep its outputs, for images that are the same in every epoch.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"MODEL.KD.TEACHER.PRECISION is {precision!r}: choose from {tuple(PRECISIONS)}."
+            )
+        self.detector, self.view = detector, view(detector)
+        self.precision = precision
+        self.cache = TeacherCache() if cache else None
+        self.class_names = None if class_names is None else list(class_names)
+        self.weights = weights
+        self._same_input: bool | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: ImageList,
+        batched_inputs: list[dict],
+        student: DetectorView,
+        *,
+        logits: bool,
+        boxes: bool,
+        cached: bool = True,
+    ) -> DenseOutput:
+        """Its output on its own levels.
+
+        Args:
+            images: the student's batch, normalised for the student.
+            batched_inputs: the inputs of that batch.
+            logits, boxes: whether class logits and decoded boxes are needed.
+            cached: False: the cache is not used.
+        """
+        with autocast(self.precision, images.tensor.device):
+            inputs = self.input_of(images, student)
+            if self.cache and cached:
+                return self.cache(lambda x: self._run(x, logits, boxes), inputs, batched_inputs)
+            return self._run(inputs, logits, boxes)
+
+    def _run(self, inputs: Tensor, logits: bool, boxes: bool) -> DenseOutput:
+        output = self.view.run(inputs, logits=logits, boxes=boxes)
+        if boxes:
+            output = self.view.with_boxes(output)
+        return output._replace(raw=None)
+
+    def input_of(self, images: ImageList, student: DetectorView) -> Tensor:
+        """(N, 3, H', W'): the student's batch with the teacher's normalisation and padding."""
+        if self._same_input is None:  # once: it waits for the device
+            self._same_input = same_input(student, self.view)
+        pixels = images.tensor
+        if not self._same_input:
+            pixels = renormalized(self.view, student, images)
+        return padded(self.view, pixels, images.image_sizes)
+
+    def apply(self, fn, *args, **kwargs) -> None:
+        """nn.Module._apply of the detector: ``.to()`` and the like."""
+        self.detector._apply(fn, *args, **kwargs)
 
 
 def build_teacher(
-    config: str, weights: str = "", sha256: str = "", classes: Sequence[str] = ()
-) -> nn.Module:
+    config: str,
+    weights: str = "",
+    sha256: str = "",
+    classes: Sequence[str] = (),
+    precision: str = "auto",
+    cache: bool = False,
+) -> Teacher:
     """Builds, loads and freezes a teacher.
 
     Args:
         config: path of a .yaml or .py config, or a name in Detectron2's model zoo.
-        weights: path or URL of its checkpoint. "": the zoo's own for a zoo name, else what the
-            config names (MODEL.WEIGHTS, train.init_checkpoint).
-        sha256: hex digits of that file, or the first of them; "": not checked.
-        classes: their names in the order of their numbers; (): those of the config's training set,
+        weights: path or URL of its checkpoint. "": the zoo's own for a zoo name, else the one that
+            the config names (MODEL.WEIGHTS, train.init_checkpoint).
+        sha256: hex digits of that file, or the first digits; "": not checked.
+        classes: their names in the order of their numbers. (): those of the config's training set,
             where they are known.
+        precision, cache: see :class:`Teacher`.
 
     Returns:
-        The detector in eval mode on the CPU, without gradients. Its attribute ``class_names`` is
-        None where they are not known; ``weights`` is the path or URL of its checkpoint.
+        The teacher on the CPU.
 
     Raises:
         TeacherError: no such config, no weights, weights that do not fill the model exactly, or
@@ -44,13 +140,12 @@ def build_teacher(
         detector = load_detector(cfg, weights, sha256)
     except (ConfigError, CheckpointError) as error:
         raise TeacherError(f"The teacher {config} (MODEL.KD.TEACHER): {error}") from error
-    detector.class_names = _class_names(detector, cfg, list(classes))
-    detector.weights = weights
-    return detector
+    names = _class_names(detector, cfg, list(classes))
+    return Teacher(detector, precision=precision, cache=cache, class_names=names, weights=weights)
 
 
 def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | None:
-    number = getattr(detector, "num_classes", None)
+    number = num_classes_of(detector)
     if number is None:  # not dense: only its features are used
         return None
     if classes and len(classes) != number:
@@ -58,42 +153,95 @@ def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | No
             f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, the teacher {number} classes."
         )
     names = classes or training_classes(cfg)
-    # A config of other data than the detector's, such as one whose data was given on the command
-    # line, says nothing.
+    # The data of a config may have been replaced on the command line: its names are then others.
     return names if names and len(names) == number else None
 
 
 def check_teacher_file(weights: str, student_weights: str, output_dir: str) -> None:
-    """The teacher is neither what the student starts from, nor what its run will write.
+    """Refuses a teacher that the student starts from, or that its run will overwrite.
 
     Raises:
-        TeacherError: it is.
+        TeacherError: it is such a file.
     """
     path, name = os.path.realpath(weights), os.path.basename(weights)
     if path == os.path.realpath(student_weights or "."):
         raise TeacherError(
-            f"Student (MODEL.WEIGHTS) and teacher both start from {weights}: a student that is its "
-            "teacher has nothing to learn. To copy parts of a teacher, use MODEL.KD.INHERIT."
+            f"Student (MODEL.WEIGHTS) and teacher both start from {weights}: they are the same "
+            "detector. Start the student from other weights; MODEL.KD.INHERIT copies parts of the "
+            "teacher."
         )
     if os.path.dirname(path) == os.path.realpath(output_dir) and re.fullmatch(
         r"model_(\d+|final)\.pth", name
     ):
         raise TeacherError(
-            f"The teacher's weights {weights} are what this run will write over: choose another "
-            "OUTPUT_DIR."
+            f"This run would overwrite the teacher's weights {weights}: choose another OUTPUT_DIR."
         )
 
 
-PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision(name: str, device: torch.device):
-    """Context of the teacher's pass; "auto" leaves the autocast that is in force as it is."""
+def autocast(name: str, device: torch.device):
+    """Context of the teacher's pass; "auto" keeps the autocast that is on or off."""
     dtype = PRECISIONS[name]
     if dtype is None:
         return contextlib.nullcontext()
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
+
+
+def same_input(student: DetectorView, teacher: DetectorView) -> bool:
+    """Whether both take the same normalised tensor: mean, std, channel order, value of padding."""
+    pairs = zip(student.normalization, teacher.normalization)
+    return (
+        student.channel_order == teacher.channel_order
+        and student.pad_value == teacher.pad_value
+        and all(torch.equal(a, b) for a, b in pairs)
+    )
+
+
+def renormalized(teacher: DetectorView, student: DetectorView, images: ImageList) -> Tensor:
+    """The student's batch with the teacher's mean, std, channel order and value of padding.
+
+    It is computed from the student's batch, which is on the device already.
+
+    Returns:
+        (N, 3, H, W), the shape of ``images.tensor``.
+    """
+    mean, std = student.normalization
+    pixels = images.tensor * std + mean
+    if student.channel_order != teacher.channel_order:
+        pixels = pixels.flip(1)
+    mean, std = teacher.normalization
+    out = (pixels - mean) / std
+    for image, (height, width) in zip(out, images.image_sizes):
+        image[:, height:] = teacher.pad_value
+        image[:, :, width:] = teacher.pad_value
+    return out
+
+
+def padded(teacher: DetectorView, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """A batch (N, 3, H, W) with the padding that the teacher wants.
+
+    Images stay in the upper left corner, so that the cells of student and teacher meet.
+
+    Raises:
+        TeacherError: an image is larger than the one size that the teacher takes.
+    """
+    height, width = images.shape[-2:]
+    side = teacher.square_size
+    fixed = teacher.input_size or (side and (side, side))
+    if fixed:
+        largest = [max(size) for size in zip(*image_sizes)]
+        if largest[0] > fixed[0] or largest[1] > fixed[1]:
+            raise TeacherError(
+                f"The teacher pads its input to {fixed[0]}x{fixed[1]} pixels, and an image has "
+                f"{largest[0]}x{largest[1]}: set INPUT.MAX_SIZE_TRAIN {min(fixed)}."
+            )
+        more = fixed[0] - height, fixed[1] - width
+    else:
+        divisor = teacher.size_divisibility
+        more = -height % divisor, -width % divisor
+    if not any(more):
+        return images
+    return F.pad(images, (0, more[1], 0, more[0]), value=teacher.pad_value)
 
 
 _FIXED_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)
@@ -103,8 +251,8 @@ _FIXED_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)
 def accelerate(detector: nn.Module) -> nn.Module:
     """Makes a frozen detector faster in place, with the same output up to rounding.
 
-    Batch norms of fixed statistics that follow a convolution (Detectron2 keeps them inside its
-    Conv2d) become part of it; weights are laid out channels-last.
+    A batch norm with fixed statistics becomes part of the convolution before it. (Detectron2 keeps
+    it inside its Conv2d.) Weights are laid out channels-last.
     """
     for conv in detector.modules():
         norm = getattr(conv, "norm", None)

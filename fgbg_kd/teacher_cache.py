@@ -7,18 +7,18 @@ import torch
 from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor
 
-from .methods import DenseOutput
+from .detectors.dense import DenseOutput
 
 _NEEDS = "MODEL.KD.TEACHER.CACHE needs images that do not change from epoch to epoch"
-_MEND = "Use INPUT.RANDOM_FLIP none, no INPUT.CROP and one INPUT.MIN_SIZE_TRAIN, or CACHE False."
+_FIX = "Use INPUT.RANDOM_FLIP none, no INPUT.CROP and one INPUT.MIN_SIZE_TRAIN, or CACHE False."
 
 
 class TeacherCache:
     """Keeps the teacher's outputs of every image in host memory.
 
-    They depend on the pixels and on the padded size of the batch as well. An image whose pixels
-    change is refused; one in a batch of another size is computed anew, and replaces what was kept.
-    So memory is that of the outputs of a data set (each worker its own); it ends with the run.
+    The outputs of an image depend on its pixels and on the padded size of its batch. An image with
+    changed pixels is refused. In a batch of another size the outputs are computed again and replace
+    the kept ones. So the cache takes the memory of one set of outputs per image and process.
     """
 
     def __init__(self):
@@ -29,15 +29,16 @@ class TeacherCache:
     ) -> DenseOutput:
         """
         Args:
-            run: the teacher, from (M, 3, H, W) to its outputs.
-            inputs: (N, 3, H, W), the batch as the teacher wants it.
-            batched_inputs: N inputs of Detectron2, from which ``inputs`` comes.
+            run: from a batch (M, 3, H, W) to the teacher's outputs.
+            inputs: (N, 3, H, W), the batch with the teacher's normalisation and padding.
+            batched_inputs: the N inputs of Detectron2 that ``inputs`` was made of.
 
         Returns:
-            What ``run(inputs)`` would, up to rounding; ``run`` gets the images that are not known.
+            The result of ``run(inputs)``, up to rounding. ``run`` gets only the images that are not
+            kept yet.
 
         Raises:
-            ValueError: an image file comes with other pixels than before.
+            ValueError: the pixels of an image file have changed.
         """
         size = inputs.shape[2:]
         pixels = [_digest(x["image"]) for x in batched_inputs]
@@ -46,7 +47,9 @@ class TeacherCache:
         for i, name in enumerate(names):
             kept_pixels, kept_size, _ = self._outputs.get(name, (pixels[i], None, None))
             if kept_pixels != pixels[i]:
-                raise ValueError(f"{_NEEDS}: {name} came with other pixels than before. {_MEND}")
+                raise ValueError(
+                    f"{_NEEDS}: {name} has other pixels than in an earlier epoch. {_FIX}"
+                )
             if kept_size != size:
                 missing.append(i)
         if missing:
@@ -59,7 +62,7 @@ class TeacherCache:
 
 
 def _per_map(fn, *outputs: DenseOutput) -> DenseOutput:
-    """fn of each map that the outputs have, with the same map of all of them as arguments."""
+    """fn of each map; its arguments are the same map of all outputs."""
     return DenseOutput(
         *(levels[0] and [fn(*maps) for maps in zip(*levels)] for levels in zip(*outputs))
     )
@@ -70,10 +73,10 @@ def _digest(image: Tensor) -> bytes:
 
 
 def check_fixed_input(mapper) -> None:
-    """A cache serves images that come the same every time.
+    """Refuses augmentations that change an image from epoch to epoch.
 
     Args:
-        mapper: Detectron2's DatasetMapper, or another whose augmentations are not known.
+        mapper: Detectron2's DatasetMapper, or another, whose augmentations are then not checked.
 
     Raises:
         ValueError: names the augmentations that draw at random.
@@ -84,4 +87,4 @@ def check_fixed_input(mapper) -> None:
         if not (isinstance(augmentation, ResizeShortestEdge) and len(set(sizes)) == 1):
             found.append(str(augmentation))
     if found:
-        raise ValueError(f"{_NEEDS}, but the input has {', '.join(found)}. {_MEND}")
+        raise ValueError(f"{_NEEDS}, but the input has {', '.join(found)}. {_FIX}")

@@ -1,17 +1,12 @@
 """The exportable module: a dense detector from pixels to detections."""
 
-from typing import Any
-
 import torch
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
-from ..distiller import run_dense
-from ..matching import channel_order, is_dense
-from ..utils.errors import DeployError
+from ..detectors.dense import DenseView, view
+from ..utils.errors import DeployError, DetectorError
 
 OUTPUTS = ["boxes", "scores", "classes"]
 
@@ -45,64 +40,69 @@ class Deployable(nn.Module):
     def __init__(self, detector: nn.Module, nms_inside: bool = True):
         """
         Args:
-            detector: a RetinaNet or FCOS.
+            detector: a dense detector.
             nms_inside: False: the output are candidates.
 
         Raises:
-            DeployError: another detector.
+            DeployError: the detector is not dense.
         """
         super().__init__()
-        check_dense(detector)
+        dense_view(detector)
         self.detector, self.nms_inside = detector, nms_inside
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(H, W, 3) uint8, RGB, to boxes (M, 4), scores (M,), classes (M,)."""
-        detector = self.detector
+        of = dense_view(self.detector)
         pixels = image.permute(2, 0, 1).float()
-        if channel_order(detector) == "BGR":
+        if of.channel_order == "BGR":
             pixels = pixels.flip(0)
-        pixels = (pixels - detector.pixel_mean) / detector.pixel_std
+        mean, std = of.normalization
+        pixels = (pixels - mean) / std
         height, width = pixels.shape[1:]
-        divisor = max(detector.backbone.size_divisibility, 1)
-        pixels = F.pad(pixels, (0, -width % divisor, 0, -height % divisor))
-        features, predictions = run_dense(detector, pixels[None])
-        anchors = detector.anchor_generator(features)
-        levels = [self._candidates(*level) for level in zip(anchors, *predictions)]
+        divisor = of.size_divisibility
+        more = (0, -width % divisor, 0, -height % divisor)
+        features = of.features(F.pad(pixels, more, value=of.pad_value)[None])
+        raw = of.head(features)
+        levels = [self._candidates(of, *x) for x in zip(of.decode(features, raw), of.scores(raw))]
         boxes, scores, classes = (torch.cat(x) for x in zip(*levels))
         if not self.nms_inside:
             return boxes, scores, classes
-        boxes, scores, classes = suppress(boxes, scores, classes, **suppression_of(detector))
+        boxes, scores, classes = suppress(boxes, scores, classes, **of.suppression)
         # Last, as in Detectron2: boxes are cut off at the image's border, empty ones left out.
         border = torch.stack([torch.as_tensor(x) for x in (width, height, width, height)])
         boxes = boxes.clamp(min=0).minimum(border.to(boxes))
         good = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
         return boxes[good], scores[good], classes[good]
 
-    def _candidates(self, anchors: Boxes, logits: Tensor, deltas: Tensor, *centerness: Tensor):
-        """The best of one level: boxes (M, 4), scores (M,), classes (M,)."""
-        detector, classes = self.detector, self.detector.num_classes
-        scores = permute_to_N_HWA_K(logits, classes)[0].sigmoid()
-        for x in centerness:  # FCOS has it
-            scores = (scores * permute_to_N_HWA_K(x, 1)[0].sigmoid()).sqrt()
-        scores = scores.flatten()
+    def _candidates(self, of: DenseView, boxes: Tensor, scores: Tensor):
+        """The best predictions of one level.
+
+        Args:
+            boxes, scores: (1, A*4, H, W), (1, A*K, H, W).
+
+        Returns:
+            boxes (M, 4), scores (M,), classes (M,).
+        """
+        scores = scores[0].flatten(1).unflatten(0, (-1, of.num_classes))  # (A, K, HW)
+        scores = scores.permute(2, 0, 1).flatten()  # in Detectron2's order: cells, anchors, classes
+        boxes = boxes[0].flatten(1).unflatten(0, (-1, 4)).permute(2, 0, 1).reshape(-1, 4)
         # A tensor, so that tracing sees the minimum.
-        count = torch.as_tensor(scores.shape[0]).clamp(max=detector.test_topk_candidates)
+        count = torch.as_tensor(scores.shape[0]).clamp(max=of.candidates_per_level)
         scores, index = scores.topk(count)
-        rows = torch.div(index, classes, rounding_mode="floor")
-        deltas = permute_to_N_HWA_K(deltas, 4)[0][rows]
-        boxes = detector.box2box_transform.apply_deltas(deltas, anchors.tensor[rows])
-        return boxes, scores, index - rows * classes
+        rows = torch.div(index, of.num_classes, rounding_mode="floor")
+        return boxes[rows], scores, index - rows * of.num_classes
 
 
-def check_dense(detector: nn.Module) -> None:
-    if not is_dense(detector):
-        raise DeployError(f"A {type(detector).__name__}: only RetinaNet and FCOS are deployed.")
-
-
-def suppression_of(detector: nn.Module) -> dict[str, Any]:
-    return {
-        "score": detector.test_score_thresh,
-        "iou": detector.test_nms_thresh,
-        "limit": detector.max_detections_per_image,
-    }
+def dense_view(detector: nn.Module) -> DenseView:
+    """
+    Raises:
+        DeployError: the detector is not dense, or not known.
+    """
+    try:
+        found = view(detector)
+    except DetectorError as error:
+        raise DeployError(str(error)) from error
+    if not isinstance(found, DenseView):
+        raise DeployError(f"A {found.name}: only one-stage detectors are exported.")
+    return found

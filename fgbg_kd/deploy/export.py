@@ -17,7 +17,7 @@ from torch import nn
 from ..detectors.load import load_detector, read_detector_config, weights_of
 from ..utils.errors import DeployError
 from ..utils.files import whole
-from .deployable import OUTPUTS, Deployable, check_dense, suppression_of
+from .deployable import OUTPUTS, Deployable, dense_view
 
 FORMATS = (".onnx", ".pt")
 METADATA = "fgbg_kd.json"  # its name in either kind of file
@@ -37,7 +37,7 @@ def load_for_deployment(config: str, weights: str, need_ids: bool = True) -> tup
     if not isinstance(cfg, CfgNode):
         raise DeployError(f"{config}: only a detector of a YAML config is exported.")
     detector = load_detector(cfg, weights or weights_of(config, cfg))
-    check_dense(detector)
+    dense_view(detector)
     return detector, describe(cfg, detector, need_ids)
 
 
@@ -57,10 +57,10 @@ def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
         DeployError: the data that the config names do not give the categories.
     """
     return {
-        "categories": _categories(cfg, detector.num_classes, need_ids),
+        "categories": _categories(cfg, dense_view(detector).num_classes, need_ids),
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
-        "suppression": suppression_of(detector),
+        "suppression": dense_view(detector).suppression,
     }
 
 

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 from torchvision.ops import box_iou
 
-from ..matching import channel_order
+from ..detectors.dense import channel_order
 from ..utils.errors import DeployError
 from .deployable import OUTPUTS, suppress
 from .export import FORMATS, METADATA, load_for_deployment, need

@@ -1,5 +1,6 @@
-"""Detector parts that Detectron2 lacks."""
+"""Detectors: the contract that distillation needs, and parts that Detectron2 lacks."""
 
+from .dense import DenseOutput, DenseView, DetectorView, FeatureLevel, register_view, view
 from .fcos import FCOS, build_fcos_resnet_fpn_backbone
 from .timm_backbone import (
     build_retinanet_timm_fpn_backbone,
@@ -9,8 +10,14 @@ from .timm_backbone import (
 
 __all__ = [
     "FCOS",
+    "DenseOutput",
+    "DenseView",
+    "DetectorView",
+    "FeatureLevel",
     "build_fcos_resnet_fpn_backbone",
     "build_retinanet_timm_fpn_backbone",
     "build_timm_backbone",
     "build_timm_fpn_backbone",
+    "register_view",
+    "view",
 ]

@@ -62,7 +62,7 @@ class TeacherCheck(HookBase):
     def before_train(self):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
-        results = self.test(unwrapped(self.trainer.model).teacher)
+        results = self.test(unwrapped(self.trainer.model).teacher.detector)
         # Only the first worker has the results, and all of them have to stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if ap is None:
@@ -97,6 +97,7 @@ def detector_of(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, FgBgDistiller) else model
 
 
-def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
-    """What checkpoints keep beside the detector: {"kd": the method's parameters}, or nothing."""
-    return {"kd": model.kd} if getattr(model, "kd", None) is not None else {}
+def beside_detector(model: nn.Module) -> dict[str, nn.Module]:
+    """What checkpoints keep beside the detector: {"method": its parameters}, or nothing."""
+    method = getattr(model, "method", None)
+    return {} if method is None else {"method": method}

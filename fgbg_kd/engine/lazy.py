@@ -18,12 +18,12 @@ from torch import nn
 
 from ..config import student_model
 from ..data import training_classes
+from ..detectors.dense import channel_order, num_classes_of
 from ..detectors.load import load_exactly
-from ..matching import channel_order
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.errors import ConfigError
-from .hooks import adapters_of, detector_of, run_hooks
+from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
@@ -61,12 +61,12 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    """What takes arguments (``_target_``, ``model.kd``) checks their names itself."""
+    """What takes arguments (``_target_``, ``model.method``) checks their names itself."""
     where, _, name = key.lstrip("+~").rpartition(".")
     node = OmegaConf.select(cfg, where) if where else cfg
     if key in _OWN_KEYS or not isinstance(node, DictConfig):
         return
-    if name not in node and "_target_" not in node and where != "model.kd":
+    if name not in node and "_target_" not in node and where != "model.method":
         near = difflib.get_close_matches(name, [str(k) for k in node], 1)
         raise ConfigError(
             f"{key} is no key of the config{f': is it {near[0]}?' if near else '.'} "
@@ -78,7 +78,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     """Trains ``cfg.model``, a plain detector or an FgBgDistiller.
 
     As with FgBgTrainer, checkpoints hold the (student's) detector under its own names, and the
-    adapters beside it under the key "kd".
+    adapters beside it under the key "method".
 
     Returns:
         The last results of the evaluation, {} without one.
@@ -91,7 +91,9 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
         check_teacher_file(teacher.weights, train.init_checkpoint, output_dir)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = _train_loader(cfg.dataloader.train, seed, bool(getattr(model, "cache", None)))
+    loader = _train_loader(
+        cfg.dataloader.train, seed, teacher is not None and teacher.cache is not None
+    )
     trainer = (FiniteAMPTrainer if train.amp.enabled else FiniteTrainer)(
         distributed(model, **train.ddp), loader, optimizer, output_dir=output_dir, seed=seed
     )
@@ -100,7 +102,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
         output_dir,
         max_to_keep=train.checkpointer.get("max_to_keep") or 0,
         trainer=trainer,
-        **adapters_of(model),
+        **beside_detector(model),
     )
     results = {}
 
@@ -198,7 +200,7 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     if student_model(cfg.model) is not cfg.model and "classes" not in cfg.model:
         cfg.model.classes = classes
     model = instantiate(cfg.model)
-    number = getattr(detector_of(model), "num_classes", None)
+    number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
         raise ValueError(
             f"The training set has {len(classes)} classes ({', '.join(classes[:10])}), the "

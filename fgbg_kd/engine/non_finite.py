@@ -14,12 +14,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..distiller import run_dense
-from ..matching import is_dense, level_names
-from ..methods import DenseOutput
+from ..detectors.dense import DenseOutput, DenseView, DetectorView, lenient_view
 from ..utils.errors import NonFiniteLossError
 from ..utils.files import whole
-from .hooks import adapters_of, detector_of, unwrapped
+from .hooks import beside_detector, detector_of, unwrapped
 
 
 class FiniteTrainer(SimpleTrainer):
@@ -75,7 +73,8 @@ class _LastInput:
 
     def __call__(self, model, inputs):
         self.batch = inputs[0]
-        self.normalizer = getattr(detector_of(unwrapped(model)), "loss_normalizer", None)
+        student = lenient_view(detector_of(unwrapped(model)))
+        self.normalizer = student.loss_normalizer if student else None
 
 
 class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
@@ -96,7 +95,7 @@ def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> N
             row["gt_classes"] = x["instances"].gt_classes
         rows.append(row)
     content = {"model": detector_of(model).state_dict(), "batch": rows, **state}
-    content |= {name: part.state_dict() for name, part in adapters_of(model).items()}
+    content |= {name: part.state_dict() for name, part in beside_detector(model).items()}
     with whole(Path(path)) as partial:
         try:
             torch.save(content, partial)
@@ -121,22 +120,30 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
     """Where a batch makes numbers that are not finite, in words: parameters, levels, losses."""
     found = [k for k, v in model.named_parameters() if not v.isfinite().all()]
     found = [f"the parameters {', '.join(found[:5])}{', ...' * (len(found) > 5)}"] if found else []
-    student = detector_of(model)
-    outputs = []
-    if is_dense(student):
-        images = student.preprocess_image(batch)
-        features, predictions = run_dense(student, images.tensor)
-        name = "the model" if student is model else "the student"
-        outputs.append((name, student, DenseOutput(features, *predictions[:2])))
-        if student is not model and model.teacher is not None:
-            outputs.append(("the teacher", model.teacher, model.teach(batch, images)))
-    for name, detector, output in outputs:
-        for what, levels in zip(("features", "class logits", "box deltas"), output):
-            bad = [n for n, x in zip(level_names(detector), levels or ()) if not x.isfinite().all()]
-            if bad:
-                found.append(f"{what} of {name} on {', '.join(bad)}")
-    if not found and not outputs:
-        return "The parameters are finite; features are looked at in dense detectors only."
+    detector = detector_of(model)
+    student = lenient_view(detector)
+    if isinstance(student, DenseView):
+        images = student.preprocess(batch)
+        name = "the model" if detector is model else "the student"
+        found += _bad_levels(name, student, student.with_boxes(student.run(images.tensor)))
+        if detector is not model and model.teacher is not None:
+            teacher, everything = model.teacher, model.teacher.view.dense
+            output = teacher(
+                images, batch, student, logits=everything, boxes=everything, cached=False
+            )
+            found += _bad_levels("the teacher", teacher.view, output)
+    elif not found:
+        return "The parameters are finite. Features are examined in dense detectors only."
     if not found:
         return "Parameters, features and predictions are finite: the loss itself overflows."
     return f"Not finite: {'; '.join(found)}."
+
+
+def _bad_levels(name: str, of: DetectorView, output: DenseOutput) -> list[str]:
+    found = []
+    parts = {"features": output.features, "class logits": output.logits, "boxes": output.boxes}
+    for what, maps in parts.items():
+        bad = [x.name for x, m in zip(of.levels, maps or ()) if not m.isfinite().all()]
+        if bad:
+            found.append(f"{what} of {name} on {', '.join(bad)}")
+    return found

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..config import get_fgbg_kd_cfg
 from ..data import NamingMapper, check_num_classes, register_datasets
-from ..matching import channel_order
+from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
 from ..utils.config_files import merge_overrides, merge_yaml
 from ..utils.errors import TeacherError
-from .hooks import adapters_of, detector_of, run_hooks
+from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import RunCheckpointer, begin, run_seed
@@ -63,7 +63,7 @@ class FgBgTrainer(DefaultTrainer):
     """Trains a plain detector as DefaultTrainer does, and a student under FgBgDistiller.
 
     Checkpoints hold the student under the plain detector's own names; the adapters lie beside it
-    under the key "kd". A run that is killed and resumed ends as one that is not, if SEED is set
+    under the key "method". A run that is killed and resumed ends as one that is not, if SEED is set
     (:func:`load_config` sees to it).
     """
 
@@ -92,7 +92,7 @@ class FgBgTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             max_to_keep=cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP,
             trainer=weakref.proxy(self),
-            **adapters_of(model),
+            **beside_detector(model),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -105,8 +105,8 @@ class FgBgTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
-        number = getattr(detector_of(model), "num_classes", None)
-        if number is not None:  # dense; of a two-stage teacher it stands in a head of its own
+        number = num_classes_of(detector_of(model))
+        if number is not None:
             check_num_classes(cfg, number)
         return model
 

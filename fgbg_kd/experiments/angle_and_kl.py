@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..detectors.dense import channel_order
 from ..distiller import FgBgDistiller
-from ..matching import channel_order
 from ..ops import cosine_similarity
 from .drawing import STUDENT_COLOR, TEACHER_COLOR, observe
 
@@ -58,7 +58,7 @@ def collect(
     vectors = Vectors([], [], [], [], [])
     for number, one in enumerate(inputs):
         batch = observe(distiller, one)
-        cells = batch.split()
+        cells = batch.split("all")
         masks = cells.foreground.split([h * w for h, w in cells.level_shapes], dim=1)
         levels = zip(adapters, batch.student.features, batch.teacher.features)
         for stride, mask, shape, (phi, s, t) in zip(

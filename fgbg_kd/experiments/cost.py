@@ -15,8 +15,8 @@ from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
 from ..config import student_model
+from ..detectors.dense import view
 from ..detectors.load import build_detector, read_detector_config
-from ..distiller import run_dense
 
 
 def read_input(cfg, path: str) -> dict:
@@ -70,10 +70,7 @@ class _Network(torch.nn.Module):
         self.detector = detector
 
     def forward(self, images):
-        if hasattr(self.detector, "head_in_features"):
-            return run_dense(self.detector, images)[1]
-        features, rpn = self.detector.backbone(images), self.detector.proposal_generator
-        return rpn.rpn_head([features[f] for f in rpn.in_features])
+        return view(self.detector).network(images)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
+from ..config import method_defaults
+from ..detectors.dense import channel_order
 from ..detectors.load import load_exactly
-from ..distiller import FgBgDistiller, run_dense
-from ..matching import channel_order
-from ..methods import Batch, DenseOutput, FgBg
-from ..ops import BACKGROUND, Split, cosine_similarity
-from ..ops.gate import teacher_gate
+from ..distiller import FgBgDistiller
+from ..matching import dense_student
+from ..methods import Batch, FgBg
+from ..ops import BACKGROUND, Split, cosine_similarity, teacher_gate
 from ..utils.errors import CheckpointError
 
 # Okabe and Ito's colours, which everybody can tell apart.
@@ -54,34 +56,37 @@ class CellMaps(NamedTuple):
 
 
 def observe(distiller: FgBgDistiller, inputs: dict) -> Batch:
-    """One image (and its "instances", at its size) through student and teacher, without gradient.
+    """One image and its "instances" through student and teacher, without a gradient.
 
-    The student is in eval mode for it, and the teacher's head runs even if the method needs none.
+    The student is in eval mode for it. The teacher's head runs even if the method does not need it.
     """
-    student = distiller.student
-    with torch.no_grad(), inference_context(student):
-        images = student.preprocess_image([inputs])
-        features, predictions = run_dense(student, images.tensor)
-        output = DenseOutput(features, *predictions[:2])
-        teacher = distiller.teach([inputs], images, everything=True)
-        return distiller.batch(output, teacher, images, [inputs["instances"].to(distiller.device)])
+    student, teacher = dense_student(distiller.student), distiller.teacher
+    dense = teacher.view.dense
+    with torch.no_grad(), inference_context(distiller.student):
+        images = student.preprocess([inputs])
+        output = student.with_boxes(student.run(images.tensor))
+        target = teacher(images, [inputs], student, logits=dense, boxes=dense, cached=False)
+        gt = [inputs["instances"].to(distiller.device)]
+        return distiller.match(output, target, images, gt)
 
 
 @torch.no_grad()
 def cell_maps(
     distiller: FgBgDistiller, inputs: dict, adapters: Sequence[nn.Module] | None = None
 ) -> CellMaps:
-    """The maps of one image, by the options of the distiller's method, FgBg; of a peer, by FgBg's
-    defaults. A gate that is off shows where it would be open.
+    """The maps of one image, by the options of FgBg; for another method, by FgBg's defaults.
+
+    A gate that is off shows where it would be open.
 
     Args:
         inputs: "image" and "instances", as a training mapper gives them.
         adapters: from student to teacher features, per level; None: those of the method.
     """
-    kd = distiller.kd
-    option = kd.option if isinstance(kd, FgBg) else FgBg.options()
+    fgbg = distiller.method
+    if not isinstance(fgbg, FgBg):
+        fgbg = SimpleNamespace(**method_defaults("FgBg"))
     batch = observe(distiller, inputs)
-    cells = batch.split(option["assign"])
+    cells = batch.split(fgbg.assign)
     student, teacher = batch.student, batch.teacher
     cosine, adapters = None, adapters or own_adapters(distiller)
     if adapters is not None:
@@ -91,27 +96,23 @@ def cell_maps(
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
     found = batch.compare(
-        cells,
-        kl=option["kl"],
-        temperature=option["temperature"],
-        boxes=option["gate_quality"] == "box",
+        cells, boxes=fgbg.gate_quality == "box", kl=fgbg.kl, temperature=fgbg.temperature
     )
-    off = option["gate"] == "off"
+    off = fgbg.gate == "off"
     gate = teacher_gate(
         found.student_quality,
         found.teacher_quality,
         cells,
-        mode="cell" if off else option["gate"],
-        margin=option["gate_margin"],
-        softness=option["gate_softness"],
+        mode="cell" if off else fgbg.gate,
+        margin=fgbg.gate_margin,
     )
     kl = found.kl if off else found.kl * gate
-    return CellMaps(cells, batch.strides, cosine, gate, kl, option["gate_margin"])
+    return CellMaps(cells, batch.strides, cosine, gate, kl, fgbg.gate_margin)
 
 
 def own_adapters(distiller: FgBgDistiller) -> Sequence[nn.Module] | None:
     """The method's adapters; identities where it has none and needs none; else None."""
-    adapters = getattr(distiller.kd, "adapters", ())
+    adapters = getattr(distiller.method, "adapters", ())
     if len(adapters) == len(distiller.levels):
         return adapters
     same = all(s == t for s, t in (level.channels for level in distiller.levels))
@@ -128,7 +129,7 @@ def fit_adapters(distiller: FgBgDistiller, inputs: Iterable[dict]) -> list[nn.Mo
     sums = [0.0] * len(distiller.levels)
     for one in inputs:
         batch = observe(distiller, one)
-        cells = batch.split()
+        cells = batch.split("all")
         weights = cells.weight.split([h * w for h, w in cells.level_shapes], dim=1)
         for i, (s, t) in enumerate(zip(batch.student.features, batch.teacher.features)):
             s, t = (x.flatten(2)[0].T.double() for x in (s, t))  # (cells, C)
@@ -166,12 +167,12 @@ def load_student(
         CheckpointError: a checkpoint of another detector or method.
     """
     distiller.student = copy.deepcopy(distiller.student)
-    distiller.kd = copy.deepcopy(distiller.kd)
+    distiller.method = copy.deepcopy(distiller.method)
     rest = load_exactly(distiller.student, weights)
     adapters = own_adapters(distiller)
-    if "kd" in rest:
+    if "method" in rest:
         try:
-            distiller.kd.load_state_dict(rest["kd"])
+            distiller.method.load_state_dict(rest["method"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"{weights} was distilled by another MODEL.KD than this config's: {error}"
@@ -205,7 +206,7 @@ def draw_training(distiller: FgBgDistiller, inputs: dict) -> np.ndarray:
         (3, H, W) uint8, RGB.
     """
     order = channel_order(distiller.student)
-    detectors = {"teacher": distiller.teacher, "student": distiller.student}
+    detectors = {"teacher": distiller.teacher.detector, "student": distiller.student}
     found = {name: confident(d, inputs, order) for name, d in detectors.items()}
     maps = {"student": cell_maps(distiller, inputs)}
     return draw_panels(inputs, order, maps, found).transpose(2, 0, 1)

@@ -1,7 +1,8 @@
-"""Ways to distil: ours, :class:`FgBg`, and its peers, chosen by MODEL.KD.METHOD."""
+"""Methods of distillation: FgBg and the peers it is measured against. MODEL.KD.METHOD names one."""
 
-from ..ops import DenseOutput
-from .base import METHOD_REGISTRY, Batch, Method
+from ..detectors.dense import DenseOutput
+from .adapters import aligned, build_adapters
+from .base import METHOD_REGISTRY, Batch, Method, build_method, complete_options, get_method
 from .cwd import CWD
 from .defeat import DeFeat
 from .fgbg import FgBg
@@ -24,4 +25,9 @@ __all__ = [
     "FgBg",
     "Method",
     "Mimic",
+    "aligned",
+    "build_adapters",
+    "build_method",
+    "complete_options",
+    "get_method",
 ]

@@ -1,7 +1,6 @@
 """What a method of distillation is: outputs of both detectors and ground truth in, losses out."""
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,177 +8,178 @@ from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..ops import Comparison, DenseOutput, Split, compare_predictions, pack, split
-from ..ops.dispatch import accumulation_dtype
+from ..config import method_defaults
+from ..detectors.dense import DenseOutput
+from ..ops import Comparison, Split, compare_predictions, pack, split
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
 
 
 class Batch(NamedTuple):
-    """All that a method sees of a batch.
+    """Everything that a method sees of a batch.
 
     Attributes:
-        student, teacher: outputs on the same levels; the teacher's carry no gradient.
-        detectors: the student's and the teacher's module, for their anchors, box coding and heads.
+        student, teacher: outputs on the same levels and maps; the teacher's carry no gradient.
         gt_boxes: N tensors (B_i, 4), XYXY in pixels.
         gt_classes: N tensors (B_i,), int64.
         image_sizes: N pairs (height, width) in pixels, before padding.
         strides: in pixels, per level.
+        num_classes: K, the same for student and teacher.
         same_anchors: whether both detectors have the same anchors in a cell.
+        loss_normalizer: the number by which the student divides its own losses in this step.
     """
 
     student: DenseOutput
     teacher: DenseOutput
-    detectors: tuple[nn.Module, nn.Module]
     gt_boxes: Sequence[Tensor]
     gt_classes: Sequence[Tensor]
     image_sizes: Sequence[tuple[int, int]]
     strides: Sequence[int]
+    num_classes: int
     same_anchors: bool = True
+    loss_normalizer: float | None = None
 
-    def split(self, assign: str = "all", normalize: str = "object") -> Split:
+    def split(self, assign: str) -> Split:
         """Which box owns each cell: :func:`fgbg_kd.ops.split`."""
         shapes = [tuple(f.shape[-2:]) for f in self.student.features]
-        return split(
-            self.gt_boxes,
-            self.image_sizes,
-            shapes,
-            self.strides,
-            assign=assign,
-            normalize=normalize,
-        )
+        return split(self.gt_boxes, self.image_sizes, shapes, self.strides, assign=assign)
 
-    def compare(self, cells: Split, **options) -> Comparison:
-        """Both predictions, cell by cell: :func:`fgbg_kd.ops.compare_predictions`, its options."""
+    def compare(self, cells: Split, *, boxes: bool = False, **options) -> Comparison:
+        """Both predictions, cell by cell: :func:`fgbg_kd.ops.compare_predictions`.
+
+        Args:
+            boxes: whether qualities contain the IoU; both outputs then have decoded boxes.
+            options: "kl", "temperature", "quality".
+        """
         return compare_predictions(
-            self.student,
-            self.teacher,
-            self.detectors,
+            self.student.logits,
+            self.teacher.logits,
             cells,
             pack(self.gt_classes),
-            self.strides,
+            self.num_classes,
+            boxes=(self.student.boxes, self.teacher.boxes) if boxes else None,
             same_anchors=self.same_anchors,
             **options,
         )
 
 
 class Method(nn.Module):
-    """Base of all methods. A subclass takes ``(student_channels, teacher_channels, **options)``
-    (channels per level) and computes losses of a :class:`Batch`.
+    """Base class of all methods.
 
-    Its options are its keys in the configuration: MODEL.KD.<NAME>.<OPTION> with the defaults of
-    its constructor (those of FgBg stand in MODEL.KD itself). Parameters that it makes are trained
-    with the student and are no part of it; each must get a gradient in every batch.
+    A subclass takes ``(student_channels, teacher_channels, *, option, ...)``, channels per level.
+    The options of a method ``Name`` are the keys of MODEL.KD.NAME in the config. Its parameters
+    are trained with the student and are no part of it. Each of them must get a gradient in every
+    batch.
     """
 
-    # Whether the teacher's class logits are needed, and its box deltas: beside its features, and
-    # boxes beside logits.
+    # Whether it needs the class logits of both detectors, and their decoded boxes.
     needs_logits = False
     needs_boxes = False
-    # Whether it compares logits one by one, for which both must have the same anchors.
+    # Whether it compares logits one by one, so that both detectors must have the same anchors.
     compares_logits = False
     # Names of the losses that it returns.
     losses: Sequence[str] = ("loss_kd",)
-    # The values of options that have but a few, and the options that may be negative.
-    choices: dict[str, Sequence[str]] = {}
-    signed: Sequence[str] = ()
 
     @classmethod
-    def options(cls) -> dict[str, Any]:
-        """Names and defaults of the constructor's keyword arguments."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-    def accept(self, method: type["Method"], given: dict[str, Any]) -> None:
-        """Keeps the options as ``self.option``, by name, if they are what they can be.
-
-        Args:
-            method: the class whose constructor calls: a subclass may have other options.
-            given: ``locals()`` of that constructor.
-
-        Raises:
-            ValueError: an option that is not one of its choices, or out of range.
-        """
-        node = "" if method.__name__ == "FgBg" else f"{method.__name__.upper()}."
-        self.option = {name: given[name] for name in method.options()}
-        for name, value in self.option.items():
-            key = f"MODEL.KD.{node}{name.upper()}"
-            if choices := self.choices.get(name):
-                if value not in choices:
-                    raise ValueError(f"{key} is {value!r}: choose from {choices}.")
-            elif not isinstance(value, int | float):
-                continue
-            elif name in ("temperature", "num_levels"):
-                if not value > 0:
-                    raise ValueError(f"{key} is {value}: it must be over 0.")
-            elif name not in self.signed and not value >= 0:
-                raise ValueError(f"{key} is {value}: it must be >= 0.")
+    def is_off(cls, options: dict[str, Any]) -> bool:
+        """Whether these options leave plain training. The teacher is not built then."""
+        return options.get("weight") == 0
 
     @classmethod
-    def without_predictions(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options for a teacher of which only the features are known (Faster R-CNN)."""
+    def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options for a teacher that predicts nothing per cell (Faster R-CNN)."""
         return options
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:
-            The weighted losses, by the names in ``losses``, and statistics to log: both scalars
+            The weighted losses by the names in ``losses``, and statistics to log. Both are scalars
             on the device.
         """
         raise NotImplementedError
 
 
-def build_adapters(
-    student: Sequence[int], teacher: Sequence[int], mode: str = "auto"
-) -> nn.ModuleList:
-    """A 1x1 convolution per level from student to teacher channels.
-
-    Args:
-        student, teacher: channels per level.
-        mode: "auto": where they differ; "conv": always; "none": never.
+def build_method(
+    name: str, student_channels: Sequence[int], teacher_channels: Sequence[int], **options
+) -> Method:
+    """A method by its name. Options that are not given have the defaults of the config.
 
     Raises:
-        ValueError: "none", but the channels differ.
+        ValueError: no such method, an unknown option, or a value out of range.
     """
-    return nn.ModuleList(_adapter(s, t, mode) for s, t in zip(student, teacher))
+    return get_method(name)(student_channels, teacher_channels, **complete_options(name, options))
 
 
-def _adapter(student: int, teacher: int, mode: str) -> nn.Module:
-    if mode == "conv" or (mode == "auto" and student != teacher):
-        return nn.Conv2d(student, teacher, kernel_size=1)
-    if student != teacher:
-        raise ValueError(
-            f"MODEL.KD.ADAPTER is 'none', but the student has {student} channels and the teacher "
-            f"{teacher}: use 'auto'."
-        )
-    return nn.Identity()
+def get_method(name: str) -> type[Method]:
+    """The class of a method.
 
-
-def aligned(adapters: nn.ModuleList, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adapted student's and teacher's features (N, C, H, W) of each level that has an adapter.
-
-    In fp32, or fp64 if given so.
+    Raises:
+        ValueError: no such method.
     """
-    for phi, s, t in zip(adapters, batch.student.features, batch.teacher.features):
-        dtype = accumulation_dtype(s, t)
-        yield phi(s).to(dtype), t.to(dtype)
+    if name not in METHOD_REGISTRY:
+        names = sorted(name for name, _ in METHOD_REGISTRY)
+        raise ValueError(f"MODEL.KD.METHOD is {name!r}: choose from {names}.")
+    return METHOD_REGISTRY.get(name)
 
 
-def per_level(values: Tensor, level_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """(N, R, M) values of cells, as those of :class:`Split` -> (N, M, H_l, W_l) per level."""
-    levels = values.split([h * w for h, w in level_shapes], dim=1)
-    return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(levels, level_shapes)]
+def complete_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The given options of a method, and the config's defaults for the others.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+    defaults = method_defaults(name)
+    if unknown := sorted(options.keys() - defaults.keys()):
+        raise ValueError(f"{name} has no option {unknown}: choose from {sorted(defaults)}.")
+    return {**defaults, **options}
+
+
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
+    """
+    Args:
+        key: of the config, below MODEL.KD.
+
+    Raises:
+        ValueError: the value is not one of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"MODEL.KD.{key} is {value!r}: choose from {tuple(choices)}.")
+
+
+def check_not_negative(node: str, **values: float) -> None:
+    """
+    Args:
+        node: of the method in the config, below MODEL.KD.
+        values: by option.
+
+    Raises:
+        ValueError: a value under 0, or NaN.
+    """
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be >= 0.")
+
+
+def check_positive(node: str, **values: float) -> None:
+    """:func:`check_not_negative` that refuses 0 too."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be over 0.")
 
 
 def world_mean(sums: Tensor) -> Tensor:
-    """Mean over workers of a per-worker sum; DDP averages gradients, so this makes them whole."""
+    """Mean over processes of each process's sum.
+
+    DistributedDataParallel averages gradients. A loss that is divided by this mean has therefore
+    the gradient of the whole batch divided by the whole sum.
+    """
     size = comm.get_world_size()
     if size > 1:
         torch.distributed.all_reduce(sums)
     return sums / size
 
 
-def safe(normalizer: Tensor) -> Tensor:
-    """A normaliser that is 0 (no object in the batch) becomes 1 and leaves the sum as it is."""
+def or_one(normalizer: Tensor) -> Tensor:
+    """A normaliser that is 0 (no object in the batch) becomes 1 and leaves the sum unchanged."""
     return torch.where(normalizer > 0, normalizer, 1)

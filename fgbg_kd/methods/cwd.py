@@ -5,16 +5,20 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from .base import METHOD_REGISTRY, Batch, Method, aligned, build_adapters
+from .adapters import aligned, build_adapters
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative, check_positive
 
 
 @METHOD_REGISTRY.register()
 class CWD(Method):
     """L = weight * sum over levels of tau^2 / (N C) * sum over images and channels of
-    KL(softmax(T / tau) || softmax(phi(S) / tau)), each softmax over the H*W cells of a channel.
+    KL(softmax(T / tau) || softmax(phi(S) / tau)); each softmax is over the H*W cells of a channel.
 
-    phi: a 1x1 convolution where channels differ. Padding takes part in the softmax, as published:
-    in a batch of unlike images it takes probability from the cells of the small ones.
+    phi: a 1x1 convolution where channels differ.
+
+    Padding takes part in the softmax, as published. In a batch of images of different sizes it
+    takes probability from the cells of the small ones. The default weight is that of FPN features;
+    the authors use 50 for the logits of segmentation.
     """
 
     def __init__(
@@ -22,11 +26,12 @@ class CWD(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 10.0,  # on FPN features; 50 is for segmentation logits
-        temperature: float = 1.0,
+        weight: float,
+        temperature: float,
     ):
         super().__init__()
-        self.accept(CWD, locals())
+        check_not_negative("CWD", weight=weight)
+        check_positive("CWD", temperature=temperature)
         self.weight, self.temperature = weight, temperature
         self.adapters = build_adapters(student_channels, teacher_channels)
 

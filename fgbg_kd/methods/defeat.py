@@ -1,26 +1,31 @@
-"""DeFeat: foreground and background features apart (Guo et al., CVPR 2021)."""
+"""DeFeat: features of foreground and background apart (Guo et al., CVPR 2021)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .base import METHOD_REGISTRY, Batch, Method, aligned, per_level, world_mean
+from ..ops.common import per_level
+from .adapters import aligned
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative, world_mean
 
 
 @METHOD_REGISTRY.register()
 class DeFeat(Method):
-    """L = weight * (L_fg + bg_ratio * L_bg), each the mean over levels of
+    """L = weight * (L_fg + bg_ratio * L_bg). Each term is the mean over levels of
     sum over its cells of (phi(S) - T)^2 / max(1, 2 N C), N the number of its cells in the batch.
 
-    phi: a 3x3 convolution on every level, also where channels agree, that starts near 0. Each box
-    is foreground on the one level that fits its size, background elsewhere.
+    phi: a 3x3 convolution on every level, also where channels agree; it starts near 0. Each box is
+    foreground on the one level that fits its size and background on the others.
 
-    - Cells are ours (by centres and strides; one at least for each box), and padding is neither
-      foreground nor background; published, it is background.
-    - N C counts elements, and the 2 is that of half a square: without it the weights mean another
-      thing. N is that of all workers. A level on which no box lies still counts in the mean.
-    - The neck's features only: what the paper adds on backbone and two-stage heads is left out.
+    Differences from the published code:
+
+    - Cells are those of this package's split: by their centres, at least one for each box. Padding
+      is neither foreground nor background; published, it is background.
+    - N C counts elements. The 2 is that of half a square; the published weights include it. N is
+      the number in all processes. A level without a box still counts in the mean.
+    - Only the features of the neck are compared. The paper adds terms on the backbone and on the
+      heads of two-stage detectors.
     """
 
     def __init__(
@@ -28,11 +33,11 @@ class DeFeat(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 4.0,  # COCO, by the author; 3 on VOC
-        bg_ratio: float = 4.0,
+        weight: float,
+        bg_ratio: float,
     ):
         super().__init__()
-        self.accept(DeFeat, locals())
+        check_not_negative("DEFEAT", weight=weight, bg_ratio=bg_ratio)
         self.weight, self.bg_ratio = weight, bg_ratio
         self.adapters = nn.ModuleList(
             nn.Conv2d(s, t, kernel_size=3, padding=1)
@@ -43,7 +48,7 @@ class DeFeat(Method):
             nn.init.zeros_(phi.bias)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        cells = batch.split(assign="scale")
+        cells = batch.split("scale")
         masks = torch.stack([cells.foreground, cells.background], dim=2).float()  # (N, R, 2)
         loss = 0.0
         pairs = aligned(self.adapters, batch)

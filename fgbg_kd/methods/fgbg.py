@@ -1,119 +1,132 @@
-"""Foreground by direction, background by prediction, where the teacher is not clearly worse."""
+"""FgBg: foreground by direction, background by prediction, where the teacher is better."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import cosine_loss
-from ..ops.gate import teacher_gate
-from .base import METHOD_REGISTRY, Batch, Method, build_adapters, safe, world_mean
+from ..ops import Comparison, Split, cosine_loss, teacher_gate
+from ..ops.gate import MODES
+from .adapters import build_adapters
+from .base import (
+    METHOD_REGISTRY,
+    Batch,
+    Method,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    or_one,
+    world_mean,
+)
 
 
 @METHOD_REGISTRY.register()
 class FgBg(Method):
-    """Our method: L_fg and L_bg of one batch.
+    """The method of this package, after the thesis (README).
 
-    L_fg = sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
-    L_bg = sum over background cells of g tau^2 KL(teacher || student) / number of foreground cells
+    L_fg = fg_weight * sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
+    L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / foreground cells
 
-    with the cell weight w (:func:`split`), the gate g (:func:`teacher_gate`) and the adapter phi.
-    Sums are of the whole batch, of all workers: no size changes the scale of a term. Cells that the
-    gate shuts stay in the divisors: a term fades as the student catches up. Without any object L_bg
-    is divided by the background cells: by 1, empty images would weigh hundredfold.
+    w: weight of a cell (:func:`fgbg_kd.ops.split`). g: the gate
+    (:func:`fgbg_kd.ops.teacher_gate`). phi: a 1x1 convolution where channels differ.
 
-    Args:
-        student_channels, teacher_channels: C per level.
-        fg_weight, bg_weight: scales of loss_kd_fg and loss_kd_bg; 0 = without the term.
-        assign: "scale": each box on the one level that fits its size; "all": on every level.
-        normalize: w; "object": 1 / (cells of the box on the level); "cell": 1.
-        adapter: 1x1 convolution phi; "auto": where C differs; "conv": always; "none": never.
-        kl: "sigmoid": of a Bernoulli per class; "softmax": of all and a background logit of 0.
-        temperature: tau; 1 = the predictions as they are.
-        bg_normalizer: the cells that L_bg is divided by, foreground ("fg") or background ("bg").
-        gate: over what qualities are averaged before they are compared; "off" = g is 1.
-        gate_margin: how much better the teacher's quality (0..1) must be; under 0: may be worse.
-        gate_softness: width, in quality, of a sigmoid in place of the gate's step; 0 = a step.
-        gate_quality: on foreground; "score": of the box's class; "box": times its box's IoU, too.
+    Sums and counts are those of the whole batch of all processes, so neither the size of a batch
+    nor its distribution changes the scale of a term. Cells with a closed gate stay in the divisors:
+    a term fades as the student catches up. A batch without objects divides L_bg by the background
+    cells; divided by 1 it would weigh a hundred times as much as other batches.
     """
-
-    choices = {
-        "assign": ("all", "scale"),
-        "normalize": ("object", "cell"),
-        "adapter": ("auto", "none", "conv"),
-        "kl": ("sigmoid", "softmax"),
-        "bg_normalizer": ("fg", "bg"),
-        "gate": ("off", "cell", "object", "image"),
-        "gate_quality": ("box", "score"),
-    }
-    signed = ("gate_margin",)
 
     def __init__(
         self,
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        fg_weight: float = 8.0,
-        bg_weight: float = 1.0,
-        assign: str = "scale",
-        normalize: str = "object",
-        adapter: str = "auto",
-        kl: str = "sigmoid",
-        temperature: float = 1.0,
-        bg_normalizer: str = "fg",
-        gate: str = "cell",
-        gate_margin: float = -0.2,
-        gate_softness: float = 0.0,
-        gate_quality: str = "score",
+        fg_weight: float,
+        bg_weight: float,
+        assign: str,
+        kl: str,
+        temperature: float,
+        gate: str,
+        gate_margin: float,
+        gate_quality: str,
     ):
         super().__init__()
-        self.accept(FgBg, locals())
-        self.fg_weight, self.bg_weight = fg_weight, bg_weight
-        terms = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
-        self.losses = [name for name in terms if terms[name] > 0]
-        self.gated = gate != "off"
-        self.needs_logits = bg_weight > 0 or self.gated
-        self.needs_boxes = self.gated and gate_quality == "box"
-        self.divergence = {"kl": kl if bg_weight > 0 else None, "temperature": temperature}
-        self.gating = {"mode": gate, "margin": gate_margin, "softness": gate_softness}
-        # Built only if used: parameters without a gradient would stop DistributedDataParallel.
+        check_not_negative("FGBG", fg_weight=fg_weight, bg_weight=bg_weight)
+        check_positive("FGBG", temperature=temperature)
+        check_choice("FGBG.ASSIGN", assign, ("all", "scale"))
+        check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
+        check_choice("FGBG.GATE", gate, ("off", *MODES))
+        check_choice("FGBG.GATE_QUALITY", gate_quality, ("score", "box"))
+        self.fg_weight, self.bg_weight, self.assign = fg_weight, bg_weight, assign
+        self.kl, self.temperature = kl, temperature
+        self.gate, self.gate_margin, self.gate_quality = gate, gate_margin, gate_quality
+        weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
+        self.losses = [name for name, weight in weights.items() if weight > 0]
+        self.needs_logits = bg_weight > 0 or gate != "off"
+        self.needs_boxes = gate != "off" and gate_quality == "box"
+        # Only with a foreground term: DistributedDataParallel stops at unused parameters.
         channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
-        self.adapters = build_adapters(*channels, adapter)
+        self.adapters = build_adapters(*channels)
 
     @classmethod
-    def without_predictions(cls, options: dict) -> dict:
+    def is_off(cls, options: dict[str, Any]) -> bool:
+        return options.get("fg_weight") == options.get("bg_weight") == 0
+
+    @classmethod
+    def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {**options, "bg_weight": 0.0, "gate": "off"}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """
-        Returns:
-            loss_kd_fg and loss_kd_bg, if of weight over 0; and shares of the cells (NaN of none):
-            kd/fg_gate, kd/bg_gate: open; kd/fg_better, kd/bg_better: where the teacher is better.
-        """
-        cells = batch.split(self.option["assign"], self.option["normalize"])
-        foreground, background = cells.foreground.float(), cells.background.float()  # (N, R)
-        shown = {"gate": foreground + background}
-        if self.needs_logits:
-            asked = {"quality": self.gated, "boxes": self.needs_boxes, **self.divergence}
-            found = batch.compare(cells, **asked)
-        if self.gated:
-            student, teacher = found.student_quality, found.teacher_quality
-            shown["gate"] = teacher_gate(student, teacher, cells, **self.gating)
-            shown["better"] = teacher > student
-        sums = torch.stack([foreground.sum(), background.sum(), cells.weight.sum()])
-        num_fg, num_bg, weight = world_mean(sums)
+        cells = batch.split(self.assign)
+        found = self.compare(batch, cells)
+        gate = self.open_gate(cells, found)
+        counts = [cells.foreground.float(), cells.background.float(), cells.weight]
+        num_fg, num_bg, weight = world_mean(torch.stack([x.sum() for x in counts]))
         losses = {}
         if self.fg_weight > 0:
             adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
-            loss = cosine_loss(adapted, batch.teacher.features, cells.weight * shown["gate"])
-            losses["loss_kd_fg"] = self.fg_weight * loss / safe(weight)
+            total = cosine_loss(adapted, batch.teacher.features, cells.weight * gate)
+            losses["loss_kd_fg"] = self.fg_weight * total / or_one(weight)
         if self.bg_weight > 0:
-            loss = (shown["gate"] * found.kl).sum()
-            by_fg = (num_fg > 0) & (self.option["bg_normalizer"] == "fg")
-            losses["loss_kd_bg"] = self.bg_weight * loss / safe(torch.where(by_fg, num_fg, num_bg))
-        shares = {
-            f"kd/{name}_{what}": (there * part).sum() / part.sum()
-            for name, part in (("fg", foreground), ("bg", background))
-            for what, there in shown.items()
-        }
-        return losses, shares
+            total = (gate * found.kl).sum()
+            divisor = torch.where(num_fg > 0, num_fg, num_bg)
+            losses["loss_kd_bg"] = self.bg_weight * total / or_one(divisor)
+        return losses, shares(cells, gate, found)
+
+    def compare(self, batch: Batch, cells: Split) -> Comparison:
+        """KL and qualities, as far as the terms and the gate need them."""
+        if not self.needs_logits:
+            return Comparison()
+        return batch.compare(
+            cells,
+            boxes=self.needs_boxes,
+            kl=self.kl if self.bg_weight > 0 else None,
+            temperature=self.temperature,
+            quality=self.gate != "off",
+        )
+
+    def open_gate(self, cells: Split, found: Comparison) -> Tensor:
+        """(N, R): g in [0, 1]; 0 on padding."""
+        if self.gate == "off":
+            return (cells.foreground | cells.background).float()
+        quality = found.student_quality, found.teacher_quality
+        return teacher_gate(*quality, cells, mode=self.gate, margin=self.gate_margin)
+
+
+def shares(cells: Split, gate: Tensor, found: Comparison) -> dict[str, Tensor]:
+    """Statistics: shares of the foreground and of the background cells, NaN where there are none.
+
+    Returns:
+        kd/fg_gate, kd/bg_gate: the gate is open. kd/fg_better, kd/bg_better: the teacher's quality
+        is higher than the student's; left out without a gate.
+    """
+    maps = {"gate": gate}
+    if found.teacher_quality is not None:
+        maps["better"] = found.teacher_quality > found.student_quality
+    parts = {"fg": cells.foreground.float(), "bg": cells.background.float()}
+    return {
+        f"kd/{part}_{what}": (value * mask).sum() / mask.sum()
+        for part, mask in parts.items()
+        for what, value in maps.items()
+    }

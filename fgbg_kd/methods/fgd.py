@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import METHOD_REGISTRY, Batch, Method, aligned, build_adapters, per_level, safe
+from ..ops.common import per_level
+from .adapters import aligned, build_adapters
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative, check_positive, or_one
 
 
 @METHOD_REGISTRY.register()
@@ -23,16 +25,24 @@ class FGD(Method):
 
     phi: a 1x1 convolution where channels differ.
 
+    Differences from the published code:
+
     - Boxes meet cells by stride, and a cell belongs to the box that holds its centre. Published,
-      boxes are scaled by map over image size, which shifts them where a small image is padded, and
-      rounded outwards: more foreground on coarse levels. Padding belongs to neither here. "Cells
-      of the box" are those it owns; published, those it covers: more, where another lies in it.
-    - L_global grows with the cells, L_fg with the boxes: on small maps the published ratios leave
-      little of the former.
-    - GC_t is trained as well, as published: of the four only L_global has a moving target.
-    - Sums, not means, in fp32: the weight is that of 256 channels on COCO's image sizes, with
-      clipped gradients. The ratios are the same in all published configs of one-stage detectors;
-      the paper has an attention_ratio of 1, for FCOS of 5.
+      boxes are scaled by the size of the map over the size of the image, which shifts them where a
+      small image is padded, and they are rounded outwards: more foreground on coarse levels.
+    - Padding is neither foreground nor background. "Cells of the box" are the cells that it owns;
+      published, they are all cells that it covers.
+    - The score convolution of the context blocks has PyTorch's initial values; published, it has
+      Kaiming's. The authors' recipes start the student with the teacher's neck and head
+      (MODEL.KD.INHERIT).
+
+    As published:
+
+    - GC_t is trained too: L_global has a moving target.
+    - Terms are sums, not means. The weight belongs to 256 channels, COCO's image sizes and clipped
+      gradients. L_global grows with the cells and L_fg with the boxes, so on small maps the ratios
+      leave little of L_global. The paper has an attention_ratio of 1, and of 5 for FCOS; the
+      published configs of one-stage detectors have 0.5.
     """
 
     def __init__(
@@ -40,23 +50,30 @@ class FGD(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 1e-3,  # RetinaNet and GFL; FCOS 1.6e-3
-        bg_ratio: float = 0.5,
-        attention_ratio: float = 0.5,
-        global_ratio: float = 0.005,
-        temperature: float = 0.5,  # FCOS 0.8
+        weight: float,
+        bg_ratio: float,
+        attention_ratio: float,
+        global_ratio: float,
+        temperature: float,
     ):
         super().__init__()
-        self.accept(FGD, locals())
-        self.weight, self.temperature = weight, temperature
         self.ratios = (1.0, bg_ratio, attention_ratio, global_ratio)
+        check_not_negative(
+            "FGD",
+            weight=weight,
+            bg_ratio=bg_ratio,
+            attention_ratio=attention_ratio,
+            global_ratio=global_ratio,
+        )
+        check_positive("FGD", temperature=temperature)
+        self.weight, self.temperature = weight, temperature
         self.adapters = build_adapters(student_channels, teacher_channels)
         self.student_context, self.teacher_context = (
             nn.ModuleList(GlobalContext(c) for c in teacher_channels) for _ in range(2)
         )
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        cells = batch.split()
+        cells = batch.split("all")
         masks = torch.stack([cells.weight, cells.background.float()], dim=2)
         masks = per_level(masks, cells.level_shapes)  # (N, 2, H, W) each
         contexts = zip(self.student_context, self.teacher_context)
@@ -65,7 +82,7 @@ class FGD(Method):
             (space_s, channel_s), (space_t, channel_t) = map(self.attention, (s, t))
             error = (channel_t * (s - t).square()).sum(1, keepdim=True) * space_t  # (N, 1, H, W)
             fg, bg = mask.split(1, dim=1)
-            bg = bg / safe(bg.sum((2, 3), keepdim=True))
+            bg = bg / or_one(bg.sum((2, 3), keepdim=True))
             terms = (
                 (fg * error).sum(),
                 (bg * error).sum(),

@@ -5,20 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import METHOD_REGISTRY, Batch, Method, aligned, build_adapters
+from .adapters import aligned, build_adapters
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 
 
 @METHOD_REGISTRY.register()
 class MGD(Method):
     """L = weight / N * sum over levels and elements of (G(m * phi(S)) - T)^2.
 
-    m: a random mask (N, 1, H, W) that is 0 with probability ``mask_ratio``, drawn anew each time.
+    m: a random mask (N, 1, H, W), 0 with probability ``mask_ratio``, drawn anew each time.
     G: 3x3 convolution, ReLU, 3x3 convolution, one per level. phi: a 1x1 convolution where channels
     differ.
 
-    A sum, not a mean: the scale grows with channels and map, so the published weight belongs to
-    256 channels on COCO's image sizes, and clipped gradients. It overflows fp16, so it is
-    taken in fp32.
+    A sum, not a mean: it grows with channels and map. The published weight belongs to 256 channels,
+    COCO's image sizes and clipped gradients. The sum overflows fp16, so it is taken in fp32. The
+    authors' recipes start the student with the teacher's neck and head (MODEL.KD.INHERIT).
     """
 
     def __init__(
@@ -26,13 +27,13 @@ class MGD(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 2e-5,
-        mask_ratio: float = 0.65,
+        weight: float,
+        mask_ratio: float,
     ):
         super().__init__()
-        self.accept(MGD, locals())
+        check_not_negative("MGD", weight=weight, mask_ratio=mask_ratio)
         if mask_ratio > 1:
-            raise ValueError(f"MODEL.KD.MGD.MASK_RATIO is {mask_ratio}: a share, at most 1.")
+            raise ValueError(f"MODEL.KD.MGD.MASK_RATIO is {mask_ratio}: it must be at most 1.")
         self.weight, self.mask_ratio = weight, mask_ratio
         self.adapters = build_adapters(student_channels, teacher_channels)
         self.generators = nn.ModuleList(

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from .base import METHOD_REGISTRY, Batch, Method, aligned, build_adapters
+from .adapters import aligned, build_adapters
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 
 
 @METHOD_REGISTRY.register()
@@ -13,7 +14,8 @@ class Mimic(Method):
     """L = weight * sum over levels of the mean over elements of (phi(S) - T)^2.
 
     phi: a 1x1 convolution where channels differ. The whole map counts, padding too. The mean makes
-    the scale independent of map and batch; levels and channels of large values dominate it.
+    the scale independent of map and batch; levels and channels with large values dominate it. The
+    default weight is the one with which the authors of LD compare, there inside boxes only.
     """
 
     def __init__(
@@ -21,10 +23,10 @@ class Mimic(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 2.0,  # as where LD's authors compare with it, there inside boxes only
+        weight: float,
     ):
         super().__init__()
-        self.accept(Mimic, locals())
+        check_not_negative("MIMIC", weight=weight)
         self.weight = weight
         self.adapters = build_adapters(student_channels, teacher_channels)
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from .base import METHOD_REGISTRY, Batch, Method, aligned, build_adapters
+from .adapters import aligned, build_adapters
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative, check_positive
 
 
 @METHOD_REGISTRY.register()
@@ -13,17 +14,16 @@ class PKD(Method):
     """L = weight * sum over levels of the mean over elements of 0.5 (z(phi(S)) - z(T))^2, with
     z(F) = (F - mean) / (std + 1e-6).
 
-    Mean and standard deviation are those of a channel over the images and cells (N*H*W) of the
-    batch, padding too, so that a level's term is 1 - Pearson's r, averaged over channels (the
-    published code divides by one element less).
+    Mean and standard deviation are those of a channel over all images and cells (N*H*W) of the
+    batch, padding too. So a level's term is 1 - Pearson's r, averaged over channels. (The published
+    code divides by one element less.)
 
-    - The statistics are each worker's own by definition: with few images a GPU they are those of
-      few images.
-    - A student channel that is constant over a batch gets a gradient of 1 / 1e-6: no bug, the
-      formula. Gradient clipping tames it.
-    - The published method has no phi and needs equal channels; here a 1x1 convolution stands in
+    - Each process has its own statistics, by definition.
+    - A student channel that is constant over a batch gets a gradient of the size 1 / 1e-6. That is
+      the formula, not a bug. Gradient clipping limits it.
+    - The published method has no phi and needs equal channels. Here a 1x1 convolution maps them
       where they differ.
-    - Published for the first four levels (P3 to P6 of RetinaNet): all where there are fewer.
+    - The authors compare the first four levels (P3 to P6 of RetinaNet).
     """
 
     def __init__(
@@ -31,13 +31,14 @@ class PKD(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 10.0,  # for one-stage teachers; 6 for two-stage ones
-        num_levels: int = 4,
+        weight: float,
+        num_levels: int,
     ):
         super().__init__()
-        self.accept(PKD, locals())
+        check_not_negative("PKD", weight=weight)
+        check_positive("PKD", num_levels=num_levels)
         self.weight = weight
-        # Levels without a loss get no adapter: its parameters would get no gradient.
+        # A level without a loss gets no adapter: its parameters would get no gradient.
         self.adapters = build_adapters(student_channels[:num_levels], teacher_channels)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

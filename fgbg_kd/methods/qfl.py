@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from .base import METHOD_REGISTRY, Batch, Method
+from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 
 
 @METHOD_REGISTRY.register()
 class QFL(Method):
     """L = weight / positives * sum over anchors and classes of |sigmoid(x) - t| BCE(x, t),
-    x the student's logit, t the teacher's score; no mask.
+    x the student's logit, t the teacher's score. There is no mask.
 
-    Of CrossKD it is the loss of the classes only: its loss of the boxes is left out, and its detour
-    through the teacher's head needs heads of one width, which a light student does not have.
-    ``positives`` is what the student's own classification loss is divided by in the same step:
-    Detectron2's running mean of positive anchors (each worker's own), so it is never 0.
+    positives: the number by which the student divides its own classification loss in the same step.
+    In Detectron2 it is the running mean of positive anchors of the process, so it is never 0.
+
+    Differences from CrossKD: this is its loss of classes only. Its loss of boxes is left out, and
+    so is its detour through the teacher's head, which needs heads of equal width. CrossKD leaves
+    out padding and the anchors that its assigner ignores; here they count.
     """
 
     needs_logits = True
@@ -28,10 +30,10 @@ class QFL(Method):
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
         *,
-        weight: float = 1.0,
+        weight: float,
     ):
         super().__init__()
-        self.accept(QFL, locals())
+        check_not_negative("QFL", weight=weight)
         self.weight = weight
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -40,4 +42,4 @@ class QFL(Method):
             logit, label = logit.float(), label.float().sigmoid()
             entropy = binary_cross_entropy_with_logits(logit, label, reduction="none")
             loss = loss + ((logit.sigmoid() - label).abs() * entropy).sum()
-        return {"loss_kd": self.weight * loss / batch.detectors[0].loss_normalizer}, {}
+        return {"loss_kd": self.weight * loss / batch.loss_normalizer}, {}

@@ -1,20 +1,18 @@
-"""The three operators of the method: split, cosine term, comparison of predictions."""
+"""The operators of the method. They take tensors and know no detector.
 
+Each file holds the definition in plain PyTorch; the fused kernel of ``x.py`` is ``x_triton.py``.
+"""
+
+from .common import BACKGROUND, PADDING
 from .cosine import cosine_loss, cosine_similarity
-from .predictions import (
-    Comparison,
-    DenseOutput,
-    compare_predictions,
-    kl_divergence,
-    prediction_quality,
-)
-from .split import BACKGROUND, PADDING, Split, pack, split
+from .gate import teacher_gate
+from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
+from .split import Split, pack, split
 
 __all__ = [
     "BACKGROUND",
     "PADDING",
     "Comparison",
-    "DenseOutput",
     "Split",
     "compare_predictions",
     "cosine_loss",
@@ -23,4 +21,5 @@ __all__ = [
     "pack",
     "prediction_quality",
     "split",
+    "teacher_gate",
 ]

@@ -1,14 +1,11 @@
-"""The foreground term: do student and teacher features point the same way?"""
+"""The foreground operator: do the features of student and teacher point the same way?"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .dispatch import accumulation_dtype, use_triton
-
-# A vector shorter than 1e-6 has no direction: no rounding of it is worth a gradient.
-MIN_SQUARE = 1e-12
+from .common import MIN_SQUARE, accumulation_dtype, use_triton
 
 
 def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -45,7 +42,7 @@ def cosine_loss(
     """
     weight = weight.detach()
     if use_triton(impl, student[0]):
-        from .cosine_triton import weighted_cosine  # compiled by whoever uses it, on first use
+        from .cosine_triton import weighted_cosine  # imported on first use: Triton is optional
 
         return weighted_cosine(list(student), list(teacher), weight)[0]
     cosine = torch.cat(

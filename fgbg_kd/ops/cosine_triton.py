@@ -12,8 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cosine import MIN_SQUARE
-from .dispatch import accumulation_dtype, empty_map_like, levels, on_device_of, triton_dtype
+from .common import (
+    MIN_SQUARE,
+    accumulation_dtype,
+    empty_map_like,
+    levels,
+    on_device_of,
+    triton_dtype,
+)
 
 # A tile. Cells are neighbours in memory in NCHW, channels in channels_last.
 CELLS, CHANNELS = 64, 16

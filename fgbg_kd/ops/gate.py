@@ -1,49 +1,46 @@
-"""The gate: the student learns only where the teacher's prediction is better, with a tolerance."""
+"""The gate: the student learns from a cell only where the teacher's prediction is better."""
 
 import torch
 from torch import Tensor
 
-from . import Split
+from .split import Split
+
+MODES = ("cell", "object", "image")
 
 
 @torch.no_grad()
 def teacher_gate(
-    student: Tensor,
-    teacher: Tensor,
-    split: Split,
-    *,
-    mode: str = "cell",
-    margin: float = 0.0,
-    softness: float = 0.0,
+    student: Tensor, teacher: Tensor, cells: Split, *, mode: str, margin: float
 ) -> Tensor:
-    """Where the teacher is better: 1 if quality of teacher > quality of student + margin, else 0.
+    """1 where quality of the teacher > quality of the student + margin, else 0.
 
     Args:
-        student, teacher: (N, R) qualities (:func:`fgbg_kd.ops.compare_predictions`).
-        mode: over what the advantage of the teacher is averaged first: "cell": nothing; "object":
-            all cells of a box (background cells stay on their own); "image": the foreground cells
-            of an image, and its background cells.
-        margin: how much better the teacher must be; negative: how much worse it may be.
-        softness: over 0, the gate is sigmoid((advantage - margin) / softness) instead.
+        student, teacher: (N, R) qualities (:func:`fgbg_kd.ops.prediction_quality`).
+        cells: the split of the same cells.
+        mode: what shares one decision. "cell": nothing. "object": all cells of a box, by their
+            mean advantage; each background cell decides alone. "image": all foreground cells of
+            an image, and all its background cells.
+        margin: how much better the teacher must be. A negative margin allows a worse teacher.
 
     Returns:
-        (N, R) float32 in [0, 1]; 0 on padding. Carries no gradient.
+        (N, R) float32. It is 0 on padding. It carries no gradient.
+
+    Raises:
+        ValueError: an unknown mode.
     """
-    real = (split.foreground | split.background).float()
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}: choose one of {MODES}.")
+    real = (cells.foreground | cells.background).float()
     advantage = teacher - student
     if mode == "object":
-        owner, boxes = split.box_index.clamp(min=0).long(), split.boxes.shape[1]
-        mean = _group_mean(advantage, owner, boxes, split.foreground)
-        advantage = torch.where(split.foreground, mean, advantage)
+        owner, num_boxes = cells.box_index.clamp(min=0).long(), cells.boxes.shape[1]
+        mean = _group_mean(advantage, owner, num_boxes, cells.foreground)
+        advantage = torch.where(cells.foreground, mean, advantage)
     elif mode == "image":
-        everything = torch.zeros_like(split.box_index, dtype=torch.long)
-        fg = _group_mean(advantage, everything, 1, split.foreground)
-        bg = _group_mean(advantage, everything, 1, split.background)
-        advantage = torch.where(split.foreground, fg, bg)
-    elif mode != "cell":
-        raise ValueError(f"mode is {mode!r}: it can be 'cell', 'object' or 'image'.")
-    if softness > 0:
-        return real * ((advantage - margin) / softness).sigmoid()
+        whole = torch.zeros_like(cells.box_index, dtype=torch.long)
+        fg = _group_mean(advantage, whole, 1, cells.foreground)
+        bg = _group_mean(advantage, whole, 1, cells.background)
+        advantage = torch.where(cells.foreground, fg, bg)
     return real * (advantage > margin)
 
 

@@ -1,9 +1,9 @@
-"""Comparing predictions in two kernels: the logits of both are read once forward, once back.
+"""The comparison of predictions in two kernels. Each reads the logits of both detectors once.
 
-Forward takes KL and both qualities from one pass and keeps three numbers a cell; padding is not
-read, and of a foreground cell only the logits of its own class. The gradient of the KL is known in
-closed form: backward reads the background cells whose upstream gradient is not 0 and writes once.
-Computed in fp32 (fp64 if given).
+Forward takes the KL and both qualities from one pass and keeps three numbers a cell. It does not
+read padding. On a foreground cell it reads only the logits of the owner's class. The gradient of
+the KL is known in closed form: backward reads the background cells whose upstream gradient is not 0
+and writes the gradient once. Everything is computed in fp32 (fp64 if given).
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,24 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
-from torch import Tensor, nn
+from torch import Tensor
 
-from .dispatch import accumulation_dtype, empty_map_like, levels, on_device_of, triton_dtype
-from .predictions import Comparison, DenseOutput
-from .split import BACKGROUND, Split
+from .common import (
+    BACKGROUND,
+    accumulation_dtype,
+    empty_map_like,
+    levels,
+    on_device_of,
+    triton_dtype,
+)
+from .split import Split
 
-# The Bernoulli KL is a sum over all channels: it goes through them by so many, whatever the anchor,
-# and only after the last tile do threads wait for another. A softmax needs its anchor whole. With
-# wider tiles small maps take long: they have few programs, each of which goes through all channels.
+# The Bernoulli KL is a sum over all channels. The kernel reads GROUP channels at a time, across
+# anchors, and threads wait for each other only after the last tile. A softmax needs all classes of
+# an anchor at once. Wider tiles are slow on small maps: these have few programs, and each of them
+# goes through all channels.
 GROUP, CELLS = 16, 32
-TILE = 1024  # values of a tile at most; more spill registers on sm_80
+TILE = 1024  # largest number of values in a tile; more spill registers on sm_80
 
 
 @triton.jit
@@ -81,37 +87,12 @@ def _highest(logits_at, z_c, channels, mask, ACC: tl.constexpr, CLASSES: tl.cons
 
 
 @triton.jit
-def _overlap(
-    deltas_at, d_c,  # of an anchor at each cell
-    anchor,  # (4,) XYXY around the cell's corner
-    corner_x, corner_y,  # pixels, without the offset
-    stride,
-    x0, y0, x1, y1,  # the owner
-    mask,
-    CODING: tl.constexpr,  # of box_coding
-):  # fmt: skip
-    """IoU of the decoded box with the owner."""
-    LINEAR: tl.constexpr = len(CODING) == 2
-    offset = CODING[0] * stride
-    d0 = tl.load(deltas_at, mask=mask, other=0.0).to(tl.float32)
-    d1 = tl.load(deltas_at + d_c, mask=mask, other=0.0).to(tl.float32)
-    d2 = tl.load(deltas_at + 2 * d_c, mask=mask, other=0.0).to(tl.float32)
-    d3 = tl.load(deltas_at + 3 * d_c, mask=mask, other=0.0).to(tl.float32)
-    a0, a1, a2, a3 = tl.load(anchor), tl.load(anchor + 1), tl.load(anchor + 2), tl.load(anchor + 3)
-    width, height = a2 - a0, a3 - a1
-    centre_x = corner_x + offset + 0.5 * (a0 + a2)
-    centre_y = corner_y + offset + 0.5 * (a1 + a3)
-    if LINEAR:  # Box2BoxTransformLinear: distances to the four sides
-        unit = width * CODING[1] + (1 - CODING[1])  # the anchor's size or a pixel
-        p0, p1 = centre_x - tl.maximum(d0, 0.0) * unit, centre_y - tl.maximum(d1, 0.0) * unit
-        p2, p3 = centre_x + tl.maximum(d2, 0.0) * unit, centre_y + tl.maximum(d3, 0.0) * unit
-    else:  # Box2BoxTransform: shift and log scale of the anchor
-        centre_x += d0 / CODING[1] * width
-        centre_y += d1 / CODING[2] * height
-        half_w = 0.5 * tl.exp(tl.minimum(d2 / CODING[3], CODING[5])) * width
-        half_h = 0.5 * tl.exp(tl.minimum(d3 / CODING[4], CODING[5])) * height
-        p0, p1 = centre_x - half_w, centre_y - half_h
-        p2, p3 = centre_x + half_w, centre_y + half_h
+def _overlap(boxes_at, b_c, x0, y0, x1, y1, mask):
+    """IoU of one anchor's decoded box at each cell with the owner of the cell."""
+    p0 = tl.load(boxes_at, mask=mask, other=0.0).to(tl.float32)
+    p1 = tl.load(boxes_at + b_c, mask=mask, other=0.0).to(tl.float32)
+    p2 = tl.load(boxes_at + 2 * b_c, mask=mask, other=0.0).to(tl.float32)
+    p3 = tl.load(boxes_at + 3 * b_c, mask=mask, other=0.0).to(tl.float32)
     inter_w = tl.maximum(tl.minimum(p2, x1) - tl.maximum(p0, x0), 0.0)
     inter = inter_w * tl.maximum(tl.minimum(p3, y1) - tl.maximum(p1, y0), 0.0)
     own_area = tl.maximum(x1 - x0, 0.0) * tl.maximum(y1 - y0, 0.0)
@@ -122,14 +103,11 @@ def _overlap(
 @triton.jit
 def _own_quality(
     logits_at, z_c,  # of class 0 of anchor 0 of each cell
-    deltas_at, d_c,
-    anchors,  # (A, 4)
+    boxes_at, b_c,  # of anchor 0 of each cell
     num_anchors, classes, own_class,
-    corner_x, corner_y, stride,
-    x0, y0, x1, y1,
+    x0, y0, x1, y1,  # the owner
     mask,
     BOXES: tl.constexpr,
-    CODING: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The largest, over anchors, of sigmoid(logit of own_class), with BOXES times the IoU."""
@@ -137,11 +115,7 @@ def _own_quality(
     for a in range(num_anchors):
         z = tl.load(logits_at + (a * classes + own_class) * z_c, mask=mask, other=0.0).to(ACC)
         if BOXES:
-            iou = _overlap(
-                deltas_at + a * 4 * d_c, d_c, anchors + a * 4, corner_x, corner_y, stride,
-                x0, y0, x1, y1, mask, CODING,
-            )  # fmt: skip
-            z = _sigmoid(z) * iou
+            z = _sigmoid(z) * _overlap(boxes_at + a * 4 * b_c, b_c, x0, y0, x1, y1, mask)
         best = tl.maximum(best, z)
     return best if BOXES else _sigmoid(best)
 
@@ -150,10 +124,8 @@ def _own_quality(
 def compare_kernel(
     student,  # logits (N, A*K, HW), any strides
     teacher,  # likewise; without KL the anchors may differ
-    s_deltas,  # (N, A*4, HW), any strides
-    t_deltas,
-    s_anchors,  # (A, 4)
-    t_anchors,
+    s_boxes,  # (N, A*4, HW) decoded, any strides
+    t_boxes,
     box_index,  # (N, R) contiguous
     boxes,  # (N, B, 4) contiguous
     box_classes,  # (N, B) contiguous
@@ -162,23 +134,19 @@ def compare_kernel(
     t_channels,
     classes,  # K
     group,  # channels of a tile: K of a softmax, else GROUP
-    width,
     num_cells,  # HW of this level
     first,  # cell of this level in R
     all_cells,  # R
     num_boxes,  # B
-    stride,  # pixels
     s_n, s_c, s_p,
     t_n, t_c, t_p,
-    sd_n, sd_c, sd_p,
-    td_n, td_c, td_p,
+    sb_n, sb_c, sb_p,
+    tb_n, tb_c, tb_p,
     INVERSE_T: tl.constexpr,  # a constant, since an argument would be rounded to fp32
     KL: tl.constexpr,
     SOFTMAX: tl.constexpr,
     QUALITY: tl.constexpr,
     BOXES: tl.constexpr,
-    S_CODING: tl.constexpr,
-    T_CODING: tl.constexpr,
     ACC: tl.constexpr,
     CLASSES: tl.constexpr,
     CELLS: tl.constexpr,
@@ -199,16 +167,13 @@ def compare_kernel(
         y0 = tl.load(boxes + box * 4 + 1, mask=foreground, other=0.0)
         x1 = tl.load(boxes + box * 4 + 2, mask=foreground, other=0.0)
         y1 = tl.load(boxes + box * 4 + 3, mask=foreground, other=0.0)
-        x, y = cell % width * stride, cell // width * stride
         s_good = _own_quality(
-            s_at, s_c, s_deltas + n * sd_n + cell * sd_p, sd_c, s_anchors,
-            s_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
-            BOXES, S_CODING, ACC,
+            s_at, s_c, s_boxes + n * sb_n + cell * sb_p, sb_c, s_channels // classes, classes,
+            own_class, x0, y0, x1, y1, foreground, BOXES, ACC,
         )  # fmt: skip
         t_good = _own_quality(
-            t_at, t_c, t_deltas + n * td_n + cell * td_p, td_c, t_anchors,
-            t_channels // classes, classes, own_class, x, y, stride, x0, y0, x1, y1, foreground,
-            BOXES, T_CODING, ACC,
+            t_at, t_c, t_boxes + n * tb_n + cell * tb_p, tb_c, t_channels // classes, classes,
+            own_class, x0, y0, x1, y1, foreground, BOXES, ACC,
         )  # fmt: skip
         other = exists & ~background  # and padding, of quality 0
         tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=other)
@@ -307,11 +272,7 @@ def _tile(classes: int, softmax: bool) -> tuple[int, int, int]:
 def _compare(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    s_coding: Sequence[float],
-    t_coding: Sequence[float],
-    strides: Sequence[int],
+    decoded: Sequence[Tensor],
     box_index: Tensor,
     boxes: Tensor,
     box_classes: Tensor,
@@ -321,12 +282,12 @@ def _compare(
     quality: bool,
     temperature: float,
 ) -> Tensor:
-    """(3, N, R): KL, quality of the student, of the teacher; what is not asked for is not written.
+    """(3, N, R): KL, quality of the student, of the teacher. A part not asked for is not written.
 
-    deltas and anchors: of all levels of the student, then of the teacher; empty: qualities by
-    class scores alone.
+    decoded: boxes on all levels of the student, then of the teacher; empty: qualities by class
+    scores alone.
     """
-    with_boxes, num_levels = len(deltas) > 0, len(student)
+    with_boxes, num_levels = len(decoded) > 0, len(student)
     acc = accumulation_dtype(student[0], teacher[0])
     out = box_index.new_empty(3, *box_index.shape, dtype=acc)
     group, block, cells = _tile(num_classes, softmax)
@@ -334,24 +295,20 @@ def _compare(
     with on_device_of(out):
         for i, (first, n, channels, h, w) in enumerate(levels(student)):
             s, t = student[i].flatten(2), teacher[i].flatten(2)
-            ds, dt = (deltas[j].flatten(2) if with_boxes else s for j in (i, num_levels + i))
+            bs, bt = (decoded[j].flatten(2) if with_boxes else s for j in (i, num_levels + i))
             compare_kernel[(triton.cdiv(h * w, cells), n)](
-                s, t, ds, dt,
-                *((anchors[i], anchors[num_levels + i]) if with_boxes else (boxes, boxes)),
-                box_index, boxes, box_classes, out,
-                channels, t.shape[1], num_classes, group, w, h * w, first, out.shape[2],
-                boxes.shape[1], float(strides[i]),
-                *s.stride(), *t.stride(), *ds.stride(), *dt.stride(),
-                INVERSE_T=1 / temperature, KL=kl, SOFTMAX=softmax,
-                QUALITY=quality, BOXES=with_boxes,
-                S_CODING=tuple(s_coding), T_CODING=tuple(t_coding),
-                ACC=triton_dtype(acc), CLASSES=block, CELLS=cells,
+                s, t, bs, bt, box_index, boxes, box_classes, out,
+                channels, t.shape[1], num_classes, group, h * w, first, out.shape[2],
+                boxes.shape[1],
+                *s.stride(), *t.stride(), *bs.stride(), *bt.stride(),
+                INVERSE_T=1 / temperature, KL=kl, SOFTMAX=softmax, QUALITY=quality,
+                BOXES=with_boxes, ACC=triton_dtype(acc), CLASSES=block, CELLS=cells,
             )  # fmt: skip
     return out
 
 
 @_compare.register_fake
-def _(student, teacher, deltas, anchors, s_coding, t_coding, strides, box_index, *options):
+def _(student, teacher, decoded, box_index, *options):
     dtype = accumulation_dtype(student[0], teacher[0])
     return box_index.new_empty(3, *box_index.shape, dtype=dtype)
 
@@ -386,9 +343,9 @@ def _(student, teacher, weight, num_classes, softmax, temperature):
 
 
 def _setup(ctx, inputs, output):
-    student, teacher, deltas, anchors, *_, box_index, _, _, num_classes, kl, softmax, _, t = inputs
-    ctx.options = (num_classes, softmax, t)
-    ctx.kl, ctx.num_deltas, ctx.num_anchors = kl, len(deltas), len(anchors)
+    student, teacher, decoded, box_index, _, _, num_classes, kl, softmax, _, temperature = inputs
+    ctx.options = (num_classes, softmax, temperature)
+    ctx.kl, ctx.num_decoded = kl, len(decoded)
     ctx.save_for_backward(*student, *teacher, box_index)
 
 
@@ -399,60 +356,36 @@ def _backward(ctx, grad):
     if ctx.kl:
         weight = torch.where(box_index == BACKGROUND, grad[0], 0)
         grads = kl_grad(student, teacher, weight, *ctx.options)
-    lists = ([None] * size for size in (len(teacher), ctx.num_deltas, ctx.num_anchors))
-    return grads, *lists, *[None] * 11
+    return grads, [None] * len(teacher), [None] * ctx.num_decoded, *[None] * 8
 
 
 _compare.register_autograd(_backward, setup_context=_setup)
 
 
 def compare(
-    student: DenseOutput,
-    teacher: DenseOutput,
-    detectors: tuple[nn.Module, nn.Module],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    boxes: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     cells: Split,
     gt_classes: Tensor,
-    strides: Sequence[int],
+    num_classes: int,
     kl: str | None,
     temperature: float,
     quality: bool,
-    boxes: bool,
-) -> Comparison:
-    """:func:`fgbg_kd.ops.compare_predictions`, for codings that :func:`box_coding` knows."""
-    anchors, boxes = [], quality and boxes
-    for generator in [d.anchor_generator for d in detectors] if boxes else []:
-        at = dict(zip(generator.strides, generator.cell_anchors))
-        anchors += [at[s] for s in strides]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """KL and both qualities, as :func:`fgbg_kd.ops.compare_predictions` defines them."""
     out = _compare(
-        list(student.logits),
-        list(teacher.logits),
-        [*student.deltas, *teacher.deltas] if boxes else [],
-        anchors,
-        *(box_coding(d) if boxes else (0.0,) for d in detectors),
-        [int(s) for s in strides],
+        list(student),
+        list(teacher),
+        [*boxes[0], *boxes[1]] if boxes and quality else [],
         cells.box_index,
         cells.boxes,
         gt_classes,
-        detectors[0].num_classes,
+        num_classes,
         kl is not None,
         kl == "softmax",
         quality,
         float(temperature),
     )
-    return Comparison(out[0] if kl else None, *(out[1:].detach() if quality else ()))
-
-
-def box_coding(detector: nn.Module) -> tuple[float, ...] | None:
-    """How a DenseDetector places and codes its boxes.
-
-    Returns:
-        (offset of the anchors in strides, whether in units of the anchor) for distances to the
-        four sides; (offset, four weights, clamp) for shift and log scale; None for what is neither
-        of Detectron2's two.
-    """
-    transform, offset = detector.box2box_transform, detector.anchor_generator.offset
-    if isinstance(transform, Box2BoxTransformLinear):
-        return float(offset), float(transform.normalize_by_size)
-    if isinstance(transform, Box2BoxTransform):
-        return tuple(float(v) for v in (offset, *transform.weights, transform.scale_clamp))
-    return None
+    good = out[1:].detach() if quality else (None, None)
+    return (out[0] if kl else None), *good

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import upload, use_triton
-
-BACKGROUND, PADDING = -1, -2
+from .common import BACKGROUND, PADDING, upload, use_triton
 
 # Boxes compared with all cells of a level at a time: bounds the memory to _CHUNK ints a cell,
 # whatever the number of boxes.
@@ -25,7 +23,8 @@ class Split(NamedTuple):
     Attributes:
         box_index: (N, R) int32, index of the owning box in its image's list; -1 background,
             -2 padding.
-        weight: (N, R) float32, weight of a foreground cell; 0 elsewhere.
+        weight: (N, R) float32, 1 / (cells of the box on that level) for a foreground cell; 0
+            elsewhere.
         boxes: (N, max(B, 1), 4) float32, the boxes as XYXY pixels, padded with zeros.
         level_shapes: (H_l, W_l) per level.
     """
@@ -62,47 +61,44 @@ def split(
     level_shapes: Sequence[tuple[int, int]],
     strides: Sequence[int],
     *,
-    assign: str = "all",
-    normalize: str = "object",
+    assign: str,
     impl: str = "auto",
 ) -> Split:
     """Splits the cells of all levels and images into foreground, background and padding.
 
     A cell p = (y, x) of a level of stride s stands for the image point ((x+.5)s, (y+.5)s), its
-    centre. Boxes are clipped to their image; what is then empty, or not a number, owns nothing.
+    centre. Boxes are clipped to their image. A box that is empty then, or not a number, owns nothing.
 
-    - A cell belongs to a box if its centre lies in [x0, x1) x [y0, y1); of several boxes the
-      smallest owns it, of equal ones the first.
-    - A box that covers no cell centre of a level takes part with the one cell that holds its own
-      centre (or, where that cell is padding, the nearest that is not), so that no object vanishes
-      on a coarse level.
-    - A cell whose centre lies outside its own image is padding, on every level.
+    - A cell belongs to a box if its centre lies in [x0, x1) x [y0, y1). If several boxes hold the
+      centre, the smallest owns the cell. Of boxes of equal area the first in the list owns it.
+    - A box may hold no cell centre of a level. It then owns the cell that holds its own centre.
+      If that cell is padding, it owns the nearest cell that is not. So no object vanishes on a
+      coarse level.
+    - A cell whose centre lies outside its image is padding.
 
     Args:
         gt_boxes: N tensors (B_i, 4), XYXY in pixels of the (unpadded) image; B_i may be 0.
         image_sizes: N pairs (height, width) in pixels, before padding.
         level_shapes: L pairs (H_l, W_l) of the padded batch's feature maps.
         strides: L strides in pixels.
-        assign: "all": every box on every level (FGD); "scale": each box on the one level that
-            fits its size, the first whose stride is over sqrt(area) / 14 (DeFeat): of stride 8
-            for all boxes under 112 pixels.
-        normalize: "object": each cell of a box weighs 1 / (cells of the box on that level), so
-            that a large object does not outweigh ten small ones; "cell": each cell weighs 1.
+        assign: "all": every box takes part on every level (FGD). "scale": each box takes part on
+            the first level whose stride is over sqrt(area) / 14 (DeFeat); a box of up to 112
+            pixels is on stride 8.
         impl: "torch": plain PyTorch, the definition; "triton": one kernel; "auto": Triton on CUDA.
 
     Raises:
         ValueError: the arguments do not fit together.
     """
-    _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize)
+    _check(gt_boxes, image_sizes, level_shapes, strides, assign)
     boxes = pack([b.float() for b in gt_boxes])  # (N, B, 4)
     sizes = upload(image_sizes, boxes, boxes.dtype)  # (N, 2)
     if use_triton(impl, boxes):
-        from .split_triton import box_index  # compiled by whoever uses it, on first use
+        from .split_triton import box_index  # imported on first use: Triton is optional
 
         index = box_index(boxes, sizes, level_shapes, strides, assign)
     else:
         index = _box_index(boxes, sizes, level_shapes, strides, assign)
-    weight = _cell_weights(index, level_shapes, boxes.shape[1], normalize)
+    weight = _cell_weights(index, level_shapes, boxes.shape[1])
     return Split(index, weight, boxes, tuple((int(h), int(w)) for h, w in level_shapes))
 
 
@@ -190,10 +186,12 @@ def _level_of_size(area: Tensor, strides: Sequence[int]) -> Tensor:
     return (area.sqrt()[..., None] >= bounds).sum(-1)
 
 
-def _cell_weights(index: Tensor, level_shapes, num_boxes: int, normalize: str) -> Tensor:
+def _cell_weights(index: Tensor, level_shapes, num_boxes: int) -> Tensor:
+    """(N, R) float32: 1 / (cells of the box on that level), 0 where no box owns the cell.
+
+    So a large object does not outweigh ten small ones.
+    """
     foreground = index >= 0
-    if normalize == "cell":
-        return foreground.float()
     level = torch.repeat_interleave(
         torch.arange(len(level_shapes), device=index.device),
         upload([h * w for h, w in level_shapes], index, torch.long),
@@ -205,7 +203,7 @@ def _cell_weights(index: Tensor, level_shapes, num_boxes: int, normalize: str) -
     return foreground / count.gather(1, key).clamp(min=1)
 
 
-def _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize) -> None:
+def _check(gt_boxes, image_sizes, level_shapes, strides, assign) -> None:
     if len(gt_boxes) == 0 or len(gt_boxes) != len(image_sizes):
         raise ValueError(
             f"{len(gt_boxes)} box lists for {len(image_sizes)} images: give one list an image "
@@ -214,9 +212,7 @@ def _check(gt_boxes, image_sizes, level_shapes, strides, assign, normalize) -> N
     if len(level_shapes) == 0 or len(level_shapes) != len(strides):
         raise ValueError(f"{len(level_shapes)} feature levels but {len(strides)} strides.")
     if assign not in ("all", "scale"):
-        raise ValueError(f"assign is {assign!r}: it can be 'all' or 'scale'.")
-    if normalize not in ("object", "cell"):
-        raise ValueError(f"normalize is {normalize!r}: it can be 'object' or 'cell'.")
+        raise ValueError(f"assign is {assign!r}: choose 'all' or 'scale'.")
     for boxes in gt_boxes:
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"boxes have shape {tuple(boxes.shape)}: expected (B, 4) XYXY.")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device_of, upload
+from .common import on_device_of, upload
 
 BLOCK = 256
 

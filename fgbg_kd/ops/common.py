@@ -1,4 +1,4 @@
-"""What the operators share: which implementation runs, in which precision, on which device."""
+"""What the operators share: cell marks, the choice of implementation, precision, device."""
 
 import contextlib
 import functools
@@ -8,30 +8,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Marks of cells that no box owns, beside the index of the owning box.
+BACKGROUND, PADDING = -1, -2
+# A vector shorter than 1e-6 has no direction: its rounding error is not worth a gradient.
+MIN_SQUARE = 1e-12
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(impl: str, tensor: Tensor) -> bool:
-    """Whether the fused kernels are to run.
+    """Whether the fused kernels run.
 
     Args:
-        impl: "auto": on CUDA tensors where Triton is installed; "torch": never; "triton": always
-            (on the CPU this needs Triton's interpreter: TRITON_INTERPRET=1 before the import).
+        impl: "auto": on CUDA tensors where Triton is installed. "torch": never. "triton": always.
+            On the CPU the last needs Triton's interpreter: set TRITON_INTERPRET=1 before the
+            import.
     """
     if impl == "auto":
         return tensor.is_cuda and _HAS_TRITON
     if impl not in ("torch", "triton"):
-        raise ValueError(f"impl is {impl!r}: it can be 'auto', 'torch' or 'triton'.")
+        raise ValueError(f"impl is {impl!r}: choose 'auto', 'torch' or 'triton'.")
     return impl == "triton"
 
 
 def on_device_of(tensor: Tensor):
-    """Triton launches on the current GPU, which need not be the tensor's."""
+    """Context in which Triton launches on the tensor's GPU, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp32, or fp64 if any is given so: sums over a map leave the range of fp16."""
+    """fp32, or fp64 if any tensor is fp64. Sums over a map overflow fp16."""
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
@@ -44,10 +50,16 @@ def levels(maps: Sequence[Tensor]) -> list[tuple[int, int, int, int, int]]:
     return rows
 
 
-def empty_map_like(x: Tensor) -> Tensor:
-    """Room for a map (N, C, H, W), laid out like another, whose ``flatten(2)`` is a view.
+def per_level(values: Tensor, level_shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(N, R, M) values of cells -> (N, M, H_l, W_l) per level."""
+    parts = values.split([h * w for h, w in level_shapes], dim=1)
+    return [x.transpose(1, 2).unflatten(2, shape) for x, shape in zip(parts, level_shapes)]
 
-    Kernels take maps flattened: only so Triton sees that neighbouring cells are neighbours in
+
+def empty_map_like(x: Tensor) -> Tensor:
+    """An empty map (N, C, H, W) with the memory layout of ``x``, whose ``flatten(2)`` is a view.
+
+    Kernels take flattened maps: only then Triton sees that neighbouring cells are neighbours in
     memory. Flattening copies a map only if it is a cut-out of a wider one.
     """
     return torch.empty_like(x.flatten(2)).unflatten(2, x.shape[2:])
@@ -61,9 +73,9 @@ def triton_dtype(dtype: torch.dtype):
 
 
 def upload(values, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of the host on the device of a tensor, without waiting for that device.
+    """Copies numbers of the host to the device of a tensor without waiting for that device.
 
-    A copy from ordinary memory would: PyTorch then synchronises the stream.
+    A copy from ordinary memory would wait: PyTorch then synchronises the stream.
     """
     host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
     return host.to(like.device, non_blocking=True)

@@ -1,0 +1,343 @@
+"""What distillation asks of a detector. The only file that knows RetinaNet and FCOS by name.
+
+The rest of the package asks a :class:`DetectorView` and never looks into a detector. A new
+one-stage detector needs one subclass of :class:`DenseView` (docs/extending.md).
+
+Shapes: N images, level l with (H_l, W_l) cells, C channels, K classes, A_l anchors a cell.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.modeling import RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from ..utils.errors import DetectorError
+
+Maps = Sequence[Tensor]  # one per level
+
+
+class FeatureLevel(NamedTuple):
+    """A feature map of a detector: its name, its stride in pixels, its number of channels."""
+
+    name: str
+    stride: int
+    channels: int
+
+
+class DenseOutput(NamedTuple):
+    """What a detector computes for a batch, per level.
+
+    Attributes:
+        features: (N, C_l, H_l, W_l).
+        logits: (N, A_l*K, H_l, W_l); sigmoid(logits) is the class score. None: not computed.
+        boxes: (N, A_l*4, H_l, W_l) XYXY in pixels; None: not decoded.
+        raw: the head's own output, which only its :class:`DenseView` reads; None: not kept.
+    """
+
+    features: Maps
+    logits: Maps | None = None
+    boxes: Maps | None = None
+    raw: Any = None
+
+
+class DetectorView:
+    """A detector of which only the features are used, such as Faster R-CNN."""
+
+    dense = False
+    # Value of padding after normalisation.
+    pad_value = 0.0
+    # (height, width) if the detector takes images of one size only.
+    input_size: tuple[int, int] | None = None
+
+    def __init__(self, detector: nn.Module):
+        self.detector = detector
+
+    @property
+    def name(self) -> str:
+        return type(self.detector).__name__
+
+    @property
+    def levels(self) -> list[FeatureLevel]:
+        """Its feature maps, finest first."""
+        shapes = self.detector.backbone.output_shape()
+        names = sorted(shapes, key=lambda name: shapes[name].stride)
+        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
+
+    @property
+    def channel_order(self) -> str:
+        """ "RGB" or "BGR"."""
+        return channel_order(self.detector)
+
+    @property
+    def normalization(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixels in 0..255, each (3, 1, 1)."""
+        return self.detector.pixel_mean, self.detector.pixel_std
+
+    @property
+    def size_divisibility(self) -> int:
+        """Height and width of a padded batch are multiples of it."""
+        backbone = self.detector.backbone
+        constraints = getattr(backbone, "padding_constraints", {})  # v0.6 has none
+        return max(constraints.get("size_divisibility", backbone.size_divisibility), 1)
+
+    @property
+    def square_size(self) -> int:
+        """Side of the square to which batches are padded (ViTDet); 0: none."""
+        return getattr(self.detector.backbone, "padding_constraints", {}).get("square_size", 0)
+
+    @property
+    def loss_normalizer(self) -> float | None:
+        """Number by which the detector divides its own losses; None: it keeps none."""
+        return getattr(self.detector, "loss_normalizer", None)
+
+    @loss_normalizer.setter
+    def loss_normalizer(self, value: float) -> None:
+        self.detector.loss_normalizer = value
+
+    def features(self, images: Tensor) -> Maps:
+        """(N, 3, H, W), normalised and padded -> the maps of :attr:`levels`."""
+        maps = self.detector.backbone(images)
+        return [maps[level.name] for level in self.levels]
+
+    def run(self, images: Tensor, *, logits: bool = True, boxes: bool = False) -> DenseOutput:
+        """One pass of the network.
+
+        Args:
+            images: (N, 3, H, W), normalised and padded.
+            logits: whether the class logits are needed. A detector that is not dense has none.
+            boxes: whether decoded boxes are needed, likewise.
+        """
+        return DenseOutput(self.features(images))
+
+    def network(self, images: Tensor) -> Any:
+        """The part that costs the same for every image; its operations are counted."""
+        maps, rpn = self.detector.backbone(images), self.detector.proposal_generator
+        return rpn.rpn_head([maps[name] for name in rpn.in_features])
+
+
+class DenseView(DetectorView):
+    """A one-stage detector: it predicts classes and boxes in every cell.
+
+    A subclass for a new detector defines :meth:`levels`, :attr:`cell_anchors`, :meth:`head`,
+    :meth:`logits`, :meth:`decode`, :meth:`losses`, :attr:`suppression` and, if they differ from
+    Detectron2's habits, the attributes of :class:`DetectorView`.
+    """
+
+    dense = True
+
+    @property
+    def num_classes(self) -> int:
+        return self.detector.num_classes
+
+    @property
+    def cell_anchors(self) -> list[Tensor]:
+        """Per level (A_l, 4), XYXY around the cell. Equal anchors mean comparable logits."""
+        raise NotImplementedError
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Detectron2's inputs -> a normalised and padded batch on the detector's device."""
+        return self.detector.preprocess_image(batched_inputs)
+
+    def head(self, features: Maps) -> Any:
+        """The head's own output; :attr:`DenseOutput.raw`."""
+        raise NotImplementedError
+
+    def class_logits(self, features: Maps) -> Maps:
+        """The logits alone, for a teacher whose boxes are not needed."""
+        return self.logits(self.head(features))
+
+    def logits(self, raw: Any) -> Maps:
+        """Per level (N, A_l*K, H_l, W_l), classes fastest; sigmoid(logits) is the class score.
+
+        A head of another form (objectness, softmax) returns the logits of its final score.
+        """
+        raise NotImplementedError
+
+    def decode(self, features: Maps, raw: Any) -> Maps:
+        """Per level (N, A_l*4, H_l, W_l), XYXY in pixels of the padded batch."""
+        raise NotImplementedError
+
+    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
+        """The detector's own training losses."""
+        raise NotImplementedError
+
+    def scores(self, raw: Any) -> Maps:
+        """Per level (N, A_l*K, H_l, W_l), the scores by which detections are ranked."""
+        return [x.sigmoid() for x in self.logits(raw)]
+
+    @property
+    def suppression(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`fgbg_kd.deploy.suppress`: "score", "iou", "limit"."""
+        raise NotImplementedError
+
+    @property
+    def candidates_per_level(self) -> int:
+        """Number of best-scored predictions of a level that go into suppression."""
+        return self.detector.test_topk_candidates
+
+    def keep_classes(self, keep: list[int]) -> None:
+        """Removes the other classes from the head, so that they cost nothing.
+
+        Raises:
+            DetectorError: the head cannot be reduced.
+        """
+        raise DetectorError(
+            f"Classes cannot be taken out of a {self.name}: train it on the student's classes."
+        )
+
+    def run(self, images: Tensor, *, logits: bool = True, boxes: bool = True) -> DenseOutput:
+        features = self.features(images)
+        if not logits:
+            return DenseOutput(features)
+        if not boxes:  # half of the head is enough
+            return DenseOutput(features, self.class_logits(features))
+        raw = self.head(features)
+        return DenseOutput(features, self.logits(raw), raw=raw)
+
+    def with_boxes(self, output: DenseOutput) -> DenseOutput:
+        """The output with its boxes decoded."""
+        return output._replace(boxes=self.decode(output.features, output.raw))
+
+    def network(self, images: Tensor) -> Any:
+        return self.head(self.features(images))
+
+
+def channel_order(model: Any) -> str:
+    """ "RGB" or "BGR" of a Detectron2 model, which takes BGR unless its ``input_format`` says so."""
+    return getattr(model, "input_format", None) or "BGR"
+
+
+_views: dict[type, type[DenseView]] = {}
+
+
+def register_view(detector: type) -> Callable[[type[DenseView]], type[DenseView]]:
+    """Class decorator: the :class:`DenseView` of a detector's class and of its subclasses."""
+
+    def register(cls: type[DenseView]) -> type[DenseView]:
+        _views[detector] = cls
+        return cls
+
+    return register
+
+
+def view(detector: nn.Module) -> DetectorView:
+    """The view of a detector, by its class.
+
+    Raises:
+        DetectorError: a dense detector without a registered view, or a model without a backbone.
+    """
+    found = lenient_view(detector)
+    if found is None:
+        raise DetectorError(f"A {type(detector).__name__} has no backbone: it is no detector.")
+    if not found.dense and isinstance(detector, DenseDetector):
+        known = ", ".join(cls.__name__ for cls in _views)
+        raise DetectorError(
+            f"A {type(detector).__name__} is a dense detector that fgbg_kd does not know (it knows "
+            f"{known}). Write a DenseView of it and register it with "
+            f"@register_view({type(detector).__name__}): docs/extending.md shows one."
+        )
+    return found
+
+
+def lenient_view(detector: nn.Module) -> DetectorView | None:
+    """:func:`view` for a model that is trained without distillation: any model will do."""
+    for cls in type(detector).__mro__:
+        if cls in _views:
+            return _views[cls](detector)
+    return DetectorView(detector) if hasattr(detector, "backbone") else None
+
+
+def num_classes_of(detector: nn.Module) -> int | None:
+    """Number of classes of a dense detector; None for any other model."""
+    found = lenient_view(detector)
+    return found.num_classes if isinstance(found, DenseView) else None
+
+
+class _Detectron2View(DenseView):
+    """Detectron2's DenseDetector: its first two predictions are class logits and box deltas."""
+
+    @property
+    def levels(self) -> list[FeatureLevel]:
+        shapes = self.detector.backbone.output_shape()
+        names = self.detector.head_in_features
+        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
+
+    @property
+    def cell_anchors(self) -> list[Tensor]:
+        return list(self.detector.anchor_generator.cell_anchors)
+
+    def head(self, features: Maps) -> Any:
+        return self.detector.head(features)
+
+    def class_logits(self, features: Maps) -> Maps:
+        head = self.detector.head
+        if type(head) not in (RetinaNetHead, FCOSHead):  # a user's head may work differently
+            return super().class_logits(features)
+        return [head.cls_score(head.cls_subnet(x)) for x in features]
+
+    def logits(self, raw: Any) -> Maps:
+        return raw[0]
+
+    def decode(self, features: Maps, raw: Any) -> Maps:
+        anchors = self.detector.anchor_generator(features)
+        return [self._decode(a.tensor, d) for a, d in zip(anchors, raw[1])]
+
+    def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """(H*W*A, 4), (N, A*4, H, W) -> (N, A*4, H, W)."""
+        n, channels, h, w = deltas.shape
+        flat = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+        flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
+        boxes = self.detector.box2box_transform.apply_deltas(
+            flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1)
+        )
+        return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
+
+    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
+        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
+
+    @property
+    def suppression(self) -> dict[str, Any]:
+        return {
+            "score": self.detector.test_score_thresh,
+            "iou": self.detector.test_nms_thresh,
+            "limit": self.detector.max_detections_per_image,
+        }
+
+    def keep_classes(self, keep: list[int]) -> None:
+        conv = getattr(self.detector.head, "cls_score", None)
+        if not isinstance(conv, nn.Conv2d):
+            raise DetectorError(
+                f"The {type(self.detector.head).__name__} of the teacher has no convolution "
+                "cls_score from which classes can be taken: train it on the student's classes."
+            )
+        for name, _ in list(conv.named_parameters()):  # the weight, and the bias if there is one
+            per_class = getattr(conv, name).detach().unflatten(0, (-1, self.num_classes))
+            kept = per_class[:, keep].flatten(0, 1)  # (A*K, ...)
+            setattr(conv, name, nn.Parameter(kept, requires_grad=False))
+        conv.out_channels = len(conv.weight)
+        self.detector.num_classes = len(keep)
+
+
+@register_view(RetinaNet)
+class RetinaNetView(_Detectron2View):
+    """Detectron2's RetinaNet."""
+
+
+@register_view(FCOS)
+class FCOSView(_Detectron2View):
+    """Detectron2's FCOS. Distillation compares its class logits; centerness ranks detections."""
+
+    def scores(self, raw: Any) -> Maps:
+        logits, _, centerness = raw
+        return [self._ranked(x.sigmoid(), c.sigmoid()) for x, c in zip(logits, centerness)]
+
+    def _ranked(self, score: Tensor, centerness: Tensor) -> Tensor:
+        """(N, A*K, H, W), (N, A, H, W) -> (N, A*K, H, W)."""
+        per_class = score.unflatten(1, (-1, self.num_classes))
+        return (per_class * centerness[:, :, None]).sqrt().flatten(1, 2)
