@@ -27,8 +27,8 @@ class Teacher(HookBase):
         self.logit = logit
 
     def before_train(self):
-        torch.nn.init.zeros_(self.trainer.model.teacher.head.cls_score.weight)
-        self.trainer.model.teacher.head.cls_score.bias.data.fill_(self.logit)
+        torch.nn.init.zeros_(self.trainer.model.teacher.detector.head.cls_score.weight)
+        self.trainer.model.teacher.detector.head.cls_score.bias.data.fill_(self.logit)
 
 
 def messages(cfg, folder, caplog, logit, steps):
@@ -66,7 +66,7 @@ def test_a_teacher_that_finds_nothing_is_warned_of_once(distil_cfg, tmp_path, ca
 
 def test_batches_without_objects_have_no_share_and_a_share_of_zero_counts(distil_cfg):
     model = build_model(distil_cfg).train()
-    model.teacher.head.cls_score.bias.data.fill_(-20.0)  # finds nothing: 0 on objects
+    model.teacher.detector.head.cls_score.bias.data.fill_(-20.0)  # finds nothing: 0 on objects
     with EventStorage(19) as storage:
         model(make_batch())
         assert storage.latest()["kd/fg_better"] == (0.0, 19)

@@ -89,7 +89,7 @@ def test_parameters_and_a_teacher_that_are_not_finite_are_named(distil_cfg, tmp_
     @torch.no_grad()
     def spoil(model):
         model.student.head.cls_score.bias.fill_(float("nan"))
-        model.teacher.backbone.fpn_output5.weight.fill_(float("inf"))
+        model.teacher.detector.backbone.fpn_output5.weight.fill_(float("inf"))
 
     message = run(distil_cfg, tmp_path / "kd", spoil)[2]
     assert "the parameters student.head.cls_score.bias" in message
@@ -108,7 +108,7 @@ def test_a_plain_detector_is_watched_too(coco, tmp_path):
 
 
 def test_a_loss_that_overflows_by_itself_is_told_apart(distil_cfg, tmp_path):
-    distil_cfg.MODEL.KD.FG_WEIGHT = 1e39
+    distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = 1e39
     message = run(distil_cfg, tmp_path / "kd", lambda model: None)[2]
     assert message.startswith("Iteration 0: loss_kd_fg is ")
     assert "the loss itself overflows" in message

@@ -49,7 +49,7 @@ def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
     if off == "no teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
-        distil_cfg.MODEL.KD.FG_WEIGHT = distil_cfg.MODEL.KD.BG_WEIGHT = 0.0
+        distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = distil_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
     plain_cfg = tiny_cfg(coco)
     distil_cfg.INPUT.RANDOM_FLIP = plain_cfg.INPUT.RANDOM_FLIP = flip
     # TorchScript (fvcore's focal loss) runs its first calls in a process unoptimised, and those
@@ -84,7 +84,7 @@ def test_the_checkpoint_is_the_plain_students(coco, distil_cfg, tmp_path):
     saved = torch.load(path, weights_only=True)
     plain = build_model(tiny_cfg()).eval()
     assert saved["model"].keys() == plain.state_dict().keys()
-    assert saved["kd"].keys() == trainer.model.kd.state_dict().keys() != set()
+    assert saved["method"].keys() == trainer.model.method.state_dict().keys() != set()
     DetectionCheckpointer(plain).load(str(path))
     student = trainer.model.eval().student
     for model in (plain, student):
@@ -152,7 +152,7 @@ def test_resume_goes_on_with_adapters_and_optimizer(distil_cfg, tmp_path):
     again = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
     again.resume_or_load(resume=True)
     assert again.start_iter == 3
-    for a, b in zip(first.model.kd.parameters(), again.model.kd.parameters()):
+    for a, b in zip(first.model.method.parameters(), again.model.method.parameters()):
         assert torch.equal(a, b)
     momentum = [t.optimizer.state_dict()["state"] for t in (first, again)]
     assert momentum[0].keys() == momentum[1].keys() != set()
