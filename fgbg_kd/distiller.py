@@ -129,8 +129,8 @@ class FgBgDistiller(nn.Module):
         if not kd.TEACHER.CONFIG:
             if kd.TEACHER.WEIGHTS:
                 raise TeacherError(
-                    f"MODEL.KD.TEACHER.WEIGHTS is {kd.TEACHER.WEIGHTS}, but MODEL.KD.TEACHER.CONFIG "
-                    "is empty: give the config with which they were trained."
+                    f"MODEL.KD.TEACHER.WEIGHTS is {kd.TEACHER.WEIGHTS}, but "
+                    "MODEL.KD.TEACHER.CONFIG is empty: name the config of their training."
                 )
             logger.warning("MODEL.KD.TEACHER.CONFIG is empty: this is plain training.")
         elif not get_method(kd.METHOD).is_off(options):

@@ -209,7 +209,7 @@ class DenseView(DetectorView):
 
 
 def channel_order(model: Any) -> str:
-    """ "RGB" or "BGR" of a Detectron2 model, which takes BGR unless its ``input_format`` says so."""
+    """ "RGB" or "BGR" of a Detectron2 model: BGR unless its ``input_format`` says so."""
     return getattr(model, "input_format", None) or "BGR"
 
 

@@ -67,14 +67,14 @@ class TeacherCheck(HookBase):
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if ap is None:
             raise TeacherError(
-                "MODEL.KD.TEACHER.MIN_AP: the evaluation gives no AP for the teacher. Name a test set "
-                "with annotations, or set MIN_AP 0."
+                "MODEL.KD.TEACHER.MIN_AP: the evaluation gives no AP for the teacher. Name a test "
+                "set with annotations, or set MIN_AP 0."
             )
         if not ap >= self.min_ap:
             raise TeacherError(
                 f"The teacher reaches {ap:.1f} AP on the test set, less than "
-                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}. Check that it was trained on these classes, "
-                "and that its config has the INPUT.FORMAT and PIXEL_MEAN of its training."
+                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}. Check that it was trained on these "
+                "classes, and that its config has the INPUT.FORMAT and PIXEL_MEAN of its training."
             )
         logger.info(f"The teacher reaches {ap:.1f} AP on the test set.")
 

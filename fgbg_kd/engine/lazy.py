@@ -65,7 +65,7 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    """Refuses an unknown key. Nodes of arguments (``_target_``, ``model.method``) check their own."""
+    """Refuses an unknown key. Nodes of arguments (``_target_``, ``model.method``) do it later."""
     where, _, name = key.lstrip("+~").rpartition(".")
     node = OmegaConf.select(cfg, where) if where else cfg
     if key in _OWN_KEYS or not isinstance(node, DictConfig):
@@ -117,34 +117,39 @@ def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[Hook
         results.update(evaluate_lazy(cfg, trainer.model))
         return results
 
-    period, saving, writing = train.checkpointer.period, None, None
-    if comm.is_main_process():
-        saving = hooks.PeriodicCheckpointer(checkpointer, period)
-        writers = default_writers(output_dir, train.max_iter)
-        writing = hooks.PeriodicWriter(writers, period=train.log_period)
-    trainer.register_hooks(
-        [
-            *run_hooks(
-                model,
-                seed=seed,
-                checkpoint_period=period,
-                ema_decay=train.get("ema_decay", 0),
-                min_ap=train.get("teacher_min_ap", 0),
-                test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
-            ),
-            *extra_hooks,
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            saving,
-            hooks.EvalHook(train.eval_period, evaluate),
-            writing,
-        ]
-    )
+    trainer.register_hooks(_hooks(cfg, model, seed, checkpointer, evaluate, extra_hooks))
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     begin(start, train.max_iter, loader, output_dir, seed, resume)
     trainer.train(start, train.max_iter)
     return results
+
+
+def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate, extra_hooks):
+    """All hooks of a run, in the order of DefaultTrainer's."""
+    train = cfg.train
+    period, saving, writing = train.checkpointer.period, None, None
+    if comm.is_main_process():
+        saving = hooks.PeriodicCheckpointer(checkpointer, period)
+        writers = default_writers(train.output_dir, train.max_iter)
+        writing = hooks.PeriodicWriter(writers, period=train.log_period)
+    own = run_hooks(
+        model,
+        seed=seed,
+        checkpoint_period=period,
+        ema_decay=train.get("ema_decay", 0),
+        min_ap=train.get("teacher_min_ap", 0),
+        test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
+    )
+    return [
+        *own,
+        *extra_hooks,
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        saving,
+        hooks.EvalHook(train.eval_period, evaluate),
+        writing,
+    ]
 
 
 def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> dict:

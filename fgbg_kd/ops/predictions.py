@@ -77,18 +77,21 @@ def compare_predictions(
         from .predictions_triton import compare  # imported on first use: Triton is optional
 
         return Comparison(*compare(*logits, boxes, *truth, kl, temperature, quality))
+    return _compare_plain(logits, boxes or (None, None), truth, kl, temperature, quality)
+
+
+def _compare_plain(logits, boxes, truth, kl, temperature, quality) -> Comparison:
+    """The definition; ``logits`` and ``boxes`` of student and teacher."""
+    cells, _, num_classes = truth
     found = Comparison()
     if kl:
-        pairs = zip(student, teacher)
         apart = [
-            kl_divergence(s, t.detach(), num_classes, kl, temperature).flatten(1) for s, t in pairs
+            kl_divergence(s, t.detach(), num_classes, kl, temperature).flatten(1)
+            for s, t in zip(*logits)
         ]
         found = found._replace(kl=torch.where(cells.background, torch.cat(apart, dim=1), 0))
     if quality:
-        good = [
-            prediction_quality(maps, *truth, boxes=b)
-            for maps, b in zip(logits, boxes or (None, None))
-        ]
+        good = [prediction_quality(z, *truth, boxes=b) for z, b in zip(logits, boxes)]
         found = found._replace(student_quality=good[0], teacher_quality=good[1])
     return found
 
