@@ -205,7 +205,7 @@ def detector(request, tmp_path_factory):
 
 
 def same(teacher, saved):
-    loaded = teacher.state_dict()
+    loaded = teacher.detector.state_dict()
     return loaded.keys() == saved.keys() and all(torch.equal(loaded[k], saved[k]) for k in saved)
 
 
