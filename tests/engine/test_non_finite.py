@@ -165,13 +165,13 @@ def test_half_precision_trains_and_is_near_fp32(distil_cfg, dtype):
 
 @torch.no_grad()
 def large_logits(model):
-    for detector, sign in ((model.student, 1), (model.teacher, -1)):
+    for detector, sign in ((model.student, 1), (model.teacher.detector, -1)):
         detector.head.cls_score.bias.fill_(sign * 3e4)  # fp16 ends at 65504
 
 
 @torch.no_grad()
 def zero_features(model):
-    for detector in (model.student, model.teacher):
+    for detector in (model.student, model.teacher.detector):
         for name, parameter in detector.backbone.named_parameters():
             if "fpn_output" in name:
                 parameter.zero_()
