@@ -82,7 +82,7 @@ class RunCheckpointer(SafeCheckpointer):
                 return path
             logger.warning(f"{path} is damaged ({damage}): the previous checkpoint is used.")
         raise CheckpointError(
-            f"All checkpoints in {self.save_dir} are damaged. Without --resume the run starts again."
+            f"All checkpoints in {self.save_dir} are damaged: start again without --resume."
         )
 
     def finish(self) -> None:

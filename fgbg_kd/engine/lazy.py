@@ -23,10 +23,11 @@ from ..matching import channel_order
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.errors import ConfigError
+from .checkpointer import RunCheckpointer, last_checkpoint
 from .hooks import adapters_of, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
+from .resume import begin, run_seed
 from .trainer import distributed
 
 logger = logging.getLogger(__name__)

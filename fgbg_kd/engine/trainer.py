@@ -19,10 +19,11 @@ from ..matching import channel_order
 from ..teacher_cache import check_fixed_input
 from ..utils.config_files import merge_overrides, merge_yaml
 from ..utils.errors import TeacherError
+from .checkpointer import RunCheckpointer
 from .hooks import adapters_of, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import RunCheckpointer, begin, run_seed
+from .resume import begin, run_seed
 
 logger = logging.getLogger(__name__)
 
