@@ -12,15 +12,17 @@ from conftest import ROOT
 from torch import nn
 
 from fgbg_kd.engine import lock_output_dir
-from fgbg_kd.engine.resume import RunCheckpointer
+from fgbg_kd.engine.checkpointer import RunCheckpointer
 from fgbg_kd.utils.errors import OutputDirError
 
-# Without the package around it, which takes seconds to import. The child outlives its parent, as a
-# loading process may.
+# The package's __init__ files are not run: they would import Detectron2, which takes seconds. The
+# child outlives its parent, as a data loading process may.
 HOLDER = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT / "fgbg_kd" / "engine")!r})
-from output_dir import lock_output_dir
+import os, sys, time, types
+for name in ("fgbg_kd", "fgbg_kd.utils", "fgbg_kd.engine"):
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__path__ = [{str(ROOT)!r} + "/" + name.replace(".", "/")]
+from fgbg_kd.engine.run_dir import lock_output_dir
 lock_output_dir(sys.argv[1])
 if os.fork() == 0:
     time.sleep(20)
