@@ -111,7 +111,11 @@ def read_records(
             a["category_id"] = numbers[a["category_id"]]
         return records
     with open(path, encoding="utf-8") as file:
-        content = json.load(file)
+        return box_records(json.load(file), folder, numbers)
+
+
+def box_records(content: dict, folder: str, numbers: dict[int, int]) -> list[dict]:
+    """:func:`read_records` for the content of a file, without masks and keypoints."""
     records = {
         i["id"]: {
             "file_name": os.path.join(folder, i["file_name"]),

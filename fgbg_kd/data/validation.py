@@ -46,6 +46,21 @@ def read_coco(path: str, *, training: bool) -> dict:
             f"{path} is not a complete JSON file ({error}): it is damaged or was cut off. Download "
             "or create it again."
         ) from error
+    check_coco(content, path, training=training)
+    return content
+
+
+def check_coco(content, path: str, *, training: bool) -> None:
+    """The checks of :func:`read_coco`, for the content of a file.
+
+    Args:
+        content: what the JSON file holds.
+        path: of the file, for the messages.
+        training: as there.
+
+    Raises:
+        DataError: as there.
+    """
     _check_entries(content, path, training)
     _check_references(content, path)
     annotations = content.get("annotations", ())
@@ -53,7 +68,6 @@ def read_coco(path: str, *, training: bool) -> dict:
         _check_evaluated(annotations, path)
     _check_boxes(content, path, training)
     _count_unusable_shapes(annotations, path)
-    return content
 
 
 def _check_entries(content: dict, path: str, training: bool) -> None:

@@ -12,8 +12,8 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from fgbg_kd.data import NamingMapper, register_datasets
-from fgbg_kd.data.coco_files import read_records
-from fgbg_kd.data.validation import read_coco
+from fgbg_kd.data.coco_files import box_records
+from fgbg_kd.data.validation import check_coco, read_coco
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.utils.errors import DataError
 
@@ -105,9 +105,7 @@ def test_an_entry_that_lacks_a_key(data, group, key):
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
 def test_what_only_evaluation_reads_is_asked_for_where_it_is_evaluated(data, key):
     del data.content["annotations"][2][key]
-    with pytest.raises(
-        DataError, match=rf"1 annotations that lack .*\(ids 3\): each needs .*{key} "
-    ):
+    with pytest.raises(DataError, match=rf"1 annotations that lack .*\(ids 3\): .*{key} "):
         data.register("TEST")
     data.register("TRAIN")
 
@@ -124,9 +122,7 @@ def test_an_id_that_evaluation_takes_for_not_found(data):
         annotation["id"] -= 1
     data.register()
     read_coco(data.path, training=True)
-    with pytest.raises(
-        DataError, match=r"1 annotations with an id under 1.*\(ids 0\): number them from 1"
-    ):
+    with pytest.raises(DataError, match=r"1 annotations with an id under 1.*\(ids 0\): number"):
         read_coco(data.path, training=False)
 
 
@@ -336,9 +332,7 @@ def test_a_truncated_image_is_named_when_it_is_read(data):
 
 def test_a_recorded_size_that_is_wrong(data):
     data.content["images"][1]["height"] += 1
-    with pytest.raises(
-        DataError, match=r"1.png: the JSON file says \(56, 73\).*but it is \(56, 72\)"
-    ):
+    with pytest.raises(DataError, match=r"1.png: .* says \(56, 73\).*but it is \(56, 72\)"):
         data.register()
 
 
@@ -461,21 +455,19 @@ def odd_value(rng):
 def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
     """What passes the checks is read without an error, and no box is lost or moved."""
     good = json.dumps(Data(tmp_path).content)
-    path, passed, cases = tmp_path / "fuzzed.json", 0, 10_000
+    passed, cases = 0, 10_000
 
     def passes(rng) -> bool:
         content = json.loads(good)
         for _ in range(rng.randint(0, 3)):
             entries = content[rng.choice(GROUPS)]
             entries[rng.randrange(len(entries))][rng.choice(KEYS)] = odd_value(rng)
-        path.write_text(json.dumps(content))
-        training = rng.random() < 0.5
         try:
-            read_coco(str(path), training=training)
+            check_coco(content, "fuzzed.json", training=rng.random() < 0.5)
         except DataError:
             return False
         numbers = {c["id"]: n for n, c in enumerate(content["categories"])}
-        records = read_records(str(path), "", numbers)
+        records = box_records(content, "", numbers)
         assert len(records) == 4
         boxes = [tuple(a["bbox"]) for r in records for a in r["annotations"]]
         assert sorted(boxes) == sorted(tuple(a["bbox"]) for a in content["annotations"])
@@ -493,7 +485,7 @@ def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
             try:
                 passed += passes(random.Random(seed))
             except Exception as error:
-                raise AssertionError(f"seed {seed}: {path.read_text()}") from error
+                raise AssertionError(f"seed {seed}") from error
     finally:
         logging.disable(logging.NOTSET)
     assert cases / 10 < passed < cases * 9 / 10
