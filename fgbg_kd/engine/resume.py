@@ -103,8 +103,8 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
     """Prepares everything that is not in a checkpoint for a run that has done ``start`` iterations.
 
     It sets the loader's position, writes the seed to seed.txt, and removes rows from metrics.json
-    that will be computed again. A run that starts at 0 moves the checkpoints of a previous run in
-    its folder aside.
+    that will be computed again. A run that starts at 0 moves the results of a previous run in its
+    folder aside.
 
     Args:
         start: the first iteration to compute, as this process found it in the checkpoint.

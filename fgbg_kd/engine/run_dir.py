@@ -78,19 +78,39 @@ def keep_previous_config(output_dir: str) -> None:
 
 
 def set_previous_run_aside(output_dir: str) -> None:
-    """Moves the checkpoints of the previous run in this folder to a folder of their own.
+    """Moves the results of the previous run in this folder to previous/1, the next to previous/2.
 
+    These are its checkpoints, metrics.json, TensorBoard's event files and config.previous.yaml.
     Otherwise --resume would continue from the previous run's checkpoints if the new run is killed
-    before it writes one.
+    before it writes one, and the metrics of both runs would be mixed.
     """
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    names = [n for n in names if re.fullmatch(r"model_(\d{7}|final)\.pth|last_checkpoint", n)]
-    if names:
-        previous = os.path.join(output_dir, "previous")
-        os.makedirs(previous, exist_ok=True)
-        for name in sorted(names):  # last_checkpoint first: if killed here, nothing is resumed
-            os.replace(os.path.join(output_dir, name), os.path.join(previous, name))
-        logger.warning(f"A new run begins: the previous run's checkpoints are now in {previous}.")
+    checkpoints = [n for n in names if re.fullmatch(r"model_(\d{7}|final)\.pth|last_checkpoint", n)]
+    metrics = os.path.join(output_dir, "metrics.json")
+    measured = os.path.isfile(metrics) and os.path.getsize(metrics) > 0
+    if not checkpoints and not measured:
+        return
+    place = _next_place(os.path.join(output_dir, "previous"))
+    for name in sorted(checkpoints):  # last_checkpoint first: if killed here, nothing is resumed
+        os.replace(os.path.join(output_dir, name), os.path.join(place, name))
+    for name in names:
+        if name.startswith("events.out.tfevents.") and f".{os.getpid()}." not in name:
+            os.replace(os.path.join(output_dir, name), os.path.join(place, name))
+    if measured:  # the new run's writer has opened the file already, to append
+        shutil.copy2(metrics, os.path.join(place, "metrics.json"))
+        os.truncate(metrics, 0)
+    config = os.path.join(output_dir, "config.previous.yaml")
+    if os.path.isfile(config):
+        shutil.copy2(config, place)
+    logger.warning(f"A new run begins: the previous run's results are now in {place}.")
+
+
+def _next_place(folder: str) -> str:
+    os.makedirs(folder, exist_ok=True)
+    number = max([int(n) for n in os.listdir(folder) if n.isdecimal()], default=0) + 1
+    place = os.path.join(folder, str(number))
+    os.mkdir(place)
+    return place
 
 
 def rewind_metrics(path: str, iteration: int) -> None:
