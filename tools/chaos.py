@@ -147,9 +147,7 @@ def soak(args) -> None:
         if step and process.poll() is None and (not samples or step > samples[-1][0]):
             samples.append((step, memory(process.pid)))
     finish(process, folder)
-    samples = [
-        x for x in samples if x[0] < samples[-1][0]
-    ]  # after the last iteration, processes end
+    samples = [x for x in samples if x[0] < samples[-1][0]]  # at the last, processes are ending
     if len(samples) < 8:
         sys.exit(
             f"The run was too short: {len(samples)} samples, at least 8 are needed. Increase "
