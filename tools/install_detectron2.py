@@ -113,9 +113,7 @@ def is_editable():
 
 
 def remove_leftovers():
-    """Removes what an interrupted pip left. Without a RECORD, pip can neither uninstall nor overwrite
-    it.
-    """
+    """Removes what an interrupted pip left: it cannot uninstall a package without a RECORD."""
     import sysconfig
 
     for site in {Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")}:
@@ -228,8 +226,8 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 '''
 
-# Replaces Detectron2's setup.py: without the extension, whose sources are not in the archive, without
-# the extra that pip refuses, and with the model zoo's configs where they are.
+# Replaces Detectron2's setup.py. It has no compiled extension, whose sources are not in the archive,
+# and no extra that pip refuses. It names the folder of the model zoo's configs.
 SETUP_PY = f'''\
 from setuptools import find_packages, setup
 
@@ -334,7 +332,7 @@ def install_from_index(work):
     archives = list(work.glob("*.tar.gz"))
     if done.returncode or len(archives) != 1:
         raise InstallError(
-            f"{SDIST} could not be downloaded from the package index: {done.stderr.strip()[-500:]}\n"
+            f"{SDIST} could not be downloaded from the index: {done.stderr.strip()[-500:]}\n"
             "Check that pip reaches its index (`pip download --no-deps six`), then run this again."
         )
     verify_sha256(archives[0], SDIST_SHA256)
@@ -398,9 +396,7 @@ def ensure(source="auto", force=False, check=False):
         )
     if state == "broken" and "No module named 'pkg_resources'" in detail and not force:
         # Detectron2 itself is fine: an older setuptools has what it imports
-        say(
-            "it imports pkg_resources, which setuptools >= 82 does not have: installing an older one"
-        )
+        say("it needs pkg_resources, which setuptools >= 82 does not have: installing an older one")
         pip_install("setuptools<82", what="setuptools < 82")
         state, detail = probe()
         if state == "working":
@@ -408,8 +404,8 @@ def ensure(source="auto", force=False, check=False):
     if state == "broken":
         if is_editable():
             raise InstallError(
-                f"an editable Detectron2 is installed and does not work: {detail}\nBuild it again in "
-                "its source folder, or run `pip uninstall detectron2` and then this again."
+                f"an editable Detectron2 is installed and does not work: {detail}\nBuild it again "
+                "in its source folder, or run `pip uninstall detectron2` and then this again."
             )
         say(f"the installed Detectron2 does not work ({detail}): replacing it")
     install(source)
