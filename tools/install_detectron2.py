@@ -226,7 +226,7 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 '''
 
-# Replaces Detectron2's setup.py. It has no compiled extension, whose sources are not in the archive,
+# Replaces Detectron2's setup.py. It has no compiled extension, since the archive lacks its sources,
 # and no extra that pip refuses. It names the folder of the model zoo's configs.
 SETUP_PY = f'''\
 from setuptools import find_packages, setup

@@ -11,7 +11,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from ..utils.errors import ConfigError
-from .classes import class_names, match_categories, names_of, training_classes
+from .classes import match_categories, names_of, training_classes
 from .image_files import check_images
 from .validation import read_coco
 
@@ -47,7 +47,7 @@ def register_datasets(cfg: CfgNode, training: bool = True) -> None:
                 f'{tuple(names)}: give it one name, such as ("my_data",).'
             )
         _check_paths(path, images, part)
-        classes = (training_classes(cfg) or class_names(path)) if part == "TEST" else None
+        classes = training_classes(cfg) if part == "TEST" else None
         shapes = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON
         _register(names[0], path, images, part, classes, shapes)
 
@@ -64,13 +64,13 @@ def _check_paths(path: str, images: str, part: str) -> None:
 def _register(
     name: str, path: str, images: str, part: str, classes: list[str] | None, shapes: bool
 ) -> None:
-    origin = path, images, classes and tuple(classes), shapes
-    if _registered.get(name) == origin:
-        return
+    if name in _registered:
+        *origin, known = _registered[name]
+        if origin == [path, images, shapes] and classes in (None, known):
+            return
     if name in DatasetCatalog.list():
         raise ConfigError(
-            f"DATASETS.{part}: the name {name!r} belongs to another set already: choose another "
-            "name."
+            f"DATASETS.{part}: the name {name!r} is taken by another set: choose another name."
         )
     content = read_coco(path, training=part == "TRAIN")
     if comm.is_main_process():
@@ -90,7 +90,7 @@ def _register(
         thing_classes=list(classes or own),
         thing_dataset_id_to_contiguous_id=numbers,
     )
-    _registered[name] = origin
+    _registered[name] = path, images, shapes, list(classes or own)
 
 
 def read_records(

@@ -33,8 +33,8 @@ class RunCheckpointer(SafeCheckpointer):
         super().__init__(model, save_dir, **kwargs)
         if max_to_keep < 0 or max_to_keep == 1:
             raise ConfigError(
-                f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {max_to_keep}: set it to 0 (keep all) or to 2 "
-                "or more. With one checkpoint there is no other if that one is damaged."
+                f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {max_to_keep}: set it to 0 (keep all) or to "
+                "at least 2. With one checkpoint there is no other if that one is damaged."
             )
         self.max_to_keep = max_to_keep
         self.path_manager = _AtomicWrites(self.path_manager)

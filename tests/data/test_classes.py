@@ -137,6 +137,17 @@ def test_sets_that_are_registered_in_python_are_compared_too():
         check_num_classes(cfg, 80)
 
 
+def test_one_set_may_be_training_and_test_set_and_be_registered_again(cfg):
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    cfg.DATASETS.TEST_JSON, cfg.DATASETS.TEST_IMAGES = (
+        cfg.DATASETS.TRAIN_JSON,
+        cfg.DATASETS.TRAIN_IMAGES,
+    )
+    for _ in range(2):
+        register_datasets(cfg)
+    register_datasets(cfg, training=False)
+
+
 def test_categories_are_matched_to_the_detectors_classes():
     categories = [{"id": 7, "name": "dog"}, {"id": 90, "name": "cat"}]
     assert match_categories(["cat", "dog"], categories, "ids.json") == {90: 0, 7: 1}
