@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Computes once more the losses that were not finite, from the file that the stopped run left.
+"""Computes the losses of the iteration again at which a run stopped because one was not finite.
 
 Example:
     tools/replay.py --config-file my_distilled.yaml output/distilled/not_finite_0000123_rank0.pth
@@ -23,9 +23,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help=".yaml or .py, of the stopped run")
-    parser.add_argument("file")
-    parser.add_argument("opts", nargs="*", metavar="OVERRIDE", help="as given to the run")
+    parser.add_argument(
+        "--config-file", required=True, help="the .yaml or .py config of the stopped run"
+    )
+    parser.add_argument("file", help="not_finite_*.pth in the folder of the stopped run")
+    parser.add_argument(
+        "opts", nargs="*", metavar="OVERRIDE", help="the overrides that the run was started with"
+    )
     args = parser.parse_args()
 
     if args.config_file.endswith(".py"):

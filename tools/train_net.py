@@ -19,7 +19,7 @@ from fgbg_kd.engine import (
     FgBgTrainer,
     evaluate_lazy,
     evaluation_dir,
-    keep_record,
+    keep_previous_config,
     last_checkpoint,
     launch,
     load_lazy_config,
@@ -37,7 +37,7 @@ def main(args):
 def prepare(cfg, output_dir, args):
     if comm.is_main_process():
         lock_output_dir(output_dir)
-        keep_record(output_dir)
+        keep_previous_config(output_dir)
     default_setup(cfg, args)
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="fgbg_kd")
 

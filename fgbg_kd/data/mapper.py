@@ -1,4 +1,4 @@
-"""Detectron2's mapper, with the image's name in what goes wrong."""
+"""Detectron2's mapper, whose errors name the image."""
 
 from detectron2.data import DatasetMapper
 
@@ -6,7 +6,7 @@ from ..utils.errors import DataError
 
 
 class NamingMapper(DatasetMapper):
-    """DatasetMapper whose errors say which image they are about; PIL's and NumPy's do not."""
+    """DatasetMapper whose errors name the image. The errors of PIL and NumPy do not."""
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -17,6 +17,6 @@ class NamingMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         except Exception as error:
             raise DataError(
-                f"The image {dataset_dict['file_name']} cannot be used ({error}): mend it and go "
-                "on with --resume."
+                f"The image {dataset_dict['file_name']} cannot be used ({error}): replace the file "
+                "and continue with --resume."
             ) from error

@@ -27,10 +27,11 @@ from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.errors import ConfigError
+from .checkpointer import RunCheckpointer, last_checkpoint
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
+from .resume import begin, run_seed
 from .trainer import distributed
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,11 @@ from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
 from ..utils.config_files import merge_overrides, merge_yaml
 from ..utils.errors import TeacherError
+from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import RunCheckpointer, begin, run_seed
+from .resume import begin, run_seed
 
 logger = logging.getLogger(__name__)
 
