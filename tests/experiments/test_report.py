@@ -265,7 +265,7 @@ def test_an_unfinished_run_and_a_run_by_a_python_config_are_on_the_page(runs, tm
     folder.mkdir()
     teacher = LazyCall(build_teacher)(config="x.yaml", weights=str(plain / "model_final.pth"))
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
-    cfg.model = LazyCall(FgBgDistiller)(student=cfg.model, teacher=teacher, kd={})
+    cfg.model = LazyCall(FgBgDistiller)(student=cfg.model, teacher=teacher, method={})
     cfg.train.seed = 3
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     (folder / "metrics.json").write_text('{"iteration": 9, "total_loss": 1, "bbox/AP": 7.0}\n')
