@@ -23,7 +23,7 @@ from fgbg_kd.config import method_options
 from fgbg_kd.detectors.load import build_detector, read_detector_config
 from fgbg_kd.distiller import run_dense
 from fgbg_kd.engine import read_config
-from fgbg_kd.experiments.tables import PLAIN, method_overrides
+from fgbg_kd.experiments.method_specs import PLAIN, method_overrides
 from fgbg_kd.teacher import PRECISIONS, precision
 
 CONFIGS = Path(__file__).parents[1] / "configs"
