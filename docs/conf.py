@@ -44,6 +44,8 @@ apidoc_modules = [
 ]
 # A package lists in __all__ what its modules define: documented once, where it is defined.
 autodoc_default_options = {"ignore-module-all": True}
+autoclass_content = "both"  # the arguments are in the docstring of __init__
+autodoc_inherit_docstrings = False  # not that of nn.Module.forward
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
