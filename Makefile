@@ -14,7 +14,7 @@ LINTED := fgbg_kd tools tests docs setup.py
 .PHONY: help setup analysis test test-fast lint docs quickstart trees clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 	@echo "  VENV=path uses your environment and keeps its torch and Detectron2, PYTHON=python3.x another Python"
 
 setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
