@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from fgbg_kd.detectors.load import without_pretrained
 from fgbg_kd.engine import FgBgTrainer, build_lazy, load_config, load_lazy_config
-from fgbg_kd.engine.hooks import adapters_of, detector_of
+from fgbg_kd.engine.hooks import beside_detector, detector_of
 from fgbg_kd.engine.non_finite import load_batch, not_finite
 from fgbg_kd.engine.resume import seed_iteration
 from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer
@@ -39,7 +39,7 @@ def main():
         cfg = load_config(args.config_file, args.opts)
         model, amp = FgBgTrainer.build_model(without_pretrained(cfg)), cfg.SOLVER.AMP.ENABLED
     detector = detector_of(model)
-    saved = SafeCheckpointer(detector, **adapters_of(model)).load(args.file)
+    saved = SafeCheckpointer(detector, **beside_detector(model)).load(args.file)
     if saved["loss_normalizer"] is not None:
         detector.loss_normalizer = saved["loss_normalizer"]
     batch = load_batch(saved)
