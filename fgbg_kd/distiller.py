@@ -187,8 +187,8 @@ class FgBgDistiller(nn.Module):
         if self.method.needs_boxes and student.boxes is None:
             with torch.no_grad():
                 student = of.with_boxes(student)
-        index = zip(*(level.index for level in self.levels))
-        shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
+        index = zip(*(level.place for level in self.levels))
+        shapes = [student.features[level.place[0]].shape[-2:] for level in self.levels]
         student, teacher = (select(x, i, shapes) for x, i in zip((student, teacher), index))
         return Batch(
             student=student,

@@ -112,7 +112,7 @@ def test_levels_meet_by_stride_not_by_name():
     shape = {f"level{i}": ShapeSpec(channels=16, stride=8 * 2**i) for i in (2, 0, 1)}
     teacher.backbone.output_shape = lambda: shape
     teacher.head_in_features = list(shape)
-    assert [x.index for x in shared_levels(view(student), view(teacher))] == [
+    assert [x.place for x in shared_levels(view(student), view(teacher))] == [
         (0, 1),
         (1, 2),
         (2, 0),

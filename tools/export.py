@@ -26,9 +26,9 @@ from detectron2.data import detection_utils as utils
 from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import deploy
+from fgbg_kd.detectors.dense import channel_order
 from fgbg_kd.engine import FgBgTrainer, load_config
 from fgbg_kd.experiments.cost import latency, pick, table
-from fgbg_kd.detectors.dense import channel_order
 from fgbg_kd.utils.files import whole
 
 
