@@ -28,8 +28,8 @@ lint: setup  ## ruff check, ruff format --check
 	$(PY) -m ruff check $(LINTED)
 	$(PY) -m ruff format --check $(LINTED)
 
-quickstart: setup  ## train teacher, student and distilled student on made-up scenes
-	$(PY) tools/quickstart.py scenes
+quickstart: setup  ## train teacher, student and distilled student on made-up photos with digits
+	$(PY) tools/quickstart.py digits
 
 trees: setup  ## the same on aerial photos of trees
 	$(PY) tools/quickstart.py trees

@@ -24,7 +24,7 @@ def read_config(name):
     return cfg
 
 
-@pytest.mark.parametrize("name", ["scenes", "trees"])
+@pytest.mark.parametrize("name", ["digits", "scenes", "trees"])
 def test_the_quickstarts_three_configs_fit_together(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # configs name each other from here
     teacher, student, distilled = (

@@ -2,7 +2,7 @@
 """Trains a teacher, a plain student and a distilled student, and shows what distilling gained.
 
 Example:
-    tools/quickstart.py scenes                   what `make quickstart` runs
+    tools/quickstart.py digits                   what `make quickstart` runs
     tools/quickstart.py trees --seeds 0 1 2      every seed in the table
 
 A run that was interrupted goes on where it stopped; one that is done is not run again.
@@ -44,14 +44,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("set", choices=("scenes", "trees"))
+    parser.add_argument("set", choices=("digits", "scenes", "trees"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
-    parser.add_argument("--output", type=Path, help="default output/quickstart, or output/trees")
+    parser.add_argument(
+        "--output", type=Path, help="default: output/quickstart of digits, else output/SET"
+    )
     args = parser.parse_args()
-    output = args.output or Path("output") / ("quickstart" if args.set == "scenes" else args.set)
+    output = args.output or Path("output") / {"digits": "quickstart"}.get(args.set, args.set)
 
     for kind in ("pretrained", args.set):
-        subprocess.run([sys.executable, str(TOOLS / "prepare_data.py"), kind], check=True)
+        command = [sys.executable, str(TOOLS / "prepare_data.py"), kind, "--brief"]
+        subprocess.run(command, check=True)
     configs = {n: CONFIGS / f"{args.set}_{n}.yaml" for n in ("teacher", "student", "distilled")}
     weights = output / "teacher" / "model_final.pth"
 
