@@ -61,7 +61,7 @@ def main() -> None:
     def run(title: str, config: str, folder: Path, *opts: str) -> tuple[str, dict, Path]:
         teacher = weights if config == "distilled" else None
         result = runner.run(title, configs[config], folder, list(opts), teacher)
-        runner.say(f"{title}: {result['AP']:.1f} AP ({folder})")
+        runner.say(f"{title}: {result['AP']:.1f} AP, log in {folder / 'train.txt'}")
         return title, result, folder / "model_final.pth"
 
     with Runner(TOOLS / "train_net.py") as runner:
@@ -91,7 +91,8 @@ def main() -> None:
         values = [r["AP"] for r in rows if r["name"].startswith(name)]
         if len(values) > 1:
             print(f"{name}: mean {np.mean(values):.2f}, sd {np.std(values, ddof=1):.2f} AP")
-    print(f"\n{output / 'results.json'}\n{output / 'comparison.png'}")
+    print(f"\nthe table: {output / 'results.json'}")
+    print(f"test images, ground truth and detections: {output / 'comparison.png'}")
 
 
 if __name__ == "__main__":

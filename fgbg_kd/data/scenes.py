@@ -33,7 +33,6 @@ ATTRIBUTION = {
 ALPHA_BOX = 0.3  # a pixel belongs to the object, and its box, from this alpha on
 ALPHA_SEEN = 0.02
 MAX_IOU = 0.25
-MAX_COVER = 0.4  # of the smaller box: a small object must not vanish under a large one
 PHOTO_SPLIT = (0.62, 0.66)  # train | gap | test, as shares of a photo's width
 
 
@@ -48,14 +47,36 @@ class Style(NamedTuple):
     objects: tuple[int, int]  # tried in a scene; one that finds no free place is left out
     distractors: tuple[int, int]  # tried in a scene
     long_side: tuple[float, float]  # of an object, in a scene of 128 pixels
-    contrast: tuple[float, float]  # of the colour to the mean below it, in the channel of the most
+    max_cover: float  # of the smaller of two boxes
+    contrast: tuple[float, float]  # to the mean colour below, in the channel of the largest
     opacity: tuple[float, float]
-    blurred: float  # share of the scenes
+    defocus: float  # blur of the background alone: sigma, in pixels
+    blurred: float  # share of the scenes that are blurred as a whole
     noise: float  # its highest standard deviation, of a full scale of 1
 
 
-HARD = Style((3, 8), (1, 4), (14.0, 56.0), (0.22, 0.9), (0.65, 1.0), blurred=0.3, noise=0.04)
-CLEAR = Style((2, 4), (0, 0), (24.0, 56.0), (0.6, 0.9), (0.9, 1.0), blurred=0.0, noise=0.01)
+HARD = Style(
+    objects=(3, 8),
+    distractors=(1, 4),
+    long_side=(14.0, 56.0),
+    max_cover=0.4,  # a small object must not vanish under a large one
+    contrast=(0.22, 0.9),
+    opacity=(0.65, 1.0),
+    defocus=0.0,
+    blurred=0.3,
+    noise=0.04,
+)
+CLEAR = Style(
+    objects=(3, 5),
+    distractors=(0, 0),
+    long_side=(28.0, 56.0),
+    max_cover=0.0,
+    contrast=(0.6, 0.9),
+    opacity=(0.9, 1.0),
+    defocus=2.0,
+    blurred=0.0,
+    noise=0.01,
+)
 
 
 # ---- sources -----------------------------------------------------------------------------------
@@ -108,6 +129,8 @@ def photo_regions(photos, split):
 def compose(rng, objects, regions, size, style=HARD):
     """One scene: image (size, size, 3) uint8 RGB, boxes (K, 4) x0 y0 x1 y1, labels (K,)."""
     image = background(rng, regions, size)
+    if style.defocus:
+        image = cv2.GaussianBlur(image, (0, 0), style.defocus * size / 128)
     taken, labels = [], []
     for _ in range(rng.integers(*style.distractors, endpoint=True)):
         _place(rng, image, distractor(rng, objects), size, style, taken)
@@ -220,7 +243,7 @@ def _place(rng, image, grey, size, style, taken):
             continue
         x, y = rng.integers(size - w + 1), rng.integers(size - h + 1)
         box = box + [x, y, x, y]
-        if taken and not _fits(box, np.array(taken)):
+        if taken and not _fits(box, np.array(taken), style.max_cover):
             continue
         paint(rng, image[y : y + h, x : x + w], alpha, style)
         taken.append(box)
@@ -228,12 +251,12 @@ def _place(rng, image, grey, size, style, taken):
     return False
 
 
-def _fits(box, taken):
+def _fits(box, taken, max_cover):
     overlap = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])
     overlap = overlap.clip(0).prod(1)
     area, areas = (box[2:] - box[:2]).prod(), (taken[:, 2:] - taken[:, :2]).prod(1)
     iou = overlap / (area + areas - overlap)
-    return iou.max() <= MAX_IOU and (overlap / np.minimum(area, areas)).max() <= MAX_COVER
+    return iou.max() <= MAX_IOU and (overlap / np.minimum(area, areas)).max() <= max_cover
 
 
 # ---- a set -------------------------------------------------------------------------------------
