@@ -11,7 +11,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg
@@ -54,7 +54,10 @@ def read_config(config_file: str, opts: list[str] = ()):
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
+        # Once: a tool reads many configs.
+        log_first_n(
+            logging.WARNING, "No CUDA device here: MODEL.DEVICE is set to cpu.", name=__name__
+        )
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is set off.")

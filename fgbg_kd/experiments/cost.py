@@ -13,6 +13,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
 from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
+from torchvision.ops import nms
 
 from ..config import student_model
 from ..detectors.dense import view
@@ -126,6 +127,9 @@ def draw_side_by_side(
 ) -> np.ndarray:
     """Ground truth and each model's detections of one image, in a row, with titles.
 
+    Of detections that overlap by an IoU over 0.5 the best is drawn, whatever their classes: a
+    label over another cannot be read.
+
     Args:
         cfg: of the models' input, and of the set's class names (DATASETS.TEST).
         record: Detectron2's standard dataset dict.
@@ -145,6 +149,7 @@ def draw_side_by_side(
     for name, model in models.items():
         found = model([inputs])[0]["instances"].to("cpu")
         found = found[found.scores >= score]
+        found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
         drawn = Visualizer(image, metadata, scale).draw_instance_predictions(found)
         panels.append((f"{name}: {len(found)} detections", drawn))
     return np.hstack([_titled(panel.get_image()[:, :, ::-1], title) for title, panel in panels])
