@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from conftest import ROOT, make_batch, tiny_cfg, weights
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import get_fgbg_kd_cfg
@@ -75,7 +76,9 @@ def worker(rank, folder, port, run, yaml):
 
 def train_and_save_gradients(args):
     rank, folder, yaml = args.rank, args.folder, args.yaml
-    trainer = FgBgTrainer(load_config(args.run))
+    cfg = load_config(args.run)
+    seed_all_rng(cfg.SEED + rank)  # as Detectron2's default_setup does in train_net.py
+    trainer = FgBgTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
     found = {"teachers stay apart": teachers_stay_apart(rank, yaml)}
