@@ -134,7 +134,7 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
     warm_up(start)
     if comm.is_main_process():
         if start == 0:
-            set_previous_run_aside(output_dir)
+            set_previous_run_aside(output_dir, resume)
         os.makedirs(output_dir, exist_ok=True)
         write_whole(os.path.join(output_dir, SEED_FILE), f"{seed}\n")
         metrics = os.path.join(output_dir, "metrics.json")

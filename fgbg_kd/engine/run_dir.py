@@ -77,18 +77,23 @@ def keep_previous_config(output_dir: str) -> None:
         shutil.copy2(config, os.path.join(output_dir, "config.previous.yaml"))
 
 
-def set_previous_run_aside(output_dir: str) -> None:
+def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     """Moves the results of the previous run in this folder to previous/1, the next to previous/2.
 
     These are its checkpoints, metrics.json, TensorBoard's event files and config.previous.yaml.
     Otherwise --resume would continue from the previous run's checkpoints if the new run is killed
     before it writes one, and the metrics of both runs would be mixed.
+
+    Args:
+        output_dir: the run's folder.
+        resume: the run was killed before its first checkpoint and starts at 0 again. Its metrics
+            are not another run's, so nothing is moved unless there are checkpoints.
     """
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     checkpoints = [n for n in names if re.fullmatch(r"model_(\d{7}|final)\.pth|last_checkpoint", n)]
     metrics = os.path.join(output_dir, "metrics.json")
     measured = os.path.isfile(metrics) and os.path.getsize(metrics) > 0
-    if not checkpoints and not measured:
+    if not checkpoints and (resume or not measured):
         return
     place = _next_place(os.path.join(output_dir, "previous"))
     for name in sorted(checkpoints):  # last_checkpoint first: if killed here, nothing is resumed

@@ -16,11 +16,13 @@ import torch.multiprocessing as mp
 from conftest import ROOT, make_batch, tiny_cfg, weights
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.engine import FgBgTrainer, launch, load_config
 from fgbg_kd.engine.trainer import distributed
+from fgbg_kd.utils.errors import ConfigError
 
 SIZES = ((64, 80), (72, 56)) * 4  # both halves of the batch are padded to the same size
 TWO = ((5, 5, 30, 40), (10, 10, 20, 18))
@@ -75,7 +77,9 @@ def worker(rank, folder, port, run, yaml):
 
 def train_and_save_gradients(args):
     rank, folder, yaml = args.rank, args.folder, args.yaml
-    trainer = FgBgTrainer(load_config(args.run))
+    cfg = load_config(args.run)
+    seed_all_rng(cfg.SEED + rank)  # as Detectron2's default_setup does in train_net.py
+    trainer = FgBgTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
     found = {"teachers stay apart": teachers_stay_apart(rank, yaml)}
@@ -151,6 +155,11 @@ def test_two_processes_of_four_images_give_the_gradients_of_one_with_eight(
 
 def test_ddp_leaves_each_process_its_own_teacher(of_two):
     assert of_two["teachers stay apart"]
+
+
+def test_more_gpus_than_the_machine_has_are_refused():
+    with pytest.raises(ConfigError, match="--num-gpus is 99, but PyTorch finds .* CUDA devices"):
+        launch(print, SimpleNamespace(num_gpus=99))
 
 
 def torchrun(cfg, folder) -> subprocess.Popen:

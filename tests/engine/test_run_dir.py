@@ -89,6 +89,8 @@ def test_each_previous_run_in_a_folder_keeps_its_results_in_its_own_place(tmp_pa
         left = {"log.txt", "previous", "metrics.json", "config.previous.yaml", own}
         assert {x.name for x in tmp_path.iterdir()} == left
     set_previous_run_aside(str(tmp_path))  # nothing left to move
+    (tmp_path / "metrics.json").write_text('{"iteration": 3}\n')
+    set_previous_run_aside(str(tmp_path), resume=True)  # its own metrics
     set_previous_run_aside(str(tmp_path / "nowhere"))
     assert len(list((tmp_path / "previous").iterdir())) == 2
 
