@@ -44,6 +44,9 @@ class RunCheckpointer(SafeCheckpointer):
         Raises:
             OSError: the disk is full or fails. The checkpoints that were saved before are intact.
         """
+        method = self.checkpointables.get("method")
+        if method is not None:
+            kwargs["method_name"] = type(method).__name__
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:
@@ -62,11 +65,32 @@ class RunCheckpointer(SafeCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """
         Raises:
-            CheckpointError: there are checkpoints to resume from, but all are damaged.
+            CheckpointError: there are checkpoints to resume from, but all are damaged, or they are
+                of a run with other settings.
         """
-        if resume and self.has_checkpoint():
-            return self.load(self.last_whole_checkpoint())
-        return super().resume_or_load(path, resume=False)
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        last = self.last_whole_checkpoint()
+        self._check_same_settings(last)
+        return self.load(last)
+
+    def _check_same_settings(self, path: str) -> None:
+        """Before anything is filled: the checkpoint has the tensors that this run has."""
+        self._expected = ""  # no sha256 is known of a run's own file
+        saved = self._load_file(path)
+        changes = [
+            *_model_changes(saved.get("model", {}), self.model),
+            *_method_changes(saved, self.checkpointables.get("method")),
+            *_optimizer_changes(saved.get("trainer", {}), self.checkpointables.get("trainer")),
+        ]
+        if changes:
+            raise CheckpointError(
+                f"--resume: {path} was written with other settings than those given now:\n  "
+                + "\n  ".join(changes)
+                + f"\nGive the settings of that run ({self.save_dir}/config.previous.yaml, or "
+                "config.yaml where that file is missing). Or start a new run: without --resume, "
+                "or in another OUTPUT_DIR."
+            )
 
     def last_whole_checkpoint(self) -> str:
         """Path of the newest checkpoint that is not damaged. Damaged ones are logged.
@@ -102,6 +126,56 @@ class RunCheckpointer(SafeCheckpointer):
         files = self.get_all_checkpoint_files()
         files = [path for path in files if re.fullmatch(name, os.path.basename(path))]
         return sorted(files, key=os.path.getmtime, reverse=True)
+
+
+def _model_changes(saved: dict, model: nn.Module) -> list[str]:
+    state = model.state_dict()
+    unlike = [
+        f"{k} {tuple(saved[k].shape)}, now {tuple(v.shape)}"
+        for k, v in state.items()
+        if k in saved and saved[k].shape != v.shape
+    ]
+    groups = {
+        "another number of classes, anchors or channels": unlike,
+        "tensors that only the checkpoint has": [k for k in saved if k not in state],
+        "tensors that only this run has": [k for k in state if k not in saved],
+    }
+    return [f"the student: {what}: {_some(keys)}" for what, keys in groups.items() if keys]
+
+
+def _method_changes(saved: dict, method: nn.Module | None) -> list[str]:
+    if ("method" in saved) != (method is not None):
+        was, now = ("plain training", "distillation")[:: -1 if method is None else 1]
+        return [f"it was {was}, now it is {now} (MODEL.META_ARCHITECTURE, MODEL.KD.TEACHER.CONFIG)"]
+    if method is None:
+        return []
+    was, now = saved.get("method_name"), type(method).__name__
+    if was != now:
+        return [f"MODEL.KD.METHOD was {was}, now it is {now}"]
+    both = saved["method"], method.state_dict()
+    shapes = [{k: tuple(v.shape) for k, v in x.items()} for x in both]
+    if shapes[0] == shapes[1]:
+        return []
+    keys = [k for k in {**shapes[0], **shapes[1]} if shapes[0].get(k) != shapes[1].get(k)]
+    return [f"a teacher with other levels or channels: {_some(keys)}"]
+
+
+def _optimizer_changes(saved: dict, trainer) -> list[str]:
+    saved = saved.get("_trainer", saved).get("optimizer")
+    if saved is None or trainer is None:
+        return []
+    optimizer = getattr(trainer, "_trainer", trainer).optimizer
+    groups = [x["param_groups"] for x in (saved, optimizer.state_dict())]
+    if groups[0] and groups[0][0].keys() != groups[1][0].keys():
+        return ["another optimizer (SOLVER.OPTIMIZER)"]
+    sizes = [[len(g["params"]) for g in x] for x in groups]
+    if sizes[0] != sizes[1]:
+        return ["other parameters are trained (BACKBONE.FREEZE_AT, SOLVER.*)"]
+    return []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def last_checkpoint(run_dir: str) -> str:

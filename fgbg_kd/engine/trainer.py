@@ -84,7 +84,7 @@ class FgBgTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         if cfg.SEED < 0:
             cfg.SEED = comm.shared_random_seed()
@@ -107,6 +107,21 @@ class FgBgTrainer(DefaultTrainer):
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers: int):
+        """Detectron2's scaling by SOLVER.REFERENCE_WORLD_SIZE, also of MODEL.KD.*_ITER*."""
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if reference in (0, num_workers):
+            return scaled
+        scaled = scaled.clone()
+        scaled.defrost()
+        for key in ("STOP_ITER", "WARMUP_ITERS"):
+            if scaled.MODEL.KD[key] > 0:  # -1 follows SOLVER.WARMUP_ITERS, which is scaled
+                scaled.MODEL.KD[key] = round(scaled.MODEL.KD[key] * reference / num_workers)
+        scaled.freeze()
+        return scaled
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume=resume)
