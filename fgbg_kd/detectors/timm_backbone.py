@@ -16,6 +16,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..utils.errors import CheckpointError, ConfigError
+from ..utils.safe_checkpoint import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +151,7 @@ def _load(body: nn.Module, path: str, name: str) -> None:
             f"pretrained=True).state_dict(), '{path}')\"\n"
             'Where MODEL.WEIGHTS holds the whole detector, set MODEL.TIMM.WEIGHTS "".'
         )
-    try:
-        saved = load_state_dict(path, weights_only=True)
-        saved = {k.replace(".", "_"): v for k, v in saved.items()}
-    except Exception as error:  # a damaged file can raise anything
-        raise CheckpointError(
-            f"MODEL.TIMM.WEIGHTS: {path} is damaged, or it holds more than numbers. Save the state "
-            f"dict of timm's {name} alone."
-        ) from error
+    saved = {k.replace(".", "_"): v for k, v in _read(path).items()}
     state = body.state_dict()
     missing = [
         k
@@ -176,6 +170,15 @@ def _load(body: nn.Module, path: str, name: str) -> None:
             f"MODEL.TIMM.WEIGHTS: {len(bad)} tensors of {path} are not finite, such as {bad[:3]}."
         )
     body.load_state_dict(loaded)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    if not path.endswith(".safetensors"):
+        return load_tensors(path, "MODEL.TIMM.WEIGHTS")
+    try:
+        return load_state_dict(path)
+    except Exception as error:  # a damaged file can raise anything
+        raise CheckpointError(f"MODEL.TIMM.WEIGHTS: {path} is damaged ({error}).") from error
 
 
 @BACKBONE_REGISTRY.register()

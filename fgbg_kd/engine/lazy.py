@@ -21,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import student_model
-from ..data import training_classes
+from ..data import check_same_classes, training_classes
 from ..detectors.dense import channel_order, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
+from ..utils.config_files import expand_paths
 from ..utils.errors import ConfigError
 from .checkpointer import RunCheckpointer, last_checkpoint
 from .hooks import beside_detector, detector_of, run_hooks
@@ -55,6 +56,7 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
     for override in opts:
         _check_key(cfg, override.partition("=")[0])
     cfg = LazyConfig.apply_overrides(cfg, list(opts))
+    expand_paths(cfg)
     cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: train.device is set to cpu.")
@@ -215,6 +217,7 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     or missing, the warm-up of ``lr_multiplier``, as by YAML.
     """
     classes = training_classes(cfg)
+    check_same_classes(_sets(cfg))
     if student_model(cfg.model) is not cfg.model:
         if "classes" not in cfg.model:
             cfg.model.classes = classes
@@ -229,3 +232,12 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
             f"detector {number}: set num_classes={len(classes)} of the model."
         )
     return model
+
+
+def _sets(cfg: DictConfig) -> list[str]:
+    """Names of the training and test sets."""
+    nodes = [
+        OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") for part in ("train", "test")
+    ]
+    nodes = [[node] if isinstance(node, str) else node for node in nodes if node]
+    return [name for names in nodes for name in names]

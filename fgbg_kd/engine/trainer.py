@@ -8,17 +8,16 @@ from collections.abc import Sequence
 import torch
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg
-from ..data import NamingMapper, check_num_classes, register_datasets
+from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datasets
 from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
-from ..utils.config_files import merge_overrides, merge_yaml
+from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
 from ..utils.errors import TeacherError
 from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
@@ -53,6 +52,7 @@ def read_config(config_file: str, opts: list[str] = ()):
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
+    expand_paths(cfg)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         # Once: a tool reads many configs.
         log_first_n(
@@ -168,8 +168,7 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)  # also of masks
+        return BoxEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self):
         cfg, trainer = self.cfg, weakref.proxy(self)
