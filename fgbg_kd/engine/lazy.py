@@ -236,8 +236,6 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
 
 def _sets(cfg: DictConfig) -> list[str]:
     """Names of the training and test sets."""
-    nodes = [
-        OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") for part in ("train", "test")
-    ]
-    nodes = [[node] if isinstance(node, str) else node for node in nodes if node]
-    return [name for names in nodes for name in names]
+    parts = [OmegaConf.select(cfg, f"dataloader.{x}.dataset.names") for x in ("train", "test")]
+    parts = [[names] if isinstance(names, str) else names for names in parts if names]
+    return [name for names in parts for name in names]
