@@ -2,14 +2,17 @@
 """Trains and evaluates a detector, plain or distilled.
 
 Examples:
-    tools/train_net.py --config-file configs/quickstart/scenes_distilled.yaml OUTPUT_DIR output/run
-    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=4
+    tools/train_net.py --config-file configs/quickstart/digits_distilled.yaml OUTPUT_DIR output/run
+    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.method.fg_weight=4
+    tools/train_net.py --import l1.py --config-file my_distilled.yaml MODEL.KD.METHOD L1
 """
 
+import argparse
 import json
 from pathlib import Path
 
 import _quiet  # noqa: F401
+from _arguments import add_import_flag
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -31,12 +34,13 @@ from fgbg_kd.engine import (
     read_run_config,
     train_lazy,
 )
+from fgbg_kd.experiments.picture_hook import DistillationPictures
 from fgbg_kd.utils.files import write_whole
 from fgbg_kd.utils.user_code import import_user_module
 
 
 def main(args):
-    for module in args.imports:
+    for module in args.imports:  # each process of --num-gpus is a new one
         import_user_module(module)
     return main_lazy(args) if args.config_file.endswith(".py") else main_yaml(args)
 
@@ -50,7 +54,7 @@ def prepare(cfg, output_dir, args):
 
 
 def write_results(output_dir, results):
-    """Keeps what an evaluation measured, as Detectron2 returns it, in results.json."""
+    """Keeps the results of an evaluation, as Detectron2 returns them, in results.json."""
     if comm.is_main_process():
         write_whole(Path(output_dir, "results.json"), json.dumps(results, indent=1))
     return results
@@ -65,12 +69,10 @@ def main_lazy(args):
     if args.eval_only:
         results = evaluate_lazy(cfg, load_lazy_student(cfg, run_dir if args.resume else ""))
         return write_results(cfg.train.output_dir, results)
-    return train_lazy(cfg, args.resume)
+    return train_lazy(cfg, args.resume, pictures(cfg.train.get("vis_period", 0)))
 
 
 def main_yaml(args):
-    if args.eval_only:  # the training data need not be there
-        args.opts += ["DATASETS.TRAIN_JSON", ""]
     cfg = read_run_config(args.config_file, args.opts, args.resume)
     run_dir = cfg.OUTPUT_DIR
     if args.eval_only:
@@ -78,7 +80,7 @@ def main_yaml(args):
         cfg.OUTPUT_DIR = evaluation_dir(run_dir)
         cfg.freeze()
     prepare(cfg, cfg.OUTPUT_DIR, args)
-    register_datasets(cfg)
+    register_datasets(cfg, training=not args.eval_only)
     if args.eval_only:  # the student alone: no teacher is built
         model = FgBgTrainer.build_model(without_pretrained(student_config(cfg)))
         load_exactly(model, last_checkpoint(run_dir if args.resume else "") or cfg.MODEL.WEIGHTS)
@@ -86,20 +88,20 @@ def main_yaml(args):
         if comm.is_main_process():
             verify_results(cfg, results)
         return write_results(cfg.OUTPUT_DIR, results)
-    trainer = FgBgTrainer(cfg)
+    trainer = FgBgTrainer(cfg, pictures(cfg.VIS_PERIOD))
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
-if __name__ == "__main__":
+def pictures(period: int) -> list[DistillationPictures]:
+    return [DistillationPictures(period)] if period > 0 else []
+
+
+def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=__doc__.split("\n\n")[1])
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module, or a .py file, that registers methods or detectors; may be repeated",
-    )
-    args = parser.parse_args()
-    launch(main, args)
+    add_import_flag(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    launch(main, argument_parser().parse_args())

@@ -166,7 +166,9 @@ def _optimizer_changes(saved: dict, trainer) -> list[str]:
         return []
     optimizer = getattr(trainer, "_trainer", trainer).optimizer
     groups = [x["param_groups"] for x in (saved, optimizer.state_dict())]
-    if groups[0] and groups[0][0].keys() != groups[1][0].keys():
+    # The schedule of the learning rate adds "initial_lr" when it begins.
+    options = [{*x[0]} - {"initial_lr"} for x in groups]
+    if options[0] != options[1]:
         return ["another optimizer (SOLVER.OPTIMIZER)"]
     sizes = [[len(g["params"]) for g in x] for x in groups]
     if sizes[0] != sizes[1]:

@@ -17,7 +17,7 @@ from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.detectors.timm_backbone import TimmBackbone
 from fgbg_kd.utils.errors import FgBgError
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "zoo.md"
 LIGHT = ["mobilenetv3_large_100", "efficientnet_lite0", "resnet18", "regnety_002"]
 
 
@@ -182,9 +182,9 @@ def test_a_light_student_learns_from_a_teacher_of_other_input_and_width(teacher_
     assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0
 
 
-def test_the_readmes_lines_make_a_light_student(tmp_path, monkeypatch, caplog):
-    """The YAML of "Model zoo and light backbones", as it is printed."""
-    section = README.read_text().split("## Model zoo and light backbones")[1].split("\n## ")[0]
+def test_the_lines_of_the_page_make_a_light_student(tmp_path, monkeypatch, caplog):
+    """The YAML of docs/zoo.md, as it is printed."""
+    section = PAGE.read_text().split("## Light backbones")[1].split("\n## ")[0]
     (lines,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     cfg = get_fgbg_kd_cfg()

@@ -55,7 +55,7 @@ def teachers_stay_apart(rank, yaml) -> bool:
     """Whether each process keeps its own teacher. Here the teachers differ between processes."""
     model = distributed(build(yaml, "FgBg"))
     assert not model.find_unused_parameters
-    teacher = model.module.teacher
+    teacher = model.module.teacher.detector
     with torch.no_grad():
         for tensor in teacher.state_dict().values():
             tensor.add_(rank)

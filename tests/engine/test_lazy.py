@@ -11,7 +11,6 @@ from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
-from detectron2.engine import default_argument_parser
 from detectron2.utils.env import seed_all_rng
 
 from fgbg_kd import FgBgDistiller, build_teacher
@@ -219,7 +218,7 @@ def test_a_distilled_students_python_config_can_be_a_teacher(config, tmp_path):
 def test_the_tool_takes_python_configs(config, tmp_path):
     path = tmp_path / "lazy" / "model_final.pth"
     tool = runpy.run_path(str(ROOT / "tools" / "train_net.py"))
-    parser = default_argument_parser()
+    parser = tool["argument_parser"]()
 
     def main(*arguments):
         return tool["main"](parser.parse_args(["--config-file", config, *arguments]))
@@ -282,8 +281,9 @@ def test_mixed_precision_is_set_off_on_a_cpu(config):
     assert not load_lazy_config(config, ["train.amp.enabled=True"]).train.amp.enabled
 
 
-def test_the_readmes_python_config_and_command_are_read(tmp_path):
-    section = (ROOT / "README.md").read_text().split("## Any pair")[1].split("\n## ")[0]
+def test_the_pages_python_config_and_command_are_read(tmp_path):
+    page = (ROOT / "docs" / "getting_started.md").read_text()
+    section = page.split("## Python configs")[1].split("\n## ")[0]
     (text,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (command,) = re.findall(r"```bash\n(.*?)\n```", section, re.DOTALL)
     arguments = command.split()
@@ -296,7 +296,7 @@ def test_the_readmes_python_config_and_command_are_read(tmp_path):
     (tmp_path / "my_distilled.py").write_text(text)
     cfg = load_lazy_config(str(tmp_path / "my_distilled.py"), arguments[4:])
     assert cfg.train.max_iter == 9000 and dict(cfg.model.method) == dict(
-        fg_weight=4, bg_weight=1.0, warmup_iters=1000
+        name="FgBg", fg_weight=4
     )
     assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
     assert instantiate(student_model(cfg.model)).num_classes == 80

@@ -146,22 +146,6 @@ def test_stock_detectron2_loads_the_checkpoint_and_detects_the_same(coco, distil
         torch.testing.assert_close(boxes, found.pred_boxes.tensor)
 
 
-def test_resume_goes_on_with_adapters_and_optimizer(distil_cfg, tmp_path):
-    first = train(FgBgTrainer, distil_cfg, tmp_path / "kd", 3)
-    distil_cfg.SOLVER.MAX_ITER = 5
-    again = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
-    again.resume_or_load(resume=True)
-    assert again.start_iter == 3
-    for a, b in zip(first.model.method.parameters(), again.model.method.parameters()):
-        assert torch.equal(a, b)
-    momentum = [t.optimizer.state_dict()["state"] for t in (first, again)]
-    assert momentum[0].keys() == momentum[1].keys() != set()
-    for k, v in momentum[0].items():
-        assert torch.equal(v["momentum_buffer"], momentum[1][k]["momentum_buffer"])
-    again.train()
-    assert again.iter == 5
-
-
 @pytest.fixture(scope="module")
 def first_run(coco, teacher_files, tmp_path_factory):
     """Folder of a distilled run of one iteration."""
@@ -344,44 +328,6 @@ def test_a_json_without_categories_is_named(coco, tmp_path):
 
 
 # --- the tool ---
-
-
-def test_the_readmes_lines_train_on_own_data_and_evaluate_the_student(
-    coco, teacher_files, tmp_path
-):
-    """The YAML and the two commands of "Your own data", as they are printed."""
-    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
-    data, distilled = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
-    commands = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
-    assert len(commands) == 2
-
-    shutil.copytree(coco[1], tmp_path / "data" / "train")
-    shutil.copytree(coco[1], tmp_path / "data" / "test")
-    for part in ("train", "test"):
-        shutil.copy(coco[0], tmp_path / "data" / f"{part}.json")
-    cfg, backbone = tiny_cfg(), tmp_path / "backbone.pth"
-    cfg.SOLVER.MAX_ITER, cfg.MODEL.TIMM.WEIGHTS = 3, backbone.name
-    torch.save(timm.create_model(cfg.MODEL.TIMM.NAME).state_dict(), backbone)
-    student = yaml.safe_load(cfg.dump())
-    del student["DATASETS"], student["OUTPUT_DIR"]
-    (tmp_path / "my_student.yaml").write_text(yaml.safe_dump(student) + data)
-    (tmp_path / "my_distilled.yaml").write_text(distilled)
-    shutil.copy(teacher_files[0], tmp_path / "my_teacher.yaml")
-    shutil.copy(teacher_files[1], tmp_path / "teacher.pth")
-
-    for command in commands:
-        program, tool, *arguments = command.split()
-        assert program == ".venv/bin/python"
-        done = subprocess.run(
-            [sys.executable, str(ROOT / tool), *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "copypaste: AP,AP50,AP75" in done.stdout
-        backbone.unlink(missing_ok=True)  # what evaluation needs is in the checkpoint
-    assert (tmp_path / "output" / "distilled" / "model_final.pth").is_file()
 
 
 def test_cpu_is_taken_where_there_is_no_cuda(tmp_path, coco):

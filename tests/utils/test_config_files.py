@@ -24,14 +24,14 @@ def merge_text(tmp_path, text):
     "text, message",
     [
         (
-            "MODEL: {KD: {GATES: cell}}",
-            r"c.yaml: there is no key MODEL.KD.GATES: did you mean",
+            "MODEL: {KD: {FGBG: {GATES: cell}}}",
+            r"c.yaml: there is no key MODEL.KD.FGBG.GATES: did you mean",
         ),
         ("MODLE: {KD: {GATE: cell}}", r"there is no key MODLE: did you mean MODEL\?"),
-        ("MODEL: {KD: {FG_WEIGHT: much}}", "c.yaml: Type mismatch .*float.*str.*KD.FG_WEIGHT"),
+        ("MODEL: {KD: {FGBG: {FG_WEIGHT: much}}}", "c.yaml: Type .*float.*str.*FGBG.FG_WEIGHT"),
         ("MODEL: {KD: {WARMUP_ITERS: 0.5}}", "c.yaml: Type mismatch .*int.*float.*WARMUP_ITERS"),
         ("MODEL: {KD: off}", "c.yaml: MODEL.KD is a group of keys"),
-        ("MODEL: {KD: {GATE: {cell: 1}}}", "MODEL.KD.GATE is one value, not a group"),
+        ("MODEL: {KD: {METHOD: {cell: 1}}}", "MODEL.KD.METHOD is one value, not a group"),
         ("MODEL: [", "c.yaml is not a valid YAML file"),
         ("- MODEL", "c.yaml is not a config: write keys and values"),
         ("", "c.yaml is not a config: write keys and values"),
@@ -49,7 +49,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
     "opts, message",
     [
         (["MODEL.KD.GATES", "cell"], "command line: there is no key MODEL.KD.GATES"),
-        (["MODEL.KD.FG_WEIGHT", "much"], "command line: Type mismatch .*FG_WEIGHT"),
+        (["MODEL.KD.FGBG.FG_WEIGHT", "much"], "command line: Type mismatch .*FG_WEIGHT"),
         (["MODEL.KD.GATE=off"], "GATE=off' is not a key. .* a space .*: MODEL.KD.GATE off$"),
         (["MODEL.KD.FG_WEIGHT"], "the key MODEL.KD.FG_WEIGHT has no value. Overrides are pairs"),
     ],
@@ -65,9 +65,9 @@ def test_a_config_file_that_is_not_there_is_named():
 
 
 def test_whole_numbers_are_floats_where_floats_are_meant(tmp_path):
-    cfg = merge_text(tmp_path, "MODEL: {KD: {FG_WEIGHT: 2, TEACHER: {MIN_AP: 35}}}")
-    merge_overrides(cfg, ["MODEL.KD.BG_WEIGHT", "0", "SOLVER.MAX_ITER", "7"])
-    values = cfg.MODEL.KD.FG_WEIGHT, cfg.MODEL.KD.TEACHER.MIN_AP, cfg.MODEL.KD.BG_WEIGHT
+    cfg = merge_text(tmp_path, "MODEL: {KD: {FGBG: {FG_WEIGHT: 2}, TEACHER: {MIN_AP: 35}}}")
+    merge_overrides(cfg, ["MODEL.KD.FGBG.BG_WEIGHT", "0", "SOLVER.MAX_ITER", "7"])
+    values = cfg.MODEL.KD.FGBG.FG_WEIGHT, cfg.MODEL.KD.TEACHER.MIN_AP, cfg.MODEL.KD.FGBG.BG_WEIGHT
     assert values == (2.0, 35.0, 0.0) and all(isinstance(v, float) for v in values)
     assert cfg.SOLVER.MAX_ITER == 7 and isinstance(cfg.SOLVER.MAX_ITER, int)
 
