@@ -135,21 +135,6 @@ def test_a_plain_detector_loads_the_average(coco, distil_cfg, tmp_path):
     assert all(torch.equal(v, average[k]) for k, v in plain.state_dict().items())
 
 
-def test_a_resumed_run_ends_with_the_same_average(cfg, tmp_path):
-    cfg.SOLVER.EMA_DECAY = 0.5
-    train(FgBgTrainer, cfg, tmp_path / "whole", 4)
-    train(FgBgTrainer, cfg, tmp_path / "parts", 2)
-    train(FgBgTrainer, cfg, tmp_path / "parts", 4, resume=True)
-    saved = [
-        torch.load(tmp_path / name / "model_final.pth", weights_only=True)
-        for name in ("whole", "parts")
-    ]
-    averages = [x["model"] for x in saved]
-    trained = [x["trainer"]["hooks"]["WeightAverage"]["weights"] for x in saved]
-    for whole, parts in (averages, trained):
-        assert all(torch.equal(v, parts[k]) for k, v in whole.items())
-
-
 def test_a_run_without_an_average_can_go_on_with_one(cfg, tmp_path):
     train(FgBgTrainer, cfg, tmp_path / "run", 2)
     before = weights(tmp_path / "run")
