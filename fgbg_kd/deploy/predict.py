@@ -1,0 +1,268 @@
+"""A detector on images, folders and videos: pictures of what it finds, and COCO's JSON."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from ..data.images import read_image
+from ..data.validation import read_coco
+from ..utils.errors import DataError, DeployError
+from .run import coco_results, detect, draw, open_detector
+
+_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Unreadable(DeployError):
+    """An input that is damaged, or neither an image nor a video."""
+
+
+class Summary(NamedTuple):
+    """Counts of :func:`predict`. A frame of a video counts as an image."""
+
+    images: int
+    detections: int
+
+
+def predict(
+    detector: str,
+    inputs: list[Path],
+    *,
+    weights: str = "",
+    output: Path | None = None,
+    results: Path | None = None,
+    ids: Path | None = None,
+    score: float = 0.5,
+    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Summary:
+    """Runs a detector on files and writes what it finds.
+
+    Args:
+        detector: name.onnx, name.pt, or a YAML config.
+        inputs: images, videos, and folders of images.
+        weights: of a config.
+        output: folder for pictures and videos with the detections drawn; None: nothing is drawn.
+        results: JSON file for COCO's results; None: not written.
+        ids: COCO file that gives the ids of images and categories in ``results``.
+        score: detections under it are left out.
+        say: gets warnings.
+        progress: gets the state after each image.
+
+    Raises:
+        Unreadable: some inputs could not be read; the others are done.
+        DeployError, ConfigError, CheckpointError, DataError: nothing is done.
+    """
+    found = find(inputs)
+    drawn_to = targets(found, output) if output else {}
+    written = [*drawn_to.values(), *filter(None, [results])]
+    check_not_overwritten(found, written)
+    model, about = open_detector(detector, weights, need_ids=bool(results))
+    image_ids, category_ids = {}, [c["id"] for c in about["categories"]]
+    if ids:
+        content = read_coco(str(ids), training=False)
+        image_ids = image_ids_in(ids, content, found)
+        category_ids = category_ids_in(ids, content, about)
+    if score < (lowest := about["suppression"]["score"]):
+        say(
+            f"--score {score:g}: the detector itself leaves out scores of {lowest:g} and less. For "
+            "more, lower SCORE_THRESH_TEST of the detector in its config, and export it again."
+        )
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if results:
+        results.open("a").close()  # shows whether it can be written
+    run = _Run(model, about, score, category_ids if results else None, drawn_to, say, progress)
+    unread = 0
+    try:
+        for place, file in found.items():
+            try:
+                if is_image(file):
+                    run.image(file, place, image_ids.get(place, place.as_posix()))
+                else:
+                    run.video(file, place)
+            except Unreadable as error:
+                unread += 1
+                say(str(error))
+    finally:  # a damaged file or Ctrl-C does not lose what was found before
+        if results:
+            results.write_text(json.dumps(run.rows))
+    if unread:
+        raise Unreadable(f"{unread} of {len(found)} inputs could not be read, see above.")
+    return Summary(run.images, run.detections)
+
+
+class _Run:
+    """The state of one call of :func:`predict`."""
+
+    def __init__(self, model, about, score, category_ids, drawn_to, say, progress):
+        self.model, self.about, self.score = model, about, score
+        self.category_ids, self.drawn_to = category_ids, drawn_to
+        self.say, self.progress = say, progress
+        self.rows: list[dict] = []
+        self.images = self.detections = 0
+
+    def see(self, image: np.ndarray, image_id: int | str) -> np.ndarray | None:
+        """(H, W, 3) RGB -> the picture with its detections, BGR; None: nothing is drawn."""
+        found = detect(self.model, self.about, image, self.score)
+        if self.category_ids is not None:
+            self.rows += coco_results(found, self.category_ids, image_id)
+        self.images, self.detections = self.images + 1, self.detections + len(found)
+        return draw(found, self.about, image)[:, :, ::-1] if self.drawn_to else None
+
+    def image(self, file: Path, place: Path, image_id: int | str) -> None:
+        try:
+            pixels = read_image(str(file), "RGB")
+        except (DataError, OSError) as error:
+            raise Unreadable(str(error)) from error
+        drawn = self.see(pixels, image_id)
+        if drawn is not None and not cv2.imwrite(str(self.drawn_to[place]), drawn):
+            raise DeployError(f"{self.drawn_to[place]} cannot be written.")
+        self.progress(f"{self.images} images, {self.detections} detections: {file}")
+
+    def video(self, file: Path, place: Path) -> None:
+        video, writer, number = Video(file), None, -1
+        try:
+            for number, frame in enumerate(video):
+                drawn = self.see(frame, f"{place.as_posix()}:{number}")
+                if drawn is not None:
+                    height, width = drawn.shape[:2]
+                    writer = writer or video.writer(self.drawn_to[place], (width, height))
+                    writer.write(drawn)
+                self.progress(f"{file}: frame {number + 1} of {video.count}")
+        finally:
+            if writer:
+                writer.release()
+        if number < 0:
+            raise Unreadable(f"{file}: no frame of it can be read.")
+        if number + 1 < video.count:
+            self.say(
+                f"{file}: its header counts {video.count} frames, and only {number + 1} could be "
+                "read."
+            )
+
+
+def find(paths: list[Path]) -> dict[Path, Path]:
+    """Images, videos, and the images of folders.
+
+    Returns:
+        Files by their place in the output: the name, or the path below the folder that was given.
+
+    Raises:
+        DeployError: a path does not exist, or two files have one place.
+    """
+    found = {}
+    for path in paths:
+        if not path.exists():
+            raise DeployError(f"{path}: there is no such file or folder.")
+        inside = [path]
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_image(p)]
+        for file in inside:
+            place = file.relative_to(path if path.is_dir() else path.parent)
+            if place in found:
+                raise DeployError(
+                    f"{found[place]} and {file} would both be {place}: give the folder above them."
+                )
+            found[place] = file
+    return found
+
+
+def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
+    """Where each place is drawn: an image of the same name, or an MP4 file for a video."""
+    return {
+        place: output / (place if is_image(file) else place.with_suffix(".mp4"))
+        for place, file in inputs.items()
+    }
+
+
+def check_not_overwritten(inputs: dict[Path, Path], written: list[Path]) -> None:
+    """
+    Raises:
+        DeployError: a file would be written that is an input, or that is written twice.
+    """
+    sources, seen = {file.resolve() for file in inputs.values()}, set()
+    for path in (p.resolve() for p in written):
+        if path in sources:
+            raise DeployError(f"{path} is an input: give another --output or --json.")
+        if path in seen:
+            raise DeployError(f"{path} would be written twice: give one of its inputs.")
+        seen.add(path)
+
+
+def image_ids_in(file: Path, content: dict, inputs: dict[Path, Path]) -> dict[Path, int]:
+    """The ids of all inputs in a COCO file, whose file_name is their place.
+
+    Raises:
+        DeployError: an input is not in the file.
+    """
+    known = {image["file_name"]: image["id"] for image in content["images"]}
+    for place in inputs:
+        if place.as_posix() not in known:
+            raise DeployError(f"{file} has no image with the file_name {place.as_posix()}.")
+    return {place: known[place.as_posix()] for place in inputs}
+
+
+def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
+    """The ids that a COCO file gives to the detector's classes, which it finds by their names.
+
+    Returns:
+        In the order of the classes' numbers.
+
+    Raises:
+        DeployError: a class is not in the file, or a name is there twice.
+    """
+    classes = [c["name"] for c in about["categories"]]
+    names = [c["name"] for c in content["categories"]]
+    ids = {c["name"]: c["id"] for c in content["categories"]}
+    lacking = [name for name in classes if name not in ids]
+    twice = len(set(classes)) < len(classes) or len(ids) < len(names)
+    if lacking or twice:
+        fault = "a name is there twice" if twice else f"{', '.join(lacking)} is not in the file"
+        raise DeployError(
+            f"--ids {file}: the detector's classes cannot be found by their names, for {fault}.\n"
+            f"The detector's classes: {', '.join(classes)}.\nThe file's: {', '.join(names)}.\n"
+            "Give the categories in the file the detector's names."
+        )
+    return [ids[name] for name in classes]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is read as an image; otherwise it is tried as a video."""
+    return path.suffix.lower() in _IMAGES or cv2.haveImageReader(str(path))
+
+
+class Video:
+    """Frames of a video, (H, W, 3) RGB, and a writer for a video like it.
+
+    Raises:
+        Unreadable: OpenCV cannot open it.
+    """
+
+    def __init__(self, path: Path):
+        self.capture = cv2.VideoCapture(str(path))
+        if not self.capture.isOpened():
+            raise Unreadable(f"{path} is neither an image nor a video that OpenCV reads.")
+        self.count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            there, frame = self.capture.read()
+            if not there:
+                return
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
+        """An MP4 of (width, height) with the same number of frames a second.
+
+        Raises:
+            DeployError: OpenCV cannot write it.
+        """
+        rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not writer.isOpened():
+            raise DeployError(f"{path} cannot be written: OpenCV opens no MP4 there.")
+        return writer
