@@ -18,7 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from fgbg_kd import FgBgDistiller, get_fgbg_kd_cfg
+from fgbg_kd import FgBgDistiller, Teacher, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 
 torch.set_num_threads(1)
@@ -214,11 +214,16 @@ def faster_rcnn():
 
 
 def distiller(student, teacher, **options):
-    kd = {k: v for k, v in options.items() if k not in ("classes", "inherit")}
-    rest = {k: v for k, v in options.items() if k in ("classes", "inherit")}
-    return FgBgDistiller(
-        student=student, teacher=teacher.eval().requires_grad_(False), kd=kd, **rest
-    ).train()
+    """Of a student and a detector that becomes its teacher.
+
+    Args:
+        options: those of FgBgDistiller; "teacher_classes"; those of the method.
+    """
+    names = options.pop("teacher_classes", None)
+    teacher = Teacher(teacher.eval().requires_grad_(False), class_names=names)
+    own = ("classes", "inherit", "warmup_iters", "stop_iter")
+    rest = {k: options.pop(k) for k in own if k in options}
+    return FgBgDistiller(student=student, teacher=teacher, method=options, **rest).train()
 
 
 def losses_of(model, batch=None):
@@ -229,7 +234,7 @@ def losses_of(model, batch=None):
 def seen_by(model, batch=None):
     """The losses, and the Batch that the method got."""
     seen = []
-    hook = model.kd.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = model.method.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     losses = losses_of(model, batch)
     hook.remove()
     return losses, seen[0]
