@@ -26,9 +26,7 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
     """
     names = [str(name) for name in names]
     families, undrawable = _fonts_for(frozenset("".join(names)))
-    replaced = [
-        f"class {i}" if undrawable & set(name) else name for i, name in enumerate(names)
-    ]
+    replaced = [f"class {i}" if undrawable & set(name) else name for i, name in enumerate(names)]
     with matplotlib.rc_context({"font.sans-serif": families}):
         yield replaced
 
@@ -36,7 +34,6 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
 @functools.lru_cache
 def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
     """Font families that draw the characters together, and the characters that none has."""
-    families = list(matplotlib.rcParams["font.sans-serif"])
     usual = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
     missing = set(characters) - _drawn_by(usual, characters)
     added = []

@@ -28,9 +28,7 @@ def font_with_a_cat(tmp_path, monkeypatch):
     builder.setupOS2()
     builder.setupPost()
     builder.save(tmp_path / "cat.ttf")
-    monkeypatch.setattr(
-        font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist)
-    )
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
     font_manager.fontManager.addfont(tmp_path / "cat.ttf")
     fonts._fonts_for.cache_clear()
     yield
