@@ -16,10 +16,11 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from .cost import cost, draw_side_by_side, read_input
+from .cost import cost
 from .run_folder import DISTILLED, Run, find_runs, load_run, versions
 from .runner import METRICS
 from .settings import keys_read
+from .side_by_side import draw_side_by_side, read_input
 from .tables import PLAIN, TEACHER, average, number, paired, signed
 from .tide import KINDS, detection_errors, image_scores, tide, truth_of
 
