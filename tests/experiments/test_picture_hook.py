@@ -1,10 +1,13 @@
 """Pictures in TensorBoard: drawn every period, and training does not notice."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, tiny_cfg
+from conftest import make_batch, make_trainer, tiny_cfg
 from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.experiments import picture_hook
@@ -60,6 +63,18 @@ def test_an_image_with_objects_is_preferred(distil_cfg, tmp_path, monkeypatch):
     distil_cfg.SOLVER.IMS_PER_BATCH = 6  # of 12 images, one in four has no object
     run(distil_cfg, tmp_path, [DistillationPictures(1)])
     assert len(drawn) == 4 and min(drawn) > 0
+
+
+def test_the_trainer_of_a_python_config_keeps_its_batch_itself(distil_cfg, monkeypatch):
+    seen = []
+    monkeypatch.setattr(picture_hook, "draw_distillation", lambda model, x: seen.append(x))
+    hook, batch = DistillationPictures(1), make_batch()[::-1]  # the first has no object
+    storage = SimpleNamespace(put_image=lambda name, picture: None)
+    hook.trainer = SimpleNamespace(
+        model=build_model(distil_cfg), iter=0, batch=batch, storage=storage
+    )
+    hook.after_step()
+    assert seen == [batch[1]]
 
 
 def test_a_plain_detector_and_a_period_of_0_give_no_pictures(coco, distil_cfg, tmp_path):
