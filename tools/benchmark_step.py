@@ -63,7 +63,7 @@ def method_of(config_file: str, spec: str) -> dict:
     return {"name": name, **method_options(read_config(config_file, overrides), name)}
 
 
-def random_batch(images: int, height: int, width: int, classes: int) -> list[dict]:
+def random_batch(images: int, height: int, width: int, channels: int, classes: int) -> list[dict]:
     """Detectron2 inputs of random pixels and boxes."""
     generator = torch.Generator().manual_seed(0)
     batch = []
@@ -73,7 +73,9 @@ def random_batch(images: int, height: int, width: int, classes: int) -> list[dic
         boxes.clip((height, width))
         instances.gt_boxes = boxes
         instances.gt_classes = torch.randint(classes, (BOXES,), generator=generator)
-        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        image = torch.randint(
+            256, (channels, height, width), generator=generator, dtype=torch.uint8
+        )
         batch.append({"image": image, "instances": instances[boxes.nonempty()]})
     return batch
 
@@ -91,7 +93,8 @@ def steps(args) -> list[dict]:
         for spec in args.methods
     }
     of = dense_student(student)
-    batch = random_batch(args.images, *args.size, of.num_classes)
+    channels = len(of.normalization[0])
+    batch = random_batch(args.images, *args.size, channels, of.num_classes)
     methods = [distiller.method for distiller in distillers.values() if distiller.method]
     needs = {
         "logits": any(method.needs_logits for method in methods),

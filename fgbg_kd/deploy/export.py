@@ -68,6 +68,11 @@ def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
             categories.
     """
     of = dense_view(detector)
+    if of.square_size and cfg.INPUT.MAX_SIZE_TEST > of.square_size:
+        raise DeployError(
+            f"The {of.name} pads images to {of.square_size}x{of.square_size} pixels, and "
+            f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}: set it to {of.square_size}."
+        )
     return {
         "categories": _categories(cfg, of.num_classes, need_ids),
         "min_size": cfg.INPUT.MIN_SIZE_TEST,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ..data.images import read_image
 from ..data.validation import read_coco
@@ -14,10 +15,6 @@ from ..utils.errors import DataError, DeployError
 from .run import coco_results, detect, draw, open_detector
 
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-class Unreadable(DeployError):
-    """An input that is damaged, or neither an image nor a video."""
 
 
 class Summary(NamedTuple):
@@ -53,8 +50,9 @@ def predict(
         progress: gets the state after each image.
 
     Raises:
-        Unreadable: some inputs could not be read; the others are done.
-        DeployError, ConfigError, CheckpointError, DataError: nothing is done.
+        DataError: some inputs could not be read, and the others are done. Or the file of ``ids`` is
+            damaged, and nothing is done.
+        DeployError, ConfigError, CheckpointError: nothing is done, or a file cannot be written.
     """
     found = find(inputs)
     drawn_to = targets(found, output) if output else {}
@@ -76,22 +74,13 @@ def predict(
     if results:
         results.open("a").close()  # shows whether it can be written
     run = _Run(model, about, score, category_ids if results else None, drawn_to, say, progress)
-    unread = 0
     try:
-        for place, file in found.items():
-            try:
-                if is_image(file):
-                    run.image(file, place, image_ids.get(place, place.as_posix()))
-                else:
-                    run.video(file, place)
-            except Unreadable as error:
-                unread += 1
-                say(str(error))
+        unread = run.all(found, image_ids)
     finally:  # a damaged file or Ctrl-C does not lose what was found before
         if results:
             results.write_text(json.dumps(run.rows))
     if unread:
-        raise Unreadable(f"{unread} of {len(found)} inputs could not be read, see above.")
+        raise DataError(f"{unread} of {len(found)} inputs could not be read, see above.")
     return Summary(run.images, run.detections)
 
 
@@ -105,6 +94,20 @@ class _Run:
         self.rows: list[dict] = []
         self.images = self.detections = 0
 
+    def all(self, inputs: dict[Path, Path], ids: dict[Path, int]) -> int:
+        """Goes through the inputs of :func:`find`; returns how many could not be read."""
+        unread = 0
+        for place, file in inputs.items():
+            try:
+                if is_image(file):
+                    self.image(file, place, ids.get(place, place.as_posix()))
+                else:
+                    self.video(file, place)
+            except DataError as error:
+                unread += 1
+                self.say(str(error))
+        return unread
+
     def see(self, image: np.ndarray, image_id: int | str) -> np.ndarray | None:
         """(H, W, 3) RGB -> the picture with its detections, BGR; None: nothing is drawn."""
         found = detect(self.model, self.about, image, self.score)
@@ -116,8 +119,8 @@ class _Run:
     def image(self, file: Path, place: Path, image_id: int | str) -> None:
         try:
             pixels = read_image(str(file), "RGB")
-        except (DataError, OSError) as error:
-            raise Unreadable(str(error)) from error
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
         drawn = self.see(pixels, image_id)
         if drawn is not None and not cv2.imwrite(str(self.drawn_to[place]), drawn):
             raise DeployError(f"{self.drawn_to[place]} cannot be written.")
@@ -137,7 +140,7 @@ class _Run:
             if writer:
                 writer.release()
         if number < 0:
-            raise Unreadable(f"{file}: no frame of it can be read.")
+            raise DataError(f"{file}: no frame of it can be read.")
         if number + 1 < video.count:
             self.say(
                 f"{file}: its header counts {video.count} frames, and only {number + 1} could be "
@@ -172,11 +175,20 @@ def find(paths: list[Path]) -> dict[Path, Path]:
 
 
 def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
-    """Where each place is drawn: an image of the same name, or an MP4 file for a video."""
-    return {
-        place: output / (place if is_image(file) else place.with_suffix(".mp4"))
-        for place, file in inputs.items()
-    }
+    """Where each place is drawn.
+
+    An image keeps its name, but a format that OpenCV cannot write becomes PNG. A video becomes MP4.
+    """
+    found = {}
+    for place, file in inputs.items():
+        if not is_image(file):
+            place_drawn = place.with_suffix(".mp4")
+        elif cv2.haveImageWriter(place.name):
+            place_drawn = place
+        else:
+            place_drawn = place.with_suffix(".png")
+        found[place] = output / place_drawn
+    return found
 
 
 def check_not_overwritten(inputs: dict[Path, Path], written: list[Path]) -> None:
@@ -232,20 +244,26 @@ def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
 
 def is_image(path: Path) -> bool:
     """Whether a file is read as an image; otherwise it is tried as a video."""
-    return path.suffix.lower() in _IMAGES or cv2.haveImageReader(str(path))
+    if path.suffix.lower() in _IMAGES:
+        return True
+    try:
+        with Image.open(path) as image:
+            return image.format != "MPEG"  # Pillow knows this kind of video, but reads no frame
+    except Exception:  # no image, or one that cannot be read
+        return False
 
 
 class Video:
     """Frames of a video, (H, W, 3) RGB, and a writer for a video like it.
 
     Raises:
-        Unreadable: OpenCV cannot open it.
+        DataError: OpenCV cannot open it.
     """
 
     def __init__(self, path: Path):
         self.capture = cv2.VideoCapture(str(path))
         if not self.capture.isOpened():
-            raise Unreadable(f"{path} is neither an image nor a video that OpenCV reads.")
+            raise DataError(f"{path} is neither an image nor a video that OpenCV reads.")
         self.count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -127,6 +127,17 @@ def test_padding_has_the_value_that_the_view_says():
     assert (seen[0][:, :, 50:] == 0.5).all() and (seen[0][:, :, :, 60:] == 0.5).all()
 
 
+def test_a_detector_that_pads_to_a_square_is_deployed_so(monkeypatch):
+    model, about = variant("RetinaNet")
+    monkeypatch.setattr(RetinaNetView, "square_size", 96)
+    deployable, seen = deploy.Deployable(model), []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    deployable(torch.from_numpy(photo(50, 60)))
+    assert seen == [(1, 3, 96, 96)]
+    with pytest.raises(deploy.DeployError, match="INPUT.MAX_SIZE_TEST is 1333: set it to 96"):
+        deploy.describe(tiny_cfg(), model)
+
+
 def test_images_that_are_neither_rgb_nor_grey_are_refused_at_the_start():
     cfg = grey_cfg()
     cfg.INPUT.FORMAT = "BGR"

@@ -17,7 +17,6 @@ from small import detector, photo
 
 from fgbg_kd.deploy import DeployError, predict
 from fgbg_kd.deploy.predict import (
-    Unreadable,
     Video,
     category_ids_in,
     check_not_overwritten,
@@ -25,6 +24,7 @@ from fgbg_kd.deploy.predict import (
     image_ids_in,
     targets,
 )
+from fgbg_kd.utils.errors import DataError
 
 library = sys.modules["fgbg_kd.deploy.predict"]  # beside the function of the same name
 ABOUT = {
@@ -132,6 +132,12 @@ def test_images_are_upright_as_in_training(fake, tmp_path, monkeypatch):
     assert np.array_equal(seen[0], np.rot90(photo(40, 60), -1))
 
 
+def test_an_image_of_a_format_that_opencv_cannot_write_is_drawn_as_png(fake, tmp_path):
+    Image.fromarray(photo(64, 80)).save(tmp_path / "x.pcx")
+    predict("x.pt", [tmp_path], output=tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.png"]
+
+
 def test_what_cannot_be_read_or_written_is_named(fake, tmp_path, monkeypatch):
     video, said = film(tmp_path / "film.avi"), []
     with pytest.raises(DeployError, match="cannot be written"):
@@ -144,7 +150,7 @@ def test_what_cannot_be_read_or_written_is_named(fake, tmp_path, monkeypatch):
         predict("x.pt", [video], results=results, say=said.append)
         assert said == [f"{video}: its header counts 2 frames, and only 1 could be read."]
         patch.setattr(Video, "__iter__", lambda _: iter(()))
-        with pytest.raises(Unreadable, match="1 of 1 inputs"):
+        with pytest.raises(DataError, match="1 of 1 inputs"):
             predict("x.pt", [video], results=results)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -153,7 +159,7 @@ def test_what_cannot_be_read_or_written_is_named(fake, tmp_path, monkeypatch):
     (damaged / "empty.jpg").touch()
     (damaged / "notes.txt").write_text("no image")
     said.clear()
-    with pytest.raises(Unreadable, match="2 of 3 inputs could not be read"):
+    with pytest.raises(DataError, match="2 of 3 inputs could not be read"):
         predict("x.pt", [damaged], results=results, say=said.append)
     assert [("torn.png" in x or "empty.jpg" in x) and "damaged" in x for x in said] == [True] * 2
     assert {r["image_id"] for r in json.loads(results.read_text())} == {"good.png"}
