@@ -53,8 +53,9 @@ def read_image(path: str, order: str) -> np.ndarray:
 
 def too_large(error: Image.DecompressionBombError) -> str:
     """What to do about an image that Pillow refuses for its size, in words."""
+    fact = str(error).partition(", could be")[0]
     return (
-        f"the image is too large ({error}). Cut it into parts or make it smaller. To read it all "
+        f"the image is too large ({fact}). Cut it into parts or make it smaller. To read it all "
         "the same, write `import PIL.Image; PIL.Image.MAX_IMAGE_PIXELS = None` into a file "
         "large_images.py and give --import large_images.py to the tool."
     )

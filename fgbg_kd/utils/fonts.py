@@ -36,9 +36,12 @@ def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
     """Font families that draw the characters together, and the characters that none has."""
     usual = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
     missing = set(characters) - _drawn_by(usual, characters)
+    fonts = {f.name: f.fname for f in font_manager.fontManager.ttflist}
+    # Matplotlib's last resort "has" all characters, and draws frames with their numbers.
+    fonts = {name: file for name, file in fonts.items() if not name.startswith("Last Resort")}
     added = []
     while missing:
-        found = {f.name: _drawn_by(f.fname, missing) for f in font_manager.fontManager.ttflist}
+        found = {name: _drawn_by(file, missing) for name, file in fonts.items()}
         best = max(found, key=lambda name: len(found[name]), default="")
         if not best or not found[best]:
             logger.warning(
