@@ -1,4 +1,4 @@
-# make             what there is
+# make             lists the targets
 # make quickstart  from a fresh clone to a distilled detector
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,35 +7,42 @@ TESTS  ?= tests
 
 PY    := $(VENV)/bin/python
 PIP   := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install
-# A stamp is written when its step is done: an interrupted `make` goes on with the step it was in.
+# A step writes its stamp when it is done: after an interruption `make` repeats that step only.
 STAMP := $(VENV)/.fgbg_kd
-LINTED := fgbg_kd tools tests setup.py
+LINTED := fgbg_kd tools tests docs setup.py
 
-.PHONY: help setup analysis test lint quickstart trees clean
+.PHONY: help setup analysis test test-fast lint docs quickstart trees clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
-	@echo "  VENV=path uses an environment of yours (its torch and Detectron2 are kept), PYTHON=python3.x another Python"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@echo "  VENV=path uses your environment and keeps its torch and Detectron2, PYTHON=python3.x another Python"
 
 setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
 
-analysis: $(STAMP)-analysis  ## setup, and tidecv for tools/compare.py --errors
+analysis: $(STAMP)-analysis  ## setup, and tidecv, which tools/compare.py needs for the kinds of errors
 
-test: analysis  ## run the tests (TESTS=tests/test_x.py for some)
+test: analysis  ## run all tests (TESTS=tests/test_x.py runs some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
-lint: setup  ## ruff check, ruff format --check
+test-fast: analysis  ## run the tests that are not slow: under one minute
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow" $(TESTS)
+
+lint: setup  ## check style (ruff) and the types of the core (mypy)
 	$(PY) -m ruff check $(LINTED)
 	$(PY) -m ruff format --check $(LINTED)
+	$(PY) -m mypy
 
-quickstart: setup  ## train teacher, student and distilled student on made-up scenes
-	$(PY) tools/quickstart.py scenes
+docs: $(STAMP)-docs  ## build the site into build/docs; a warning is an error
+	$(PY) -m sphinx -W --keep-going -b html docs build/docs
+
+quickstart: setup  ## train a teacher, a plain and a distilled student on composed images of digits
+	$(PY) tools/quickstart.py digits
 
 trees: setup  ## the same on aerial photos of trees
 	$(PY) tools/quickstart.py trees
 
 clean:  ## remove caches and build leftovers (keeps .venv and output)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/api
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(STAMP)-venv:
@@ -63,7 +70,11 @@ $(STAMP)-package: $(STAMP)-detectron2 setup.py
 	echo "installing fgbg_kd[$$extras]"; $(PIP) -q --no-build-isolation -e ".[$$extras]"
 	@touch $@
 
-# tidecv asks for opencv-python, which would go over the OpenCV that is there.
+$(STAMP)-docs: $(STAMP)-package
+	@echo "installing fgbg_kd[docs]"; $(PIP) -q --no-build-isolation -e ".[docs]"
+	@touch $@
+
+# tidecv requires opencv-python, which would overwrite the OpenCV that is there.
 $(STAMP)-analysis: $(STAMP)-package
 	@$(PIP) -q --no-build-isolation -e ".[analysis]" && $(PIP) -q --no-deps tidecv==1.0.1
 	@touch $@

@@ -4,18 +4,22 @@ EXPORT = ["onnx", "onnxruntime"]
 
 setup(
     name="fgbg_kd",
-    version="0.1.0",
+    version="0.2.0",
     description="Knowledge distillation for one-stage detectors in Detectron2: "
-    "imitate the teacher's foreground, calibrate its background",
+    "a large teacher guides a small student, foreground and background apart",
     author="the fgbg_kd authors",
     license="MIT",
-    package_data={"fgbg_kd.experiments": ["report.html"]},
+    package_data={
+        # Type checkers read the annotations of a package only where it has this file (PEP 561).
+        "fgbg_kd": ["py.typed"],
+        "fgbg_kd.experiments": ["report.html"],
+    },
     python_requires=">=3.10",
     packages=find_packages(include=["fgbg_kd", "fgbg_kd.*"]),
     install_requires=[
         # Detectron2 is not listed: no package index has it under its name, and it must be built
         # against the torch that is already there. tools/install_detectron2.py installs it.
-        # torch, torchvision: no bounds, so that installing this never replaces the build you use.
+        # torch and torchvision have no bounds, so that this package never replaces your build.
         "torch",
         "torchvision",
         "fvcore",
@@ -30,14 +34,16 @@ setup(
         "timm>=1.0.9",
     ],
     extras_require={
-        # Apart from the rest: each OpenCV wheel owns the same `cv2` folder, so installing this one
-        # over another breaks both. Take it only where `import cv2` fails (the Makefile looks).
+        # An extra of its own: every OpenCV wheel owns the same `cv2` folder, so installing this one
+        # over another breaks both. Install it only where `import cv2` fails. The Makefile checks.
         "opencv": ["opencv-python-headless"],
-        # For tools/compare.py --errors, beside tidecv==1.0.1. That one is to be installed with
-        # --no-deps: it asks for opencv-python, which would go over the OpenCV that is there.
+        # For the kinds of errors in tools/compare.py, beside tidecv==1.0.1. Install that one with
+        # --no-deps: it requires opencv-python, which would overwrite the OpenCV that is there.
         "analysis": ["appdirs", "pandas", "seaborn"],
-        # What tools/export.py writes and runs ONNX with.
+        # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
-        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", *EXPORT],
+        # For `make docs`.
+        "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # 8.2 is the first with sphinx.ext.apidoc
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT],
     },
 )

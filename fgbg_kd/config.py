@@ -173,12 +173,10 @@ def method_options(cfg: CN, name: str = "") -> dict:
     """Options of a method as keyword arguments: {"fg_weight": 8.0, ...}.
 
     Args:
-        name: of the method; "": the one that MODEL.KD.METHOD names.
-
-    Raises:
-        KeyError: the config has no node for the method.
+        name: of the method; "": the one that MODEL.KD.METHOD names. A method without a node in
+            MODEL.KD has no options.
     """
-    node = cfg.MODEL.KD[(name or cfg.MODEL.KD.METHOD).upper()]
+    node = cfg.MODEL.KD.get((name or cfg.MODEL.KD.METHOD).upper(), {})
     return {key.lower(): value for key, value in node.items()}
 
 

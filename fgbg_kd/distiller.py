@@ -129,8 +129,8 @@ class FgBgDistiller(nn.Module):
         if not kd.TEACHER.CONFIG:
             if kd.TEACHER.WEIGHTS:
                 raise TeacherError(
-                    f"MODEL.KD.TEACHER.WEIGHTS is {kd.TEACHER.WEIGHTS}, but MODEL.KD.TEACHER.CONFIG "
-                    "is empty: give the config with which they were trained."
+                    f"MODEL.KD.TEACHER.WEIGHTS is {kd.TEACHER.WEIGHTS}, but "
+                    "MODEL.KD.TEACHER.CONFIG is empty: name the config of their training."
                 )
             logger.warning("MODEL.KD.TEACHER.CONFIG is empty: this is plain training.")
         elif not get_method(kd.METHOD).is_off(options):
@@ -187,8 +187,8 @@ class FgBgDistiller(nn.Module):
         if self.method.needs_boxes and student.boxes is None:
             with torch.no_grad():
                 student = of.with_boxes(student)
-        index = zip(*(level.index for level in self.levels))
-        shapes = [student.features[level.index[0]].shape[-2:] for level in self.levels]
+        index = zip(*(level.place for level in self.levels))
+        shapes = [student.features[level.place[0]].shape[-2:] for level in self.levels]
         student, teacher = (select(x, i, shapes) for x, i in zip((student, teacher), index))
         return Batch(
             student=student,

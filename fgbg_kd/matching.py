@@ -19,12 +19,12 @@ class SharedLevel(NamedTuple):
 
     Attributes:
         stride: in pixels.
-        index: its place among the levels of the student, and among those of the teacher.
+        place: its index among the levels of the student, and among those of the teacher.
         channels: of the student, and of the teacher.
     """
 
     stride: int
-    index: tuple[int, int]
+    place: tuple[int, int]
     channels: tuple[int, int]
 
 
@@ -48,22 +48,22 @@ def shared_levels(student: DetectorView, teacher: DetectorView) -> list[SharedLe
         TeacherError: there is no common stride.
     """
     levels = student.levels, teacher.levels
-    place = [{level.stride: i for i, level in enumerate(of)} for of in levels]
-    common = sorted(place[0].keys() & place[1].keys())
-    text = [", ".join(f"{x.name} (stride {x.stride})" for x in of) for of in levels]
-    text = f"Student: {text[0]}. Teacher: {text[1]}."
+    at = [{level.stride: i for i, level in enumerate(of)} for of in levels]
+    common = sorted(at[0].keys() & at[1].keys())
+    names = [", ".join(f"{x.name} (stride {x.stride})" for x in of) for of in levels]
+    text = f"Student: {names[0]}. Teacher: {names[1]}."
     if not common:
         raise TeacherError(
             f"Student and teacher have no level of equal stride. {text} Give both a common stride "
             "by their IN_FEATURES."
         )
-    if len(common) < max(map(len, place)):
+    if len(common) < max(map(len, at)):
         logger.info(f"Student and teacher share the strides {common} only. {text}")
     shared = []
     for stride in common:
-        index = place[0][stride], place[1][stride]
-        channels = levels[0][index[0]].channels, levels[1][index[1]].channels
-        shared.append(SharedLevel(stride, index, channels))
+        place = at[0][stride], at[1][stride]
+        channels = levels[0][place[0]].channels, levels[1][place[1]].channels
+        shared.append(SharedLevel(stride, place, channels))
     return shared
 
 
@@ -138,7 +138,7 @@ def match_classes(
 def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[SharedLevel]) -> bool:
     """Whether both have the same anchors in a cell, in the same order."""
     mine, theirs = ([a.tolist() for a in d.cell_anchors] for d in (student, teacher))
-    return all(mine[i] == theirs[j] for i, j in (level.index for level in levels))
+    return all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
 
 
 def features_only(name: str, options: dict[str, Any], teacher: DetectorView) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def check_predictions(
             f"{teacher.name}, has none: use a one-stage teacher, or another method."
         )
     if method.compares_logits and not same:
-        sizes = [len(d.cell_anchors[0]) for d in (student, teacher)]
+        sizes = [len(d.cell_anchors[0]) for d in (student, teacher) if isinstance(d, DenseView)]
         raise TeacherError(
             f"Student and teacher have different anchors ({sizes[0]} and {sizes[1]} a cell), and "
             f"MODEL.KD.METHOD {name} compares predictions one by one: give both the same "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import training_classes
-from .detectors.dense import DenseOutput, DetectorView, num_classes_of, view
+from .detectors.dense import DenseOutput, DenseView, DetectorView, num_classes_of, view
 from .detectors.load import load_detector, read_detector_config, weights_of
 from .teacher_cache import TeacherCache
 from .utils.errors import CheckpointError, ConfigError, TeacherError
@@ -90,7 +90,7 @@ class Teacher:
 
     def _run(self, inputs: Tensor, logits: bool, boxes: bool) -> DenseOutput:
         output = self.view.run(inputs, logits=logits, boxes=boxes)
-        if boxes:
+        if boxes and isinstance(self.view, DenseView):
             output = self.view.with_boxes(output)
         return output._replace(raw=None)
 

@@ -6,8 +6,6 @@ from conftest import make_batch, save_teacher, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd.distiller import run_dense
-
 
 def losses_of(model, batch, iteration=0):
     with EventStorage(iteration):
@@ -27,28 +25,28 @@ def test_adds_two_losses_and_keeps_the_students_own(distil_cfg):
 
 
 def test_gradients_reach_student_and_adapters_and_never_the_teacher(distil_cfg):
-    distil_cfg.MODEL.KD.GATE, distil_cfg.MODEL.KD.ASSIGN = "off", "all"
+    distil_cfg.MODEL.KD.FGBG.GATE, distil_cfg.MODEL.KD.FGBG.ASSIGN = "off", "all"
     model = build_model(distil_cfg)
     losses = losses_of(model, make_batch())
     (losses["loss_kd_fg"] + losses["loss_kd_bg"]).backward()
-    assert all(a.weight.grad.abs().sum() > 0 for a in model.kd.adapters)
+    assert all(a.weight.grad.abs().sum() > 0 for a in model.method.adapters)
     assert model.student.backbone.fpn_output3.weight.grad.abs().sum() > 0
     assert model.student.head.cls_score.weight.grad.abs().sum() > 0
-    assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in model.teacher.detector.parameters())
 
 
 def test_teacher_is_invisible_frozen_and_follows_the_device(distil_cfg):
     model = build_model(distil_cfg)
-    before = copy.deepcopy(model.teacher.state_dict())
+    before = copy.deepcopy(model.teacher.detector.state_dict())
     assert not any("teacher" in k for k in model.state_dict())
     assert not any("teacher" in k for k, _ in model.named_parameters())
     assert not any("teacher" in k for k, _ in model.named_modules())
     model.train()
-    assert not any(m.training for m in model.teacher.modules())
+    assert not any(m.training for m in model.teacher.detector.modules())
     losses_of(model, make_batch())
-    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
-    assert {p.dtype for p in model.double().teacher.parameters()} == {torch.float64}
-    assert model.to("meta").teacher.pixel_mean.is_meta
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher.detector.state_dict().items())
+    assert {p.dtype for p in model.double().teacher.detector.parameters()} == {torch.float64}
+    assert model.to("meta").teacher.detector.pixel_mean.is_meta
 
 
 def test_inference_is_the_student(distil_cfg):
@@ -67,9 +65,9 @@ def test_without_weights_or_teacher_nothing_is_added(distil_cfg, key):
     if key == "teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
-        distil_cfg.MODEL.KD.FG_WEIGHT = distil_cfg.MODEL.KD.BG_WEIGHT = 0.0
+        distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = distil_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
     model = build_model(distil_cfg)
-    assert model.teacher is None and model.kd is None
+    assert model.teacher is None and model.method is None
     assert set(losses_of(model, make_batch())) == {"loss_cls", "loss_box_reg"}
 
 
@@ -112,10 +110,10 @@ def test_gate_shares_reach_the_event_storage(distil_cfg):
 
 def test_padding_is_neither_foreground_nor_background(distil_cfg):
     """A small image beside a large one: what is predicted on its padding changes no term."""
-    distil_cfg.MODEL.KD.GATE = "off"
+    distil_cfg.MODEL.KD.FGBG.GATE = "off"
     model = build_model(distil_cfg)
     seen = []
-    hook = model.kd.register_forward_pre_hook(lambda _, args: seen.append(args))
+    hook = model.method.register_forward_pre_hook(lambda _, args: seen.append(args))
     losses_of(model, make_batch(sizes=((64, 64), (128, 128)), boxes=(((8, 8, 40, 40),), ())))
     hook.remove()
     batch = seen[0][0]
@@ -128,7 +126,7 @@ def test_padding_is_neither_foreground_nor_background(distil_cfg):
         inside.append(level.clone())
         inside[-1][0, :, :half, :half] = 50.0
     value = [
-        model.kd(batch._replace(student=student._replace(logits=logits)))[0]["loss_kd_bg"]
+        model.method(batch._replace(student=student._replace(logits=logits)))[0]["loss_kd_bg"]
         for logits in (student.logits, padded, inside)
     ]
     assert value[0] > 0 and value[2] > 2 * value[0]
@@ -143,30 +141,33 @@ def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil
     kd.CONFIG, kd.WEIGHTS = save_teacher(tmp_path, edit=rgb)
     model = build_model(distil_cfg)
     seen = []
-    model.teacher.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.teacher.detector.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batch = make_batch(boxes=((), ()))
     losses_of(model, batch)
-    expected = model.teacher.preprocess_image([{"image": x["image"].flip(0)} for x in batch]).tensor
+    expected = model.teacher.detector.preprocess_image(
+        [{"image": x["image"].flip(0)} for x in batch]
+    ).tensor
     torch.testing.assert_close(seen[0], expected)
 
 
 def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
-    distil_cfg.MODEL.KD.BG_WEIGHT, distil_cfg.MODEL.KD.GATE = 0.0, "off"
+    distil_cfg.MODEL.KD.FGBG.BG_WEIGHT, distil_cfg.MODEL.KD.FGBG.GATE = 0.0, "off"
     model = build_model(distil_cfg)
     calls = []
-    model.teacher.head.register_forward_hook(lambda *_: calls.append(1))
+    model.teacher.detector.head.register_forward_hook(lambda *_: calls.append(1))
     assert losses_of(model, make_batch())["loss_kd_fg"] > 0
     assert not calls
 
 
 @pytest.mark.parametrize("gate, quality", [("cell", "box"), ("cell", "score"), ("off", "box")])
-def test_only_boxes_in_the_gate_run_the_box_branch(distil_cfg, gate, quality):
-    distil_cfg.MODEL.KD.GATE, distil_cfg.MODEL.KD.GATE_QUALITY = gate, quality
+def test_the_box_branch_runs_only_for_boxes_in_the_gate(distil_cfg, gate, quality):
+    distil_cfg.MODEL.KD.FGBG.GATE, distil_cfg.MODEL.KD.FGBG.GATE_QUALITY = gate, quality
     model, runs, batch = build_model(distil_cfg), [], make_batch()
-    images = model.teacher.preprocess_image(batch).tensor
-    expected = run_dense(model.teacher, images)[1][0]
-    model.teacher.head.bbox_subnet.register_forward_hook(lambda *_: runs.append(1))
-    got = run_dense(model.teacher, images, boxes=False)[1][0]
+    images = model.teacher.detector.preprocess_image(batch).tensor
+    teacher = model.teacher.view
+    expected = teacher.run(images).logits
+    model.teacher.detector.head.bbox_subnet.register_forward_hook(lambda *_: runs.append(1))
+    got = teacher.run(images, boxes=False).logits
     assert losses_of(model, batch)["loss_kd_bg"] > 0
     assert bool(runs) == (gate != "off" and quality == "box")
     for a, b in zip(got, expected):
@@ -178,7 +179,7 @@ def test_the_teacher_runs_in_its_own_precision(distil_cfg, name, dtype):
     distil_cfg.MODEL.KD.TEACHER.PRECISION = name
     model = build_model(distil_cfg)
     seen = []
-    model.teacher.head.cls_score.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    model.teacher.detector.head.cls_score.register_forward_hook(lambda *a: seen.append(a[2].dtype))
     other = torch.float32 if name == "bf16" else torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=other == torch.bfloat16):
         losses = losses_of(model, make_batch())
@@ -193,8 +194,8 @@ def test_an_unknown_precision_is_named(distil_cfg):
 
 
 def test_one_option_that_does_not_exist_is_an_error(distil_cfg):
-    distil_cfg.MODEL.KD.GATE = "maybe"
-    with pytest.raises(ValueError, match="MODEL.KD.GATE is 'maybe'"):
+    distil_cfg.MODEL.KD.FGBG.GATE = "maybe"
+    with pytest.raises(ValueError, match="MODEL.KD.FGBG.GATE is 'maybe'"):
         build_model(distil_cfg)
 
 

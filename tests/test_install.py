@@ -1,4 +1,4 @@
-"""The installer's parts that need neither network nor pip."""
+"""Parts of the installer that need neither a network nor pip."""
 
 import hashlib
 import importlib.util
@@ -74,7 +74,7 @@ def test_another_archive_than_the_pinned_one_is_refused(installer, tmp_path):
         installer.verify_sha256(archive, expected)
 
 
-def test_stand_in_for_compiled_code_names_the_mend_and_does_not_break_introspection(installer):
+def test_stand_in_for_compiled_code_names_the_fix_and_does_not_break_introspection(installer):
     namespace = {"__name__": "detectron2._C"}
     exec(installer.NO_C, namespace)
     with pytest.raises(ImportError, match="--source github --force"):

@@ -20,10 +20,10 @@ from detectron2.modeling import FPN, build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import build_teacher
-from fgbg_kd.distiller import run_dense
-from fgbg_kd.matching import padded, select, shared_levels
+from fgbg_kd.detectors.dense import view
+from fgbg_kd.matching import select, shared_levels
 from fgbg_kd.methods import DenseOutput
-from fgbg_kd.ops import prediction_quality, split
+from fgbg_kd.teacher import padded
 from fgbg_kd.utils.errors import TeacherError
 
 # --- FCOS and RetinaNet ---
@@ -32,8 +32,7 @@ from fgbg_kd.utils.errors import TeacherError
 @pytest.mark.parametrize("kinds", [("RetinaNet", "FCOS"), ("FCOS", "RetinaNet"), ("FCOS", "FCOS")])
 def test_fcos_and_retinanet_teach_each_other_both_terms_under_the_gate(kinds):
     student, teacher = (detector(kind, seed=i) for i, kind in enumerate(kinds))
-    torch.nn.init.constant_(teacher.head.cls_score.bias, 1.0)  # better on the foreground
-    model = distiller(student, teacher, gate_softness=0.1)
+    model = distiller(student, teacher, assign="all", gate_margin=0.0)
     with EventStorage(19) as storage:
         losses = model(make_batch())
         assert 0 < storage.latest()["kd/fg_gate"][0] < 1
@@ -63,13 +62,13 @@ def test_with_other_anchors_the_background_compares_the_best_of_a_cell(key, valu
     one = batch._replace(
         student=best(batch.student), teacher=best(batch.teacher), same_anchors=True
     )
-    assert torch.equal(model.kd(one)[0]["loss_kd_bg"], losses["loss_kd_bg"])
+    assert torch.equal(model.method(one)[0]["loss_kd_bg"], losses["loss_kd_bg"])
     assert losses["loss_kd_bg"] > 0
 
 
 def test_a_method_that_compares_logits_one_by_one_refuses_other_anchors():
-    with pytest.raises(TeacherError, match=r"other anchors \(2 and 1 a cell\)"):
-        distiller(detector(), detector("FCOS"), method="QFL")
+    with pytest.raises(TeacherError, match=r"different anchors \(2 and 1 a cell\)"):
+        distiller(detector(), detector("FCOS"), name="QFL")
 
 
 # --- levels ---
@@ -88,7 +87,7 @@ def test_common_strides_are_used_whatever_the_rest_and_the_log_names_them(caplog
         student = detector(seed=0)
         teacher = detector(edit=set_levels("p4", "p5", "p6"))
         model = distiller(student, teacher)
-    assert "meet on the strides [16, 32] only" in caplog.text
+    assert "share the strides [16, 32] only" in caplog.text
     assert "p3 (stride 8)" in caplog.text and "p6 (stride 64)" in caplog.text
     losses, batch = seen_by(model)
     assert list(batch.strides) == [16, 32]
@@ -96,24 +95,6 @@ def test_common_strides_are_used_whatever_the_rest_and_the_log_names_them(caplog
     assert all(v.isfinite() for v in losses.values()) and losses["loss_kd_fg"] > 0
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_quality_on_some_levels_is_that_of_all_levels_there():
-    model = detector()
-    batch = make_batch(boxes=(((5, 5, 30, 40),), ((3, 3, 50, 60),)))
-    images = model.preprocess_image(batch)
-    features, (logits, deltas) = run_dense(model, images.tensor)
-    boxes = [x["instances"].gt_boxes.tensor for x in batch]
-    classes = torch.tensor([[0], [0]])
-
-    def quality(first):
-        maps = [x[first:] for x in (features, logits, deltas)]
-        shapes, strides = [f.shape[-2:] for f in maps[0]], [8, 16, 32][first:]
-        cells = split(boxes, images.image_sizes, shapes, strides)
-        return prediction_quality(model, DenseOutput(*maps), cells, classes, strides)
-
-    some = quality(1)
-    torch.testing.assert_close(quality(0)[:, -some.shape[1] :], some)
 
 
 def test_strides_that_do_not_meet_are_an_error_that_names_the_levels():
@@ -131,14 +112,18 @@ def test_levels_meet_by_stride_not_by_name():
     shape = {f"level{i}": ShapeSpec(channels=16, stride=8 * 2**i) for i in (2, 0, 1)}
     teacher.backbone.output_shape = lambda: shape
     teacher.head_in_features = list(shape)
-    assert [x.index for x in shared_levels(student, teacher)] == [(0, 1), (1, 2), (2, 0)]
+    assert [x.place for x in shared_levels(view(student), view(teacher))] == [
+        (0, 1),
+        (1, 2),
+        (2, 0),
+    ]
 
 
 def test_maps_of_other_sizes_keep_their_cells_in_place():
     x = torch.arange(12.0).reshape(1, 1, 3, 4)
-    output = DenseOutput([x, x], None, [x, x])
-    (cut,), logits, (same,) = select(output, [1], [(2, 3)])
-    assert torch.equal(cut, x[..., :2, :3]) and logits is None and torch.equal(same, cut)
+    output = DenseOutput([x, x], None, [x, x], raw="left out")
+    (cut,), logits, (same,), raw = select(output, [1], [(2, 3)])
+    assert torch.equal(cut, x[..., :2, :3]) and logits is raw is None and torch.equal(same, cut)
     (longer,), *_ = select(output, [0], [(4, 4)])
     assert torch.equal(longer[..., :3, :], x) and torch.equal(longer[..., 3, :], x[..., 2, :])
 
@@ -169,7 +154,7 @@ def test_the_teacher_gets_the_padding_it_wants_and_its_cells_stay_in_place(cls, 
     assert images.shape[-2:] == (96, 96) and inputs[0].shape[-2:] == size
     assert torch.equal(inputs[0][..., :96, :96], images)
     assert inputs[0][..., 96:, :].abs().sum() == inputs[0][..., 96:].abs().sum() == 0
-    expected, _ = run_dense(teacher, inputs[0], logits=False)
+    expected = view(teacher).features(inputs[0])
     for got, mine, full in zip(batch.teacher.features, batch.student.features, expected):
         assert got.shape == mine.shape
         assert torch.equal(got, full[..., : got.shape[-2], : got.shape[-1]])
@@ -179,10 +164,10 @@ def test_the_teacher_gets_the_padding_it_wants_and_its_cells_stay_in_place(cls, 
 def test_an_image_over_the_teachers_square_names_the_key():
     teacher = detector()
     teacher.backbone.__class__ = Square
-    with pytest.raises(TeacherError, match="has 130: set INPUT.MAX_SIZE_TRAIN 128"):
-        padded(teacher, torch.zeros(1, 3, 160, 64), [(130, 60)])
-    # What the student padded beyond it is no image.
-    assert padded(teacher, torch.zeros(1, 3, 160, 64), [(120, 60)]).shape[-2:] == (128, 128)
+    with pytest.raises(TeacherError, match="has 130x60: set INPUT.MAX_SIZE_TRAIN 128"):
+        padded(view(teacher), torch.zeros(1, 3, 160, 64), [(130, 60)])
+    # The student's padding beyond the square is cut.
+    assert padded(view(teacher), torch.zeros(1, 3, 160, 64), [(120, 60)]).shape[-2:] == (128, 128)
 
 
 # --- a teacher that is not dense ---
@@ -192,7 +177,7 @@ def test_a_two_stage_teacher_teaches_by_its_features_and_the_log_says_why(caplog
     with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
         model = distiller(detector(seed=0), faster_rcnn())
     assert "GeneralizedRCNN, predicts no classes per cell" in caplog.text
-    assert "BG_WEIGHT 0.0, GATE off" in caplog.text
+    assert "MODEL.KD.FGBG.BG_WEIGHT 0.0, MODEL.KD.FGBG.GATE off" in caplog.text
     losses, batch = seen_by(model)
     assert {k for k in losses if "kd" in k} == {"loss_kd_fg"} and losses["loss_kd_fg"] > 0
     assert batch.teacher.logits is None and list(batch.strides) == [8, 16, 32]
@@ -216,11 +201,13 @@ def test_nothing_left_to_learn_is_an_error():
     with pytest.raises(TeacherError, match="FG_WEIGHT over 0"):
         distiller(detector(), faster_rcnn(), fg_weight=0.0)
     with pytest.raises(TeacherError, match="METHOD QFL compares predictions"):
-        distiller(detector(), faster_rcnn(), method="QFL")
+        distiller(detector(), faster_rcnn(), name="QFL")
 
 
 def test_a_two_stage_student_is_refused():
-    with pytest.raises(TeacherError, match="student is a GeneralizedRCNN: it must be a Dense"):
+    with pytest.raises(
+        TeacherError, match="GeneralizedRCNN cannot be a student: it must be a one-stage"
+    ):
         distiller(faster_rcnn(), detector())
 
 
@@ -233,11 +220,11 @@ def test_the_students_classes_are_found_by_name(kind):
         cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.FCOS.NUM_CLASSES = 3
 
     teacher = detector(kind, edit=three)
-    teacher.class_names = ["stripe", "disc", "square"]
+    names = ["stripe", "disc", "square"]
     images = torch.randn(1, 3, 64, 64)
-    _, (full, *_) = run_dense(teacher.eval(), images)
-    distiller(detector(seed=0), teacher, classes=["square", "stripe"])
-    _, (kept, *_) = run_dense(teacher, images)
+    full = view(teacher.eval()).run(images).logits
+    distiller(detector(seed=0), teacher, classes=["square", "stripe"], teacher_classes=names)
+    kept = view(teacher).run(images).logits
     for level, before in zip(kept, full):
         before = before.unflatten(1, (-1, 3))
         expected = torch.stack([before[:, :, 2], before[:, :, 0]], dim=2).flatten(1, 2)
@@ -249,20 +236,23 @@ def test_the_students_classes_are_found_by_name(kind):
 
 def test_the_same_number_of_other_classes_is_no_match():
     teacher = detector()
-    teacher.class_names = ["square", "disc"]
+    names = ["square", "disc"]
     with pytest.raises(TeacherError) as error:
-        distiller(detector(), teacher, classes=["square", "stripe"])
+        distiller(detector(), teacher, classes=["square", "stripe"], teacher_classes=names)
     for text in ("does not know ['stripe']", "square, stripe", "square, disc", "TEACHER.CLASSES"):
         assert text in str(error.value)
 
 
-def test_without_names_the_numbers_must_agree():
+def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
     def three(cfg):
         cfg.MODEL.RETINANET.NUM_CLASSES = 3
 
     with pytest.raises(TeacherError, match="2 classes, the teacher 3: name the teacher's"):
         distiller(detector(), detector(edit=three), classes=["square", "stripe"])
-    assert distiller(detector(), detector(), classes=["square", "stripe"]).teacher.num_classes == 2
+    with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+        model = distiller(detector(), detector(), classes=["square", "stripe"])
+    assert model.teacher.view.num_classes == 2
+    assert "names of the teacher's classes are not known" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["key", "file", "registered set"])
@@ -282,8 +272,8 @@ def test_the_teachers_names_come_from_key_file_or_registered_set(
     if source == "key":
         assert build_teacher(*files).class_names is None
         kd.TEACHER.CLASSES = ["stripe", "square"]
-        before = build_teacher(*files).head.cls_score.weight
-        after = build_model(distil_cfg).teacher.head.cls_score.weight
+        before = build_teacher(*files).detector.head.cls_score.weight
+        after = build_model(distil_cfg).teacher.detector.head.cls_score.weight
         assert torch.equal(after[0], before[1]) and torch.equal(after[1], before[0])
     elif source == "file":
         assert build_teacher(*files).class_names == list(CLASSES)
@@ -326,7 +316,7 @@ def test_what_fits_is_inherited_as_it_was_before_folding(caplog):
         part = not k.startswith("backbone.bottom_up.")
         assert torch.equal(v, saved[k] if part and k in saved else mine[k]), k
     assert "Inherited from the teacher: backbone.fpn_lateral3.weight" in caplog.text
-    assert "Does not fit, head: head.cls_subnet.2.weight" in caplog.text
+    assert "Not inherited, head: head.cls_subnet.2.weight" in caplog.text
 
 
 def test_parts_of_another_kind_or_name_are_an_error():

@@ -1,4 +1,4 @@
-"""A teacher that is not whole, or not there, stops the run with a message that names the mend."""
+"""A teacher that is not whole, or not there, stops the run with a message that names the fix."""
 
 import pickle
 import shutil
@@ -24,9 +24,9 @@ def edit_weights(source, target, edit):
 def test_a_local_yaml_teacher_is_loaded_whole_and_frozen(teacher_files):
     teacher = build_teacher(*teacher_files)
     saved = torch.load(teacher_files[1], weights_only=True)["model"]
-    assert all(torch.equal(v, saved[k]) for k, v in teacher.state_dict().items())
-    assert not any(m.training for m in teacher.modules())
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(v, saved[k]) for k, v in teacher.detector.state_dict().items())
+    assert not any(m.training for m in teacher.detector.modules())
+    assert not any(p.requires_grad for p in teacher.detector.parameters())
 
 
 def test_building_a_teacher_leaves_the_random_state_alone(teacher_files):
@@ -43,7 +43,7 @@ def test_weights_named_in_the_config_are_taken(tmp_path, teacher_files):
     cfg.MODEL.WEIGHTS = teacher_files[1]
     path = tmp_path / "with_weights.yaml"
     path.write_text(cfg.dump())
-    assert not build_teacher(str(path)).training
+    assert not build_teacher(str(path)).detector.training
 
 
 def test_a_distilled_students_config_can_be_a_teacher(tmp_path, teacher_files):
@@ -52,7 +52,7 @@ def test_a_distilled_students_config_can_be_a_teacher(tmp_path, teacher_files):
     cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
     path = tmp_path / "distilled.yaml"
     path.write_text(cfg.dump())
-    assert type(build_teacher(str(path), teacher_files[1])).__name__ == "RetinaNet"
+    assert type(build_teacher(str(path), teacher_files[1]).detector).__name__ == "RetinaNet"
 
 
 def test_a_pkl_in_the_zoos_format_is_loaded_whole(tmp_path, teacher_files):
@@ -61,7 +61,7 @@ def test_a_pkl_in_the_zoos_format_is_loaded_whole(tmp_path, teacher_files):
     arrays = {k: v.numpy() for k, v in saved.items()}
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
     teacher = build_teacher(teacher_files[0], str(path))
-    assert all(torch.equal(v, saved[k]) for k, v in teacher.state_dict().items())
+    assert all(torch.equal(v, saved[k]) for k, v in teacher.detector.state_dict().items())
 
 
 def test_a_lazy_py_config_names_an_fcos_teacher_that_gates_a_retinanet(tmp_path, distil_cfg):
@@ -101,11 +101,15 @@ train = dict(init_checkpoint="")
     torch.nn.init.constant_(model.head.bbox_pred.bias, 1.5)
     torch.save({"model": model.state_dict()}, tmp_path / "fcos.pth")
     teacher = build_teacher(str(path), str(tmp_path / "fcos.pth"))
-    assert type(teacher).__name__ == "FCOS"
+    assert type(teacher.detector).__name__ == "FCOS"
     with pytest.raises(TeacherError, match="no weights are given"):
         build_teacher(str(path))
     kd = distil_cfg.MODEL.KD
-    kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.BG_WEIGHT = str(path), str(tmp_path / "fcos.pth"), 0.0
+    kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS, kd.FGBG.BG_WEIGHT = (
+        str(path),
+        str(tmp_path / "fcos.pth"),
+        0.0,
+    )
     with EventStorage(19) as storage:
         losses = build_model(distil_cfg).train()(make_batch())
         assert 0 < storage.latest()["kd/fg_gate"][0] <= 1
@@ -169,7 +173,9 @@ def test_pixel_statistics_in_an_old_checkpoint_are_no_fault(tmp_path, teacher_fi
 
     weights = edit_weights(teacher_files[1], tmp_path / "old.pth", add)
     teacher = build_teacher(teacher_files[0], weights)
-    assert teacher.pixel_mean.flatten().tolist() == pytest.approx([103.53, 116.28, 123.675])
+    assert teacher.detector.pixel_mean.flatten().tolist() == pytest.approx(
+        [103.53, 116.28, 123.675]
+    )
 
 
 def test_a_config_that_is_nowhere_is_named():
@@ -202,7 +208,7 @@ def test_a_zoo_name_takes_the_zoos_config_and_any_weights(tmp_path):
     model = build_model(cfg)
     torch.save({"model": model.state_dict()}, tmp_path / "r50.pth")
     teacher = build_teacher(name, str(tmp_path / "r50.pth"))
-    assert torch.equal(teacher.head.cls_score.weight, model.head.cls_score.weight)
+    assert torch.equal(teacher.detector.head.cls_score.weight, model.head.cls_score.weight)
 
 
 def test_a_truncated_checkpoint_is_an_error(tmp_path, teacher_files):

@@ -16,7 +16,9 @@ def build(cfg, cache):
     torch.manual_seed(3)
     model = build_model(cfg).train()
     seen = []
-    model.teacher.backbone.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model.teacher.detector.backbone.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0]))
+    )
     return model, seen
 
 
@@ -62,7 +64,7 @@ def test_other_pixels_or_another_padding_are_not_taken_for_the_same_image(distil
             torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
     assert seen == [1, 2, 1]  # each image is kept once, as it came last
     flipped = [{**small[0], "image": small[0]["image"].flip(2)}]
-    with pytest.raises(ValueError, match="TEACHER.CACHE needs .*small.png came with other pixels"):
+    with pytest.raises(ValueError, match="TEACHER.CACHE needs .*small.png has other pixels"):
         losses_of(cached, flipped)
 
 

@@ -110,7 +110,7 @@ def load_small(path, coco_like, folder):
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 1, ()
     cfg.SOLVER.WARMUP_ITERS = 0
-    cfg.MODEL.KD.GATE = "off"  # a random teacher need not be better anywhere
+    cfg.MODEL.KD.FGBG.GATE = "off"  # a random teacher need not be better anywhere
     cfg.OUTPUT_DIR = str(folder)
     register_datasets(cfg)
     return cfg
@@ -135,7 +135,7 @@ def test_a_config_trains_a_step(path, coco_like, tmp_path):
     assert all(np.isfinite(v) for v in losses.values())
     if distils:
         assert losses["loss_kd_fg"] > 0
-        if cfg.MODEL.KD.BG_WEIGHT > 0:
+        if cfg.MODEL.KD.FGBG.BG_WEIGHT > 0:
             assert losses["loss_kd_bg"] > 0
     trained = {k: v for k, v in trainer.model.named_parameters() if v.requires_grad}
     assert [k for k, v in trained.items() if v.grad is None] == []
@@ -159,7 +159,7 @@ def test_the_python_config_trains_a_step(coco_like, tmp_path):
     cfg.dataloader.train.dataset.names = small.DATASETS.TRAIN[0]
     cfg.dataloader.train.mapper.augmentations[0].short_edge_length = (64, 96)
     cfg.dataloader.train.num_workers, cfg.dataloader.train.total_batch_size = 0, 2
-    cfg.dataloader.evaluator, cfg.model.kd.gate = None, "off"
+    cfg.dataloader.evaluator, cfg.model.method.gate = None, "off"
     cfg.train.init_checkpoint, cfg.train.max_iter = "", 1
     cfg.train.output_dir, cfg.train.log_period = str(tmp_path), 1
     train_lazy(cfg)
@@ -205,7 +205,7 @@ def detector(request, tmp_path_factory):
 
 
 def same(teacher, saved):
-    loaded = teacher.state_dict()
+    loaded = teacher.detector.state_dict()
     return loaded.keys() == saved.keys() and all(torch.equal(loaded[k], saved[k]) for k in saved)
 
 

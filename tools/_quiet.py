@@ -1,8 +1,12 @@
-"""Import this first, and a tool is quiet about what its user cannot change.
+"""Import this module first in a tool: it prints no more than the user of the tool needs.
 
-Ctrl-C ends it with a line instead of a stack trace, also while the rest is being imported; it still
-dies of the signal, as a shell or a script expects. An error of this package's own is its message,
-not a stack trace. TorchScript's notices about what Detectron2 calls are left out.
+- Ctrl-C ends the tool with one line instead of a stack trace, also while other modules are being
+  imported. The process still ends by the signal, as a shell or a script expects.
+- An error of fgbg_kd (a subclass of FgBgError) is printed as its message, without a stack trace.
+- Warnings about the functions of PyTorch that Detectron2 calls are suppressed.
+
+``--traceback`` anywhere among the arguments switches the first two off: every error is printed with
+its stack trace. The tool itself does not see this argument.
 """
 
 import signal
@@ -13,15 +17,20 @@ _report = sys.excepthook
 
 
 def _excepthook(kind, error, trace):
+    # Imported already if the error is one of its own; importing it here could fail.
+    errors = sys.modules.get("fgbg_kd.utils.errors")
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
-    elif kind.__module__.startswith("fgbg_kd."):  # its message says what to do
+    elif errors and issubclass(kind, errors.FgBgError):
         print(f"{kind.__name__}: {error}", file=sys.stderr)
     else:
         _report(kind, error, trace)
 
 
-sys.excepthook = _excepthook
+if "--traceback" in sys.argv:
+    sys.argv.remove("--traceback")
+else:
+    sys.excepthook = _excepthook
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

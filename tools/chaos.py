@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tries a training run: does it survive being killed, and does its memory stay flat?
+"""Tests a training run: does it survive being killed, and does its memory stay constant?
 
 Examples:
     tools/chaos.py kill --config-file my_distilled.yaml --kills 20 SOLVER.MAX_ITER 100
@@ -34,21 +34,21 @@ def start(args, folder: Path) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
     if process.wait() != 0:
-        sys.exit(f"Training failed, see {folder / 'stdout.txt'}.")
+        sys.exit(f"The training failed: see {folder / 'stdout.txt'}.")
 
 
 # --- kill ---
 
 
 def kill(args) -> None:
-    """Compares a run that is killed and resumed again and again with one that is not."""
+    """Checks that a run that is killed and resumed many times ends as one that is not killed."""
     whole, killed = args.output_dir / "whole", args.output_dir / "killed"
     shutil.rmtree(whole, ignore_errors=True)
     process = start(args, whole)
     starting = wait_for(process, lambda: begun(whole))
     training = wait_for(process, lambda: False)
     finish(process, whole)
-    print(f"Never killed: {starting:.1f} s to start, {training:.1f} s to train.")
+    print(f"Without a kill: {starting:.1f} s to start, {training:.1f} s to train.")
 
     rng = random.Random(args.seed)
     kills = writing = runs = 0
@@ -56,7 +56,7 @@ def kill(args) -> None:
         shutil.rmtree(killed, ignore_errors=True)
         while kills < args.kills:
             partial = killed / ".partial"
-            partial.unlink(missing_ok=True)  # of the kill before
+            partial.unlink(missing_ok=True)  # left by the previous kill
             process, starts = start(args, killed), begun(killed)
             moment = rng.choices(("starting", "training", "saving"), (1, 4, 5))[0]
             if moment == "starting":
@@ -67,7 +67,7 @@ def kill(args) -> None:
             else:
                 wait_for_save(process, partial, rng.randint(0, 2))
             process.kill()
-            if process.wait() != -signal.SIGKILL:  # it came to its end before
+            if process.wait() != -signal.SIGKILL:  # the run ended before the kill
                 break
             kills += 1
             writing += partial.exists()
@@ -75,19 +75,25 @@ def kill(args) -> None:
                 f"kill {kills:2}, {moment}: {last(killed)}{', a partial file' * partial.exists()}"
             )
         finish(start(args, killed), killed)
-        compare(whole, killed)
+        check_same_end(whole, killed)
         runs += 1
-        print(f"Run {runs} ends as the run that was never killed, bit for bit.")
-    print(f"{kills} kills, {writing} of them in the middle of writing a checkpoint. Runs: {runs}.")
+        print(
+            f"Run {runs} ends with the same checkpoint as the run that was not killed, bit for bit."
+        )
+    print(f"{kills} kills, {writing} of them while a checkpoint was written. Runs: {runs}.")
 
 
 def begun(folder: Path) -> int:
-    """How often training began."""
+    """How many times the training has begun."""
     return (folder / "stdout.txt").read_text().count("Starting training from iteration")
 
 
 def wait_for(process: subprocess.Popen, happened, timeout: float = float("inf")) -> float:
-    """Waits for an event, the process's end or the time, and says how many seconds it took."""
+    """Waits until an event happens, the process ends, or the time is over.
+
+    Returns:
+        How long it waited, in seconds.
+    """
     began = time.perf_counter()
     while process.poll() is None and not happened() and time.perf_counter() - began < timeout:
         time.sleep(0.0005)
@@ -95,7 +101,7 @@ def wait_for(process: subprocess.Popen, happened, timeout: float = float("inf"))
 
 
 def wait_for_save(process: subprocess.Popen, partial: Path, saves: int) -> None:
-    """Lets so many files be written, and waits until the next one is."""
+    """Waits until a number of checkpoints have been written and the next one is being written."""
     for _ in range(saves):
         wait_for(process, partial.exists)
         wait_for(process, lambda: not partial.exists())
@@ -107,7 +113,8 @@ def last(folder: Path) -> str:
     return mark.read_text() if mark.exists() else "no checkpoint yet"
 
 
-def compare(a: Path, b: Path) -> None:
+def check_same_end(a: Path, b: Path) -> None:
+    """Ends the tool with an error if the final checkpoints of two runs differ."""
     ends = [torch.load(x / "model_final.pth", weights_only=True) for x in (a, b)]
     differing = list(differences(*ends))
     if differing:
@@ -115,6 +122,7 @@ def compare(a: Path, b: Path) -> None:
 
 
 def differences(a, b, name: str = ""):
+    """Yields the names of the values in which two checkpoints differ."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         for k in a:
             yield from differences(a[k], b[k], f"{name}.{k}")
@@ -129,7 +137,7 @@ def differences(a, b, name: str = ""):
 
 
 def soak(args) -> None:
-    """Samples the memory of a run and of its loading processes."""
+    """Measures the memory of a run and its loading processes over time."""
     folder = args.output_dir / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     process, samples = start(args, folder), []
@@ -139,13 +147,16 @@ def soak(args) -> None:
         if step and process.poll() is None and (not samples or step > samples[-1][0]):
             samples.append((step, memory(process.pid)))
     finish(process, folder)
-    samples = [x for x in samples if x[0] < samples[-1][0]]  # at the last one, processes end
+    samples = [x for x in samples if x[0] < samples[-1][0]]  # at the last, processes are ending
     if len(samples) < 8:
-        sys.exit("The run was too short: fewer than 8 samples.")
+        sys.exit(
+            f"The run was too short: {len(samples)} samples, at least 8 are needed. Increase "
+            "SOLVER.MAX_ITER or decrease --interval."
+        )
     print("| iteration | MiB |\n|---|---|")
     for step, size in samples[:: max(len(samples) // 10, 1)]:
         print(f"| {step} | {size:.1f} |")
-    # The first quarter fills caches.
+    # The first quarter is left out: caches are being filled.
     quarter = len(samples) // 4
     early, late = (
         statistics.median(size for _, size in part)
@@ -153,19 +164,19 @@ def soak(args) -> None:
     )
     print(f"Second quarter {early:.1f} MiB, last quarter {late:.1f} MiB: {late / early - 1:+.2%}")
     if late > 1.02 * early:
-        sys.exit("Memory grows.")
+        sys.exit("The memory grows by more than 2 %.")
 
 
 def iteration(metrics: Path) -> int:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     try:
         return json.loads(lines[-1])["iteration"]
-    except (IndexError, ValueError):  # none yet, or half a line
+    except (IndexError, ValueError):  # no line yet, or an incomplete one
         return 0
 
 
 def memory(pid: int) -> float:
-    """MiB of a process and its children, pages that they share counted once (Linux)."""
+    """Memory of a process and its children in MiB. Shared pages are counted once. Linux only."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -185,13 +196,20 @@ def main() -> None:
         command.set_defaults(function=function)
         command.add_argument("--config-file", required=True)
         command.add_argument(
-            "--output-dir", type=Path, default=Path("output/chaos"), help="is emptied first"
+            "--output-dir",
+            type=Path,
+            default=Path("output/chaos"),
+            help="folder of the runs, emptied first; default: %(default)s",
         )
         if function is kill:
             command.add_argument("--kills", type=int, default=20)
-            command.add_argument("--seed", type=int, default=0, help="of the moments")
+            command.add_argument(
+                "--seed", type=int, default=0, help="of the random moments of the kills"
+            )
         else:
-            command.add_argument("--interval", type=float, default=1.0, help="seconds")
+            command.add_argument(
+                "--interval", type=float, default=1.0, help="between two measurements, in seconds"
+            )
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
     args.function(args)

@@ -1,15 +1,17 @@
-"""Install Detectron2 for the Python that runs this file.
+"""Installs Detectron2 for the Python that runs this file.
 
   .venv/bin/python tools/install_detectron2.py
 
-A Detectron2 that works is left alone. Else it is built from its GitHub repository (pinned commit,
-minutes, needs a C++ compiler). Where GitHub cannot be reached, or the build fails, v0.6 is taken
-from the package index: its Python files only, mended here for current packages. RetinaNet, FCOS and
-COCO evaluation work with it; what needs compiled code (deformable convolution, rotated boxes)
-raises an ImportError that says so.
+If a working Detectron2 is installed, nothing is done. Otherwise Detectron2 is built from a pinned
+commit of its GitHub repository. This takes minutes and needs a C++ compiler.
 
-torch and torchvision have to be there first: Detectron2 is built against them.
-An interrupted run leaves nothing that counts as working; run it again.
+If GitHub cannot be reached, or the build fails, Detectron2 v0.6 is installed from the package
+index: only its Python files, patched here for current versions of other packages. RetinaNet, FCOS
+and COCO evaluation work with it. Functions that need compiled code (deformable convolution, rotated
+boxes) raise an ImportError that says so.
+
+Install torch and torchvision first: Detectron2 is built against them. If the installation is
+interrupted, run it again.
 """
 
 import argparse
@@ -28,15 +30,16 @@ from pathlib import Path
 
 GITHUB = "https://github.com/facebookresearch/detectron2"
 COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"  # main, June 2026; builds with torch 2.14
-# A source archive with the Python files of the tag v0.6. pip refuses it (one of its extras is a
-# URL), so its archive is fetched by name and checked.
+# A source archive with the Python files of Detectron2 v0.6. pip refuses it, because one of its
+# extras is a URL. So the archive is downloaded by name, and its sha256 is checked.
 SDIST = "pb1-detectron2==0.6"
 SDIST_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-# Upstream's own bounds. Its `black`, `future` and `pydot` only serve what nobody here calls.
+# The bounds are Detectron2's own, except for pycocotools: versions 2.0.9 and 2.0.10 cannot evaluate
+# files without "info". Detectron2's `black`, `future` and `pydot` are not needed here.
 REQUIREMENTS = [
     "Pillow>=7.1",
     "matplotlib",
-    "pycocotools>=2.0.2",
+    "pycocotools>=2.0.2,!=2.0.9,!=2.0.10",
     "termcolor>=1.1",
     "yacs>=0.1.8",
     "tabulate",
@@ -53,7 +56,7 @@ THIS = "tools/install_detectron2.py"
 
 
 class InstallError(Exception):
-    """Says the fact and the mend."""
+    """The message says what is wrong and how to fix it."""
 
 
 def say(message):
@@ -72,7 +75,7 @@ if os.path.dirname(folder) in (sysconfig.get_path("purelib"), sysconfig.get_path
     try:
         complete = importlib.metadata.files("detectron2") is not None
     except importlib.metadata.PackageNotFoundError:
-        complete = True  # copied there by hand, and all of the above imports
+        complete = True  # copied there by hand
     if not complete:
         raise ImportError("half installed: pip's record of its files is missing")
 print(detectron2.__version__, folder)
@@ -84,8 +87,12 @@ def run(command, **kwargs):
 
 
 def probe():
-    """-> ("working", "version folder") or ("absent", "") or ("broken", last line of the error)."""
-    with tempfile.TemporaryDirectory() as empty:  # so that no `detectron2` folder in . is imported
+    """Whether Detectron2 works.
+
+    Returns:
+        ("working", "version folder"), ("absent", ""), or ("broken", last line of the error).
+    """
+    with tempfile.TemporaryDirectory() as empty:  # no `detectron2` folder in . is imported
         done = run([sys.executable, "-c", PROBE], cwd=empty, capture_output=True, text=True)
     if done.returncode == 0:
         return "working", done.stdout.strip().splitlines()[-1]
@@ -106,37 +113,37 @@ def is_editable():
 
 
 def remove_leftovers():
-    """Of an interrupted pip: it can neither uninstall nor overwrite what has no RECORD."""
+    """Removes what an interrupted pip left: it cannot uninstall a package without a RECORD."""
     import sysconfig
 
     for site in {Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")}:
         infos = [*site.glob("detectron2-*.dist-info"), *site.glob("detectron2-*.egg-info")]
         half = [i for i in infos if i.suffix == ".dist-info" and not (i / "RECORD").exists()]
         if half or not infos:
-            # `~etectron2*`: pip's name for what it was about to remove
+            # `~etectron2*`: pip renames folders so before it removes them
             for path in [*half, site / "detectron2", *site.glob("~etectron2*")]:
                 if path.is_dir() and not path.is_symlink():
                     say(f"removing {path}, left by an interrupted installation")
                     shutil.rmtree(path)
 
 
-# ---- The patches: text in, text out, loud where the text is not the expected one ----------------
+# ---- The patches. An unexpected text is an error -----------------------------------------------
 
 
 def substitute(text, pattern, replacement, count, where):
-    """Replace the regular expression `pattern`, which has to be found exactly `count` times."""
+    """Replaces a regular expression that must occur exactly `count` times in a text."""
     text, found = re.subn(pattern, lambda match: match.expand(replacement), text)
     if found != count:
         raise InstallError(
-            f"{where}: expected {pattern!r} {count} time(s), found it {found} time(s). This is not "
-            f"the source that the patches in {THIS} were written for; adapt them to it."
+            f"{where}: expected {pattern!r} {count} time(s), found it {found} time(s). The "
+            f"patches in {THIS} were written for another version: adapt them."
         )
     return text
 
 
 NUMPY_ALIAS = (r"\bnp\.(int|bool|float|str)\b", r"\1")  # gone since numpy 1.24
 
-# setuptools 82 no longer brings pkg_resources; main still imports it, too.
+# setuptools 82 no longer contains pkg_resources, which v0.6 and main import.
 ZOO = "detectron2/model_zoo/model_zoo.py"
 ZOO_PATCHES = [
     (ZOO, r"(?m)^import pkg_resources$", "import importlib.resources", 1),
@@ -157,14 +164,14 @@ V06_PATCHES = ZOO_PATCHES + [
     ("detectron2/utils/visualizer.py", *NUMPY_ALIAS, 3),
     # gone since Pillow 10
     ("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR", 1),
-    # GroupNorm, FCOS's norm, now refuses the one channel that v0.6 asks for to learn its class
+    # v0.6 makes a norm of one channel to find out its class; GroupNorm now refuses one channel
     (
         "detectron2/modeling/meta_arch/retinanet.py",
         r"str\(type\(get_norm\(norm, 1\)\)\)",
         "str(type(get_norm(norm, 32)))",
         1,
     ),
-    # The fast evaluation is compiled code: fall back to pycocotools, as main does.
+    # The fast evaluation is compiled code: pycocotools is used in its place, as in main.
     (
         "detectron2/evaluation/coco_evaluation.py",
         r"(?m)^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt\n",
@@ -186,7 +193,7 @@ V06_PATCHES = ZOO_PATCHES + [
 ]
 
 NO_C = '''\
-"""Stands in for Detectron2's compiled code, which this installation was made without."""
+"""Stands in for Detectron2's compiled code, which this installation does not have."""
 
 _NAMES = """
     box_iou_rotated nms_rotated roi_align_rotated_forward roi_align_rotated_backward
@@ -211,16 +218,16 @@ def has_cuda():
 def __getattr__(name):
     if name in _NAMES:
         raise ImportError(
-            f"detectron2._C.{name} is not there: this Detectron2 0.6 was installed without its "
+            f"detectron2._C.{name} does not exist: this Detectron2 0.6 was installed without its "
             "C++/CUDA code (deformable convolution, rotated boxes, fast COCO evaluation). "
-            "Where GitHub can be reached, build it: "
+            "To build it from GitHub, run: "
             "python tools/install_detectron2.py --source github --force"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 '''
 
-# Replaces upstream's: no extension (its sources are not in the archive), the zoo's configs declared
-# where they lie, the project's own name, no extra that pip refuses.
+# Replaces Detectron2's setup.py. It has no compiled extension, since the archive lacks its sources,
+# and no extra that pip refuses. It names the folder of the model zoo's configs.
 SETUP_PY = f'''\
 from setuptools import find_packages, setup
 
@@ -232,7 +239,7 @@ projects = {{
 setup(
     name="detectron2",
     version="0.6",
-    description="Detectron2 v0.6 without compiled code, mended for current packages",
+    description="Detectron2 v0.6 without compiled code, patched for current packages",
     url="{GITHUB}",
     license="Apache-2.0",
     packages=find_packages(include=["detectron2", "detectron2.*"]) + list(projects),
@@ -247,12 +254,12 @@ def apply_patches(root, patches):
     for name, pattern, replacement, count in patches:
         path = root / name
         if not path.is_file():
-            raise InstallError(f"{name} is missing in the source under {root}; was it cut short?")
+            raise InstallError(f"{name} is missing in the source under {root}: download it again.")
         text = path.read_text(encoding="utf-8")
         path.write_text(substitute(text, pattern, replacement, count, name), encoding="utf-8")
 
 
-def mend_v06(root):
+def patch_v06(root):
     apply_patches(root, V06_PATCHES)
     (root / "detectron2/_C.py").write_text(NO_C, encoding="utf-8")
     (root / "setup.py").write_text(SETUP_PY, encoding="utf-8")
@@ -262,8 +269,8 @@ def verify_sha256(path, expected):
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise InstallError(
-            f"{path.name} has sha256 {found}, expected {expected}: not the pinned archive (a cut "
-            "download, or another file under that name). Remove it and run this again."
+            f"{path.name} has sha256 {found}, expected {expected}: the download is incomplete, or "
+            "it is another file. Remove it and run this again."
         )
 
 
@@ -274,11 +281,11 @@ def pip_install(*arguments, what):
     env = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     env.setdefault("MAX_JOBS", str(build_jobs()))
     if run([sys.executable, "-m", "pip", "install", "-q", *arguments], env=env).returncode:
-        raise InstallError(f"pip could not install {what}; its error is above.")
+        raise InstallError(f"pip could not install {what}: see its error above.")
 
 
 def build_jobs():
-    """Compiler processes: one a core, but 2 GB of memory each, else the machine swaps or kills."""
+    """Number of compiler processes: one per core, but at least 2 GB of memory for each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**31
@@ -308,15 +315,15 @@ def install_from_github(work):
         ["git", "-C", src, "checkout", "-q", "FETCH_HEAD"],
     ):
         if run(command).returncode:
-            raise InstallError(f"`git {command[-1]}` failed; git's error is above.")
+            raise InstallError(f"`git {command[-1]}` failed: see its error above.")
     apply_patches(src, ZOO_PATCHES)
-    say(f"building it with {os.environ.get('MAX_JOBS', build_jobs())} process(es): some minutes")
+    say(f"building with {os.environ.get('MAX_JOBS', build_jobs())} process(es): some minutes")
     pip_install("--no-build-isolation", src, what="Detectron2 from source (is there a compiler?)")
 
 
 def install_from_index(work):
     say(f"fetching the source archive {SDIST} from the package index")
-    # unearth goes into a temporary folder: the environment stays clean
+    # unearth is installed into a temporary folder, not into the environment
     tool = work / "unearth"
     pip_install("--target", tool, "unearth>=0.15", what="unearth, which fetches the archive")
     env = {**os.environ, "PYTHONPATH": str(tool)}
@@ -325,19 +332,19 @@ def install_from_index(work):
     archives = list(work.glob("*.tar.gz"))
     if done.returncode or len(archives) != 1:
         raise InstallError(
-            f"the package index did not hand out {SDIST}: {done.stderr.strip()[-500:]}\n"
+            f"{SDIST} could not be downloaded from the index: {done.stderr.strip()[-500:]}\n"
             "Check that pip reaches its index (`pip download --no-deps six`), then run this again."
         )
     verify_sha256(archives[0], SDIST_SHA256)
-    say("its sha256 is the pinned one; mending it for current numpy, Pillow and setuptools")
+    say("its sha256 is right; patching it for current numpy, Pillow and setuptools")
     with tarfile.open(archives[0]) as archive:
         safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         archive.extractall(work, **safe)
     src = work / archives[0].name.removesuffix(".tar.gz")
-    mend_v06(src)
-    say("installing what it needs")
-    pip_install(*REQUIREMENTS, what="what Detectron2 needs")
-    say("installing it")
+    patch_v06(src)
+    say("installing its dependencies")
+    pip_install(*REQUIREMENTS, what="Detectron2's dependencies")
+    say("installing Detectron2")
     pip_install(
         "--no-build-isolation", "--no-deps", "--force-reinstall", src, what="Detectron2 v0.6"
     )
@@ -347,8 +354,8 @@ def check_environment():
     missing = [name for name in ("torch", "torchvision") if not find_spec(name)]
     if missing:
         raise InstallError(
-            f"{sys.executable} has no {' and no '.join(missing)}, which Detectron2 is built "
-            f"against: {sys.executable} -m pip install torch torchvision"
+            f"{sys.executable} has no {' and no '.join(missing)}. Install them first: "
+            f"{sys.executable} -m pip install torch torchvision"
         )
     missing = [name for name in ("setuptools", "wheel", "ninja") if not find_spec(name)]
     if missing:
@@ -383,12 +390,13 @@ def ensure(source="auto", force=False, check=False):
         return say(f"{detail}: works, left alone")
     if check:
         raise InstallError(
-            "no Detectron2 here." if state == "absent" else f"Detectron2 does not work: {detail}"
+            "Detectron2 is not installed."
+            if state == "absent"
+            else f"Detectron2 does not work: {detail}"
         )
     if state == "broken" and "No module named 'pkg_resources'" in detail and not force:
-        # Detectron2 itself is fine (main of 2026): give it what it imports rather than replace it
-        say("there is one, but setuptools >= 82 dropped the pkg_resources it imports")
-        say("installing setuptools < 82")
+        # Detectron2 itself is fine: an older setuptools has what it imports
+        say("it needs pkg_resources, which setuptools >= 82 does not have: installing an older one")
         pip_install("setuptools<82", what="setuptools < 82")
         state, detail = probe()
         if state == "working":
@@ -396,16 +404,16 @@ def ensure(source="auto", force=False, check=False):
     if state == "broken":
         if is_editable():
             raise InstallError(
-                f"an editable Detectron2 is installed and does not work: {detail}\nRebuild it "
-                "where its source is, or `pip uninstall detectron2` and run this again."
+                f"an editable Detectron2 is installed and does not work: {detail}\nBuild it again "
+                "in its source folder, or run `pip uninstall detectron2` and then this again."
             )
-        say(f"there is one that does not work ({detail}): replacing it")
+        say(f"the installed Detectron2 does not work ({detail}): replacing it")
     install(source)
     state, detail = probe()
     if state != "working":
         raise InstallError(
             f"installed, but it does not work: {detail or 'it is not found'}\n"
-            f"Run `{sys.executable} -c 'import detectron2.engine'` for the whole error."
+            f"Run `{sys.executable} -c 'import detectron2.engine'` to see the whole error."
         )
     say(f"{detail}: works")
 
@@ -418,20 +426,20 @@ def main(argv=None):
         "--source",
         choices=["auto", "github", "index"],
         default="auto",
-        help="auto (default): GitHub, else the package index",
+        help="auto (default): GitHub, or the package index if that fails",
     )
-    parser.add_argument("--force", action="store_true", help="replace one that works, too")
-    parser.add_argument("--check", action="store_true", help="only say whether there is one")
+    parser.add_argument("--force", action="store_true", help="also replace a Detectron2 that works")
+    parser.add_argument("--check", action="store_true", help="only report whether Detectron2 works")
     args = parser.parse_args(argv)
-    # so that temporary folders go away on `kill`, too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("[detectron2] interrupted; run it again"))
+    # temporary folders are removed also on `kill`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("[detectron2] interrupted: run it again"))
     try:
         ensure(args.source, args.force, args.check)
     except InstallError as error:
         print(f"[detectron2] error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("[detectron2] interrupted; run it again", file=sys.stderr)
+        print("[detectron2] interrupted: run it again", file=sys.stderr)
         return 130
     return 0
 

@@ -3,10 +3,11 @@
 
 example: python tools/prepare_data.py scenes --train 2000 --test 400 --size 128
 
-  scenes      digits on photos, ten classes, exact boxes  -> datasets/scenes
+  digits      digits on photos, ten classes, easy to see  -> datasets/digits
+  scenes      the same, small and faint, with distractors -> datasets/scenes
   trees       aerial photos with hand-drawn tree crowns   -> datasets/trees (or trees_tuning)
   pretrained  ImageNet MobileNetV2 with timm's names      -> datasets/pretrained
-  all         the three above
+  all         the four above
 
 Running it again with the same options changes nothing.
 """
@@ -18,25 +19,24 @@ from pathlib import Path
 
 import _quiet  # noqa: F401
 
+KINDS = ("digits", "scenes", "trees", "pretrained")
+
 
 def progress(label, done, total):
-    """One line that overwrites itself on a terminal; only the last count elsewhere."""
+    """One line that overwrites itself on a terminal, and is gone at the end; none elsewhere."""
     if sys.stderr.isatty():
-        end = "\n" if done == total else "\r"
-        print(f"{label}: {done}/{total}", end=end, file=sys.stderr, flush=True)
-    elif done == total:
-        print(f"{label}: {total}", file=sys.stderr)
+        text = f"{label}: {done}/{total}" if done < total else ""
+        print(f"\r{text:30}", end="\r", file=sys.stderr, flush=True)
 
 
 def make(kind, args, cache):
-    if kind == "scenes":
-        from fgbg_kd.experiments.datasets.scenes import build_scenes
+    if kind in ("digits", "scenes"):
+        from fgbg_kd.experiments.datasets.scenes import CLEAR, HARD, build_scenes
 
-        folder = args.out / ("scenes" if args.objects == "digits" else f"scenes_{args.objects}")
-        options = {k: getattr(args, k) for k in ("train", "val", "test", "size", "seed", "objects")}
-        built = build_scenes(
-            folder, objects_dir=args.objects_dir, cache=cache, progress=progress, **options
-        )
+        folder = args.out / kind
+        options = {k: getattr(args, k) for k in ("train", "val", "test", "size", "seed")}
+        style = CLEAR if kind == "digits" else HARD
+        built = build_scenes(folder, style=style, cache=cache, progress=progress, **options)
     elif kind == "trees":
         from fgbg_kd.experiments.datasets.tree_crowns import PHOTOS, TUNING_PHOTOS, build_trees
 
@@ -55,15 +55,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=["scenes", "trees", "pretrained", "all"])
+    parser.add_argument("kind", choices=[*KINDS, "all"])
     parser.add_argument("--out", type=Path, default=Path("datasets"), help="default: %(default)s")
-    scenes = parser.add_argument_group("scenes")
-    scenes.add_argument("--objects", choices=["digits", "products"], default="digits")
-    scenes.add_argument(
-        "--objects-dir",
-        default="/usr/share/datasets/fashion-mnist",
-        help="the four Fashion-MNIST idx files, for --objects products; default: %(default)s",
-    )
+    parser.add_argument("--brief", action="store_true", help="one line a folder, no counts")
+    scenes = parser.add_argument_group("digits and scenes")
     for split, count in (("train", 2000), ("val", 400), ("test", 400)):
         scenes.add_argument(
             f"--{split}", type=int, default=count, help="images; default: %(default)s"
@@ -78,9 +73,9 @@ def main():
     )
     args = parser.parse_args()
     if args.tuning and args.kind != "trees":
-        parser.error("--tuning is for trees; of scenes the val part is there to choose options")
+        parser.error("--tuning is for trees; the others have a val part to choose options on")
 
-    kinds = ["scenes", "trees", "pretrained"] if args.kind == "all" else [args.kind]
+    kinds = KINDS if args.kind == "all" else [args.kind]
     for kind in kinds:
         start = time.perf_counter()
         try:
@@ -91,7 +86,7 @@ def main():
             sys.exit(f"\nprepare_data {kind}: interrupted, nothing is left half made")
         seconds = time.perf_counter() - start
         print(f"{folder}: {f'made in {seconds:.0f} s' if was_built else 'up to date, unchanged'}")
-        for name, counts in meta["summary"].items():
+        for name, counts in () if args.brief else meta["summary"].items():
             print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 

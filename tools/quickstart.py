@@ -2,7 +2,7 @@
 """Trains a teacher, a plain student and a distilled student, and shows what distilling gained.
 
 Example:
-    tools/quickstart.py scenes                   what `make quickstart` runs
+    tools/quickstart.py digits                   what `make quickstart` runs
     tools/quickstart.py trees --seeds 0 1 2      every seed in the table
 
 A run that was interrupted goes on where it stopped; one that is done is not run again.
@@ -41,21 +41,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("set", choices=("scenes", "trees"))
+    parser.add_argument("set", choices=("digits", "scenes", "trees"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
-    parser.add_argument("--output", type=Path, help="default output/quickstart, or output/trees")
+    parser.add_argument(
+        "--output", type=Path, help="default: output/quickstart of digits, else output/SET"
+    )
     args = parser.parse_args()
-    output = args.output or Path("output") / ("quickstart" if args.set == "scenes" else args.set)
+    output = args.output or Path("output") / {"digits": "quickstart"}.get(args.set, args.set)
 
     for kind in ("pretrained", args.set):
-        subprocess.run([sys.executable, str(TOOLS / "prepare_data.py"), kind], check=True)
+        command = [sys.executable, str(TOOLS / "prepare_data.py"), kind, "--brief"]
+        subprocess.run(command, check=True)
     configs = {n: CONFIGS / f"{args.set}_{n}.yaml" for n in ("teacher", "student", "distilled")}
     weights = output / "teacher" / "model_final.pth"
 
     def run(title: str, config: str, folder: Path, *opts: str) -> tuple[str, dict, Path]:
         teacher = weights if config == "distilled" else None
         result = runner.run(title, configs[config], folder, list(opts), teacher)
-        runner.say(f"{title}: {result['AP']:.1f} AP ({folder})")
+        runner.say(f"{title}: {result['AP']:.1f} AP, log in {folder / 'train.txt'}")
         return title, result, folder / "model_final.pth"
 
     with Runner(TOOLS / "train_net.py") as runner:
@@ -85,7 +88,8 @@ def main() -> None:
         values = [r["AP"] for r in rows if r["name"].startswith(name)]
         if len(values) > 1:
             print(f"{name}: mean {np.mean(values):.2f}, sd {np.std(values, ddof=1):.2f} AP")
-    print(f"\n{output / 'results.json'}\n{output / 'comparison.png'}")
+    print(f"\nthe table: {output / 'results.json'}")
+    print(f"test images, ground truth and detections: {output / 'comparison.png'}")
 
 
 if __name__ == "__main__":

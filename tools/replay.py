@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Computes once more the losses that were not finite, from the file that the stopped run left.
+"""Computes the losses of the iteration again at which a run stopped because one was not finite.
 
 Example:
     tools/replay.py --config-file my_distilled.yaml output/distilled/not_finite_0000123_rank0.pth
@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from fgbg_kd.detectors.load import without_pretrained
 from fgbg_kd.engine import FgBgTrainer, build_lazy, load_config, load_lazy_config
-from fgbg_kd.engine.hooks import adapters_of, detector_of
+from fgbg_kd.engine.hooks import beside_detector, detector_of
 from fgbg_kd.engine.non_finite import load_batch, not_finite
 from fgbg_kd.engine.resume import seed_iteration
 from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer
@@ -23,9 +23,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help=".yaml or .py, of the stopped run")
-    parser.add_argument("file")
-    parser.add_argument("opts", nargs="*", metavar="OVERRIDE", help="as given to the run")
+    parser.add_argument(
+        "--config-file", required=True, help="the .yaml or .py config of the stopped run"
+    )
+    parser.add_argument("file", help="not_finite_*.pth in the folder of the stopped run")
+    parser.add_argument(
+        "opts", nargs="*", metavar="OVERRIDE", help="the overrides that the run was started with"
+    )
     args = parser.parse_args()
 
     if args.config_file.endswith(".py"):
@@ -35,7 +39,7 @@ def main():
         cfg = load_config(args.config_file, args.opts)
         model, amp = FgBgTrainer.build_model(without_pretrained(cfg)), cfg.SOLVER.AMP.ENABLED
     detector = detector_of(model)
-    saved = SafeCheckpointer(detector, **adapters_of(model)).load(args.file)
+    saved = SafeCheckpointer(detector, **beside_detector(model)).load(args.file)
     if saved["loss_normalizer"] is not None:
         detector.loss_normalizer = saved["loss_normalizer"]
     batch = load_batch(saved)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Writes a page about finished runs: tables, curves, pictures, configuration, in one HTML file.
+"""Writes a page about runs: tables, curves, pictures, configuration, all in one HTML file.
 
 Example:
-    tools/report.py output/quickstart
+    tools/report.py output/quickstart      writes output/quickstart/report.html
     tools/report.py output/teacher output/plain output/distilled -o my_report.html
 
-A folder is that of one run (OUTPUT_DIR) or has runs below it; runs whose names differ in seed0,
-seed1, ... alone are one group. The page needs no network and no other file. To show kinds of errors
-it needs tidecv; to show pictures and cost, the checkpoints, and the data where the runs' configs
-name it, seen from here. What it cannot show it names.
+A folder is the OUTPUT_DIR of a run, or has runs below it. Runs whose names differ only in seed0,
+seed1, ... are one group. The page needs no network and no other file. Kinds of errors need tidecv
+(`make analysis`). Pictures and cost need the checkpoints, and the data at the paths that the runs'
+configs name, seen from the current folder. The page says what it could not show.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from pathlib import Path
 import _quiet  # noqa: F401
 
 from fgbg_kd.experiments.report import write_report
+from fgbg_kd.utils.errors import FgBgError
+from fgbg_kd.utils.user_code import import_user_module
 
 
 def main() -> None:
@@ -26,15 +28,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_DIR")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the first of the folders",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module, or a .py file, that registers methods or detectors; may be repeated",
+    )
     args = parser.parse_args()
-    write_report(args.folders, args.output, lambda text: print(text, file=sys.stderr))
-    print(args.output)
+    for module in args.imports:
+        import_user_module(module)
+    output = args.output or args.folders[0] / "report.html"
+    write_report(args.folders, output, lambda text: print(text, file=sys.stderr))
+    print(output)
 
 
 if __name__ == "__main__":
     logging.getLogger("fgbg_kd.engine").setLevel(logging.ERROR)
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (FgBgError, OSError, ValueError) as error:
         sys.exit(f"report: {error}")

@@ -6,6 +6,9 @@ Examples:
     tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.kd.fg_weight=4
 """
 
+import json
+from pathlib import Path
+
 import _quiet  # noqa: F401
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -19,7 +22,7 @@ from fgbg_kd.engine import (
     FgBgTrainer,
     evaluate_lazy,
     evaluation_dir,
-    keep_record,
+    keep_previous_config,
     last_checkpoint,
     launch,
     load_lazy_config,
@@ -28,18 +31,29 @@ from fgbg_kd.engine import (
     read_run_config,
     train_lazy,
 )
+from fgbg_kd.utils.files import write_whole
+from fgbg_kd.utils.user_code import import_user_module
 
 
 def main(args):
+    for module in args.imports:
+        import_user_module(module)
     return main_lazy(args) if args.config_file.endswith(".py") else main_yaml(args)
 
 
 def prepare(cfg, output_dir, args):
     if comm.is_main_process():
         lock_output_dir(output_dir)
-        keep_record(output_dir)
+        keep_previous_config(output_dir)
     default_setup(cfg, args)
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="fgbg_kd")
+
+
+def write_results(output_dir, results):
+    """Keeps what an evaluation measured, as Detectron2 returns it, in results.json."""
+    if comm.is_main_process():
+        write_whole(Path(output_dir, "results.json"), json.dumps(results, indent=1))
+    return results
 
 
 def main_lazy(args):
@@ -49,7 +63,8 @@ def main_lazy(args):
         cfg.train.output_dir = evaluation_dir(run_dir)
     prepare(cfg, cfg.train.output_dir, args)
     if args.eval_only:
-        return evaluate_lazy(cfg, load_lazy_student(cfg, run_dir if args.resume else ""))
+        results = evaluate_lazy(cfg, load_lazy_student(cfg, run_dir if args.resume else ""))
+        return write_results(cfg.train.output_dir, results)
     return train_lazy(cfg, args.resume)
 
 
@@ -70,12 +85,21 @@ def main_yaml(args):
         results = FgBgTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
-        return results
+        return write_results(cfg.OUTPUT_DIR, results)
     trainer = FgBgTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__.split("\n\n")[1]).parse_args()
+    parser = default_argument_parser(epilog=__doc__.split("\n\n")[1])
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module, or a .py file, that registers methods or detectors; may be repeated",
+    )
+    args = parser.parse_args()
     launch(main, args)

@@ -2,7 +2,7 @@
 """Draws what distillation sees: split, gate, cosine and KL cell by cell, and detections.
 
 Example:
-    tools/visualize.py --config-file configs/quickstart/scenes_distilled.yaml \\
+    tools/visualize.py --config-file configs/quickstart/digits_distilled.yaml \\
         --weights output/quickstart/distilled_seed0/model_final.pth \\
         --before output/quickstart/student_seed0/model_final.pth --count 4
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The model zoo's published results, and beside them what runs of configs/COCO-Detection got.
+"""Prints the published results of Detectron2's model zoo, and the results of your own runs.
 
 Example:
-    tools/zoo.py                     runs where the configs put them, output/COCO-Detection/NAME
+    tools/zoo.py                     runs in output/COCO-Detection/NAME, where the configs write
     tools/zoo.py --runs elsewhere    runs in elsewhere/NAME
 
-Columns are those of Detectron2's MODEL_ZOO.md. A figure of a run comes from its metrics.json,
-config.yaml and log.txt.
+The runs are those of configs/COCO-Detection. Columns are those of Detectron2's MODEL_ZOO.md. The
+numbers of a run come from its metrics.json, config.yaml and log.txt.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import _quiet  # noqa: F401
 
-from fgbg_kd.experiments.cost import table
-from fgbg_kd.experiments.run_folder import last_rows, read_record
+from fgbg_kd.experiments.run_folder import last_rows, read_config_file
+from fgbg_kd.experiments.tables import markdown_table
+from fgbg_kd.utils.errors import FgBgError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 COLUMNS = (
@@ -30,8 +31,8 @@ COLUMNS = (
     "box AP",
     "model id",
 )
-# MODEL_ZOO.md and projects/ViTDet/README.md of Detectron2, commit 02b5c4e2; on eight V100 (ViTDet:
-# 64 A100).
+# From MODEL_ZOO.md and projects/ViTDet/README.md of Detectron2, commit 02b5c4e2: measured on eight
+# V100, ViTDet on 64 A100.
 PUBLISHED = (
     ("RetinaNet R50", "1x", "0.205", "0.041", "4.1", "37.4", "190397773"),
     ("RetinaNet R50", "3x", "0.205", "0.041", "4.1", "38.7", "190397829"),
@@ -39,19 +40,19 @@ PUBLISHED = (
     ("Faster R-CNN X101-FPN", "3x", "0.638", "0.098", "6.7", "43.0", "139173657"),
     ("Mask R-CNN ViTDet-B", "100 epochs", "0.314", "0.079", "10.9", "51.6", "325346929"),
 )
-ONE_SCHEDULE = 90_000  # iterations of 1x
+ONE_SCHEDULE = 90_000  # the iterations of "1x"
 
 
 def run_row(name: str, folder: Path) -> dict[str, str]:
-    """A line of the table for the run of a config, whatever state it is in."""
+    """The row of a config's run, which may be missing, unfinished or damaged."""
     row = dict.fromkeys(COLUMNS, "")
     row["name"] = name
     if not (folder / "metrics.json").is_file():
         return row | {"box AP": "not run"}
     try:
-        metrics, cfg = last_rows(folder), read_record(folder)
+        metrics, cfg = last_rows(folder), read_config_file(folder)
         log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
-    except (OSError, ValueError) as error:  # the others' figures stand without this one
+    except (FgBgError, OSError, ValueError) as error:  # the other rows stand without this one
         print(f"{name}: {error}", file=sys.stderr)
         return row | {"box AP": "damaged"}
     if "SOLVER" in cfg:
@@ -78,11 +79,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=Path("output") / "COCO-Detection")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("output") / "COCO-Detection", help="default: %(default)s"
+    )
     args = parser.parse_args()
     names = [p.stem for p in sorted(CONFIGS.iterdir()) if not p.name.startswith(("Base-", "_"))]
     rows = [dict(zip(COLUMNS, (f"zoo: {name}", *rest))) for name, *rest in PUBLISHED]
-    print(table(rows + [run_row(name, args.runs / name) for name in names]))
+    rows += [run_row(name, args.runs / name) for name in names]
+    print(markdown_table(COLUMNS, [row.values() for row in rows]))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ dataloader, optimizer, lr_multiplier = _zoo.dataloader, _zoo.optimizer, _zoo.lr_
 model = L(FgBgDistiller)(
     student=_zoo.model,
     teacher=L(build_teacher)(config="COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-    # The warm-up is as long as the learning rate's in lr_multiplier, 1/90 of train.max_iter.
-    kd=dict(fg_weight=8.0, bg_weight=1.0, warmup_iters=1000),
+    method=dict(name="FgBg", fg_weight=8.0, bg_weight=1.0),
 )
 train = _zoo.train
 train.output_dir = "output/COCO-Detection/lazy_retinanet_R101_3x_to_R50_1x"

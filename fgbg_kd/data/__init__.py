@@ -1,13 +1,18 @@
-"""Datasets: the user's COCO files, and the two embedded sets."""
+"""The user's data: COCO files are checked, registered, read and evaluated here."""
 
 from ..utils.errors import DataError
-from .coco_files import check_num_classes, register_datasets, training_classes
+from .classes import check_num_classes, check_same_classes, match_categories, training_classes
+from .coco_files import register_datasets
+from .evaluator import BoxEvaluator
 from .mapper import NamingMapper
 
 __all__ = [
+    "BoxEvaluator",
     "DataError",
     "NamingMapper",
     "check_num_classes",
+    "check_same_classes",
+    "match_categories",
     "register_datasets",
     "training_classes",
 ]

@@ -1,104 +1,138 @@
-"""A user's own COCO-format data by two keys in the config, without Python."""
+"""COCO-format data of the user, named by keys of the config. No Python is needed."""
 
-import functools
 import json
+import logging
 import os
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
 
-from ..config import student_config
-from .validation import check_images, read_coco
+from ..utils.errors import ConfigError
+from .classes import match_categories, names_of, training_classes
+from .image_files import check_images
+from .validation import read_coco
 
-_registered: dict[str, tuple[str, str]] = {}
+logger = logging.getLogger(__name__)
+
+_registered: dict[str, tuple] = {}
 
 
-def register_datasets(cfg) -> None:
-    """Registers DATASETS.{TRAIN,TEST} from DATASETS.{TRAIN,TEST}_JSON and _IMAGES, where given.
+def register_datasets(cfg: CfgNode, training: bool = True) -> None:
+    """Checks and registers the sets of DATASETS.{TRAIN,TEST}_JSON and _IMAGES, where given.
+
+    The classes of the test set are matched to those of the training set by name. So both files may
+    number them differently.
+
+    Args:
+        training: False: only the test set. The training file then need not exist; if it does, its
+            names of classes are still used.
 
     Raises:
-        ValueError: several names for one file, a name that is taken, or a path that is not there.
-        DataError: a file that is not as COCO's format wants it, or images that do not fit it.
+        ConfigError: several names for one file, a name that is taken, or a path that does not
+            exist.
+        DataError: a file is not valid COCO format, its images do not fit it, or the test set has
+            other classes than the training set.
     """
-    for part in ("TRAIN", "TEST"):
+    for part in ("TRAIN", "TEST") if training else ("TEST",):
         names = cfg.DATASETS[part]
         path, images = cfg.DATASETS[f"{part}_JSON"], cfg.DATASETS[f"{part}_IMAGES"]
         if not path:
             continue
         if len(names) != 1:
-            raise ValueError(
-                f"DATASETS.{part}_JSON is one set, but DATASETS.{part} names {tuple(names)}: give "
-                'it one name, such as ("my_data",).'
+            raise ConfigError(
+                f"DATASETS.{part}_JSON is one set, but DATASETS.{part} has {len(names)} names "
+                f'{tuple(names)}: give it one name, such as ("my_data",).'
             )
-        _register(names[0], path, images, part)
+        _check_paths(path, images, part)
+        classes = training_classes(cfg) if part == "TEST" else None
+        shapes = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON
+        _register(names[0], path, images, part, classes, shapes)
 
 
-def _register(name: str, path: str, images: str, part: str) -> None:
-    for key, value, exists in (
-        ("JSON", path, os.path.isfile(path)),
-        ("IMAGES", images, os.path.isdir(images)),
+def _check_paths(path: str, images: str, part: str) -> None:
+    for key, value, exists, kind in (
+        ("JSON", path, os.path.isfile(path), "file"),
+        ("IMAGES", images, os.path.isdir(images), "folder"),
     ):
         if not exists:
-            raise ValueError(
-                f"DATASETS.{part}_{key} is {value!r}: there is no such "
-                f"{'file' if key == 'JSON' else 'folder'}."
-            )
-    if _registered.get(name) == (path, images):
-        return
+            raise ConfigError(f"DATASETS.{part}_{key} is {value!r}: there is no such {kind}.")
+
+
+def _register(
+    name: str, path: str, images: str, part: str, classes: list[str] | None, shapes: bool
+) -> None:
+    if name in _registered:
+        *origin, known = _registered[name]
+        if origin == [path, images, shapes] and classes in (None, known):
+            return
     if name in DatasetCatalog.list():
-        raise ValueError(
-            f"DATASETS.{part}: the name {name!r} is taken by another set: choose another."
+        raise ConfigError(
+            f"DATASETS.{part}: the name {name!r} is taken by another set: choose another name."
         )
     content = read_coco(path, training=part == "TRAIN")
     if comm.is_main_process():
         check_images(content["images"], images)
-    register_coco_instances(name, {}, path, images)
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    MetadataCatalog.get(name).set(thing_classes=[c["name"] for c in categories])
-    _registered[name] = (path, images)
+    own = names_of(content["categories"])
+    numbers = match_categories(classes or own, content["categories"], path)
+    if classes and classes != own:
+        logger.warning(
+            f"{path} numbers its classes differently from the training set. They are matched by "
+            "name."
+        )
+    DatasetCatalog.register(name, lambda: read_records(path, images, numbers, shapes))
+    MetadataCatalog.get(name).set(
+        json_file=path,
+        image_root=images,
+        evaluator_type="coco",
+        thing_classes=list(classes or own),
+        thing_dataset_id_to_contiguous_id=numbers,
+    )
+    _registered[name] = path, images, shapes, list(classes or own)
 
 
-@functools.lru_cache
-def _class_names(path: str) -> list[str]:
-    try:
-        with open(path) as file:
-            categories = json.load(file)["categories"]
-        return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO file with named categories: {error!r}") from error
+def read_records(
+    path: str, folder: str, numbers: dict[int, int], shapes: bool = False
+) -> list[dict]:
+    """A COCO file's images with their boxes, as Detectron2's dataset dicts, by image id.
 
-
-def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
-    """Names of the classes of a config's training set, in the order of their numbers.
-
-    None where neither a file nor the metadata of a registered set tells.
+    Args:
+        path: of the COCO file, which :func:`read_coco` has checked.
+        folder: where the images are.
+        numbers: class number by category id, as from :func:`match_categories`.
+        shapes: also read masks and keypoints, with Detectron2's own reader. It leaves out objects
+            whose mask is unusable, so it is not used for a box detector.
     """
-    if isinstance(cfg, CfgNode):
-        if cfg.DATASETS.TRAIN_JSON:
-            path = cfg.DATASETS.TRAIN_JSON
-            return _class_names(path) if os.path.isfile(path) else None
-        names = cfg.DATASETS.TRAIN
-    else:
-        names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-        names = (names,) if isinstance(names, str) else names
-    known = (MetadataCatalog.get(name).get("thing_classes") for name in names)
-    return next((list(classes) for classes in known if classes), None)
+    if shapes:
+        records = load_coco_json(path, folder)
+        for a in (a for record in records for a in record["annotations"]):
+            a["category_id"] = numbers[a["category_id"]]
+        return records
+    with open(path, encoding="utf-8") as file:
+        return box_records(json.load(file), folder, numbers)
 
 
-def check_num_classes(cfg, num_classes: int) -> None:
-    """The detector must have as many classes as the data, or training learns nonsense silently.
-
-    Raises:
-        ValueError: names both numbers.
-    """
-    detector = student_config(cfg).MODEL.META_ARCHITECTURE
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes is not None and len(classes) != num_classes:
-            raise ValueError(
-                f"The set {name} has {len(classes)} classes ({', '.join(classes[:10])}), the "
-                f"detector {num_classes}: set MODEL.{detector.upper()}.NUM_CLASSES {len(classes)}."
-            )
+def box_records(content: dict, folder: str, numbers: dict[int, int]) -> list[dict]:
+    """:func:`read_records` for the content of a file, without masks and keypoints."""
+    records = {
+        i["id"]: {
+            "file_name": os.path.join(folder, i["file_name"]),
+            "height": i["height"],
+            "width": i["width"],
+            "image_id": i["id"],
+            "annotations": [],
+        }
+        for i in sorted(content["images"], key=lambda i: i["id"])
+    }
+    for a in content.get("annotations", ()):
+        records[a["image_id"]]["annotations"].append(
+            {
+                "iscrowd": int(a.get("iscrowd", 0)),
+                "bbox": a["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": numbers[a["category_id"]],
+            }
+        )
+    return list(records.values())

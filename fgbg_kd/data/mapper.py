@@ -24,8 +24,8 @@ class NamingMapper(DatasetMapper):
             return self._map(copy.deepcopy(dataset_dict))
         except Exception as error:
             raise DataError(
-                f"The image {dataset_dict['file_name']} cannot be used ({error}): replace it and "
-                "go on with --resume."
+                f"The image {dataset_dict['file_name']} cannot be used ({error}): replace the file "
+                "and continue with --resume."
             ) from error
 
     def _map(self, dataset_dict: dict) -> dict:

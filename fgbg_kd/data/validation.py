@@ -1,15 +1,11 @@
-"""What a data set must be before training starts on it, checked once, with everything wrong named.
+"""Checks of a COCO file before training starts on it. Every fault is named with its entries.
 
-docs/bad_input.md lists every case. What Detectron2 handles by itself is left to it.
+docs/bad_input.md lists all cases. Faults that Detectron2 handles by itself are left to it.
 """
 
 import json
 import logging
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-
-from PIL import Image
 
 from ..utils.errors import DataError
 
@@ -20,33 +16,58 @@ _KEYS = {
     "categories": {"id": int, "name": str},
     "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
 }
-_EVALUATED = {"area": (int, float), "iscrowd": int}  # COCO's evaluation reads these as well
-_ORIENTATION = 0x0112  # EXIF's tag; over 4, height and width change places
+_EVALUATED = {"area": (int, float), "iscrowd": (int, float)}  # read by COCO's evaluation only
+_LARGEST_AREA = 1e10  # COCO's evaluation ignores larger objects
+_MOST_DETECTIONS = 100  # of one class in one image: COCO's evaluation ignores the others
 
 
 def read_coco(path: str, *, training: bool) -> dict:
     """Reads a COCO file and checks all of it.
 
-    Boxes without area, and boxes or parts of boxes outside their image, are no error: Detectron2
-    leaves or cuts them out, and a warning counts them.
+    Boxes without area, and boxes outside or partly outside their image, are not errors. Training
+    leaves them out or cuts them at the border. A warning counts them.
 
     Args:
-        training: there must be a box to learn from; else COCO's evaluation must be able to use it.
+        path: of the JSON file.
+        training: True: there must be a box to learn from. False: COCO's evaluation must be able to
+            use the file.
+
+    Returns:
+        The content of the file.
 
     Raises:
-        DataError: no COCO file, or entries that are not as COCO's format wants them.
+        DataError: it is not a COCO file, or some of its entries are not valid.
     """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is no whole JSON file ({error}): it is damaged or was cut off. Fetch or make "
-            "it again."
+            f"{path} is not a complete JSON file ({error}): it is damaged or was cut off. Download "
+            "or create it again."
         ) from error
-    _check_entries(content, path, training)
-    _check_boxes(content, path, training)
+    check_coco(content, path, training=training)
     return content
+
+
+def check_coco(content, path: str, *, training: bool) -> None:
+    """The checks of :func:`read_coco`, for the content of a file.
+
+    Args:
+        content: what the JSON file holds.
+        path: of the file, for the messages.
+        training: as there.
+
+    Raises:
+        DataError: as there.
+    """
+    _check_entries(content, path, training)
+    _check_references(content, path)
+    annotations = content.get("annotations", ())
+    if not training:
+        _check_evaluated(annotations, path)
+    _check_boxes(content, path, training)
+    _count_unusable_shapes(annotations, path)
 
 
 def _check_entries(content: dict, path: str, training: bool) -> None:
@@ -57,47 +78,108 @@ def _check_entries(content: dict, path: str, training: bool) -> None:
             keys = keys | _EVALUATED
         entries = content.get(group) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not (entries or group == "annotations"):
-            raise DataError(f"{path} is not a COCO file: it needs a list of {group}, not empty.")
+            raise DataError(
+                f'{path} is not a COCO file: it has no list "{group}", or the list is empty.'
+            )
         _refuse(
             path,
-            f"{group} without {', '.join(keys)} of the right type",
+            f"{group} that lack a key or have a value of another type",
+            f"each needs {_types(keys)}",
             [e for e in entries if not _has(e, keys)],
         )
+        _refuse(
+            path,
+            f"{group} with an id over 2**63 - 1",
+            "number them from 1",
+            [e for e in entries if abs(e["id"]) >= 2**63],  # NumPy would round them
+        )
         count = Counter(e["id"] for e in entries)
-        _refuse(path, f"{group} whose id repeats", [e for e in entries if count[e["id"]] > 1])
+        _refuse(
+            path,
+            f"{group} with an id that repeats",
+            "give each its own id",
+            [e for e in entries if count[e["id"]] > 1],
+        )
+
+
+def _check_references(content: dict, path: str) -> None:
     images = {i["id"] for i in content["images"]}
     categories = {c["id"] for c in content["categories"]}
     annotations = content.get("annotations", ())
+    count = Counter(c["name"] for c in content["categories"])
     _refuse(
         path,
-        "annotations of an image or a category that is not listed",
+        "categories with a name that repeats",
+        "rename or remove one of each",
+        [c for c in content["categories"] if count[c["name"]] > 1],
+    )
+    _refuse(
+        path,
+        "annotations whose image_id or category_id is not listed",
+        "add the image or the category, or remove the annotations",
         [
             a
             for a in annotations
             if a["image_id"] not in images or a["category_id"] not in categories
         ],
     )
-    if not training:
-        _refuse(
-            path,
-            "annotations with an id under 1, which COCO's evaluation never takes for found: number "
-            "them from 1",
-            [a for a in annotations if a["id"] < 1],
-        )
     _refuse(
         path,
-        'annotations with "ignore", which Detectron2 does not know: use "iscrowd"',
+        'annotations with "ignore", which Detectron2 does not know',
+        'use "iscrowd": 1',
         [a for a in annotations if a.get("ignore", 0)],
     )
     _refuse(
         path,
-        "images without area",
+        'annotations whose "iscrowd" is not 0 or 1 (such as null, or "0" in quotes)',
+        "write 0 for an object and 1 for a crowd",
+        [a for a in annotations if not _is_flag(a.get("iscrowd", 0))],
+    )
+    _refuse(
+        path,
+        "images whose height or width is under 1",
+        "write the size in pixels",
         [i for i in content["images"] if min(i["height"], i["width"]) < 1],
     )
 
 
+def _check_evaluated(annotations: list[dict], path: str) -> None:
+    """Refuses or counts what COCO's evaluation would silently ignore or never find."""
+    _refuse(
+        path,
+        "annotations with an id under 1, which COCO's evaluation counts as never found",
+        "number them from 1",
+        [a for a in annotations if a["id"] < 1],
+    )
+    _refuse(
+        path,
+        'annotations whose "area" COCO\'s evaluation ignores: negative, not finite or over 1e10',
+        "write the area in pixels (of the mask, or width * height of the box)",
+        [a for a in annotations if not 0 <= a["area"] <= _LARGEST_AREA],
+    )
+    if not any(not a["iscrowd"] for a in annotations):
+        logger.warning(f"{path} has no objects (or only crowds): AP cannot be computed on it.")
+    crowded = Counter((a["image_id"], a["category_id"]) for a in annotations if not a["iscrowd"])
+    crowded = sum(number > _MOST_DETECTIONS for number in crowded.values())
+    if crowded:
+        logger.warning(
+            f"{path}: in {crowded} cases an image has more than {_MOST_DETECTIONS} objects of one "
+            f"class. COCO's evaluation uses at most {_MOST_DETECTIONS} detections of a class in an "
+            "image, so AP stays below 100 whatever the detector finds."
+        )
+
+
 def _has(entry, keys: dict) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in keys.items())
+
+
+def _types(keys: dict) -> str:
+    names = {int: "a whole number", str: "text", list: "a list", (int, float): "a number"}
+    return ", ".join(f"{key} ({names[kind]})" for key, kind in keys.items())
+
+
+def _is_flag(value) -> bool:
+    return isinstance(value, (int, float)) and value in (0, 1)
 
 
 def _check_boxes(content: dict, path: str, training: bool) -> None:
@@ -105,9 +187,11 @@ def _check_boxes(content: dict, path: str, training: bool) -> None:
     _refuse(
         path,
         "boxes that are not four finite numbers x, y, width, height with width and height >= 0",
+        "write them in pixels",
         [a for a in annotations if not _is_box(a["bbox"])],
     )
     sizes = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
+    _check_units([(a["bbox"], sizes[a["image_id"]]) for a in annotations], path)
     empty = outside = cut = useful = 0
     for a in annotations:
         (x, y, w, h), (width, height) = a["bbox"], sizes[a["image_id"]]
@@ -116,92 +200,95 @@ def _check_boxes(content: dict, path: str, training: bool) -> None:
         elif x + w <= 0 or y + h <= 0 or x >= width or y >= height:
             outside += 1
         else:
-            cut += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
+            cut += _reaches_out(a["bbox"], (width, height))
             useful += not a.get("iscrowd", 0)
     if empty or outside or cut:
+        effect = (
+            "Training leaves out the first two kinds and cuts the third at the border."
+            if training
+            else "COCO's evaluation counts the first two kinds as objects that were not found."
+        )
         logger.warning(
-            f"{path}: of {len(annotations)} boxes, {empty} without area and {outside} outside "
-            f"their image are left out, and {cut} are cut at its border. If these are many, are "
-            "the boxes x, y, width, height in pixels?"
+            f"{path}: of {len(annotations)} boxes, {empty} have no area, {outside} lie outside "
+            f"their image, and {cut} reach over its border. {effect} If there are many, check that "
+            "the boxes are x, y, width, height in pixels."
         )
     if training and not useful:
-        raise DataError(f"{path} has no box to learn from: {len(annotations)} annotations in all.")
+        raise DataError(
+            f"{path} has no box to learn from. Of its {len(annotations)} annotations, all are "
+            "crowds (iscrowd 1), have no area or lie outside their image: add annotated objects."
+        )
 
 
 def _is_box(box: list) -> bool:
     return (
         len(box) == 4
-        and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in box)  # nor NaN
+        and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in box)  # excludes NaN
         and min(box[2:]) >= 0
     )
 
 
-def check_images(images: list[dict], folder: str) -> None:
-    """Opens every image file as far as its header says what it is.
+def _reaches_out(box: list, size: tuple[int, int]) -> bool:
+    """Whether a box reaches more than a pixel over the border of an image (width, height)."""
+    (x, y, w, h), (width, height) = box, size
+    return x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
+
+
+def _check_units(boxes: list[tuple[list, tuple[int, int]]], path: str) -> None:
+    """Refuses boxes that are clearly not x, y, width, height in pixels.
 
     Args:
-        images: COCO's entries.
-
-    Raises:
-        DataError: files that are missing, empty, no images, of more than 8 bits, or of another
-            size than is recorded.
+        boxes: each with its image's (width, height).
     """
-    turned = 0
-    faults = []
-    with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, but many at once
-        for entry, (fault, orientation) in zip(
-            images, pool.map(lambda entry: _image_fault(entry, folder), images)
-        ):
-            turned += orientation != 1
-            if fault:
-                faults.append(f"{entry['file_name']}: {fault}")
-    if faults:
-        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+    if len(boxes) < 10:  # too few to judge
+        return
+    if all(max(box) <= 1 for box, _ in boxes) and any(max(box[2:]) > 0 for box, _ in boxes):
         raise DataError(
-            f"{len(faults)} of {len(images)} images in {folder} cannot be used:\n  "
-            + "\n  ".join(faults[:5])
-            + more
-            + "\nMend them, or take their entries out of the JSON file."
+            f"{path}: no box is larger than a pixel. They seem to be fractions of the image: "
+            "multiply x and width by the image's width, y and height by its height."
         )
-    if turned:
+    out = sum(_reaches_out(*box) for box in boxes)
+    corners = all(
+        x < x2 <= width + 1 and y < y2 <= height + 1 for (x, y, x2, y2), (width, height) in boxes
+    )
+    if out > len(boxes) / 5 and corners:
+        raise DataError(
+            f"{path}: {out} of {len(boxes)} boxes reach over the border of their image, but all "
+            "would fit if they were x1, y1, x2, y2. COCO's format is x, y, width, height: write "
+            "x2 - x1 and y2 - y1 in place of x2 and y2."
+        )
+
+
+def _count_unusable_shapes(annotations: list[dict], path: str) -> None:
+    """Warns of masks and keypoints that cannot be read. A box detector does not need them."""
+    masks = sum(not _is_mask(a.get("segmentation")) for a in annotations)
+    keypoints = sum(not _is_keypoints(a.get("keypoints")) for a in annotations)
+    if masks or keypoints:
         logger.warning(
-            f"{turned} of {len(images)} images in {folder} are turned upright as their EXIF data "
-            "says: their boxes must have been drawn on the upright image."
+            f"{path}: {masks} annotations have a segmentation and {keypoints} have keypoints that "
+            "are not valid COCO format. Their boxes are used all the same."
         )
 
 
-def _image_fault(entry: dict, folder: str) -> tuple[str, int]:
-    """What is wrong with an image file ("": nothing), and its EXIF orientation (1: as stored)."""
-    try:
-        with Image.open(os.path.join(folder, entry["file_name"])) as image:
-            size, mode, orientation = image.size, image.mode, _orientation(image)
-    except FileNotFoundError:
-        return "there is no such file", 1
-    except Exception as error:  # PIL has many
-        return str(error), 1
-    if mode[0] in "IF":  # Detectron2 would cut them off at 255, and see white
-        return f"pixels of more than 8 bits (PIL's mode {mode}): scale them to 8", orientation
-    upright = size[::-1] if orientation > 4 else size
-    recorded = entry["width"], entry["height"]
-    if upright != recorded:
-        how = ", turned as its EXIF data says" if orientation > 4 else ""
-        return f"recorded as {recorded} (width, height), but it is {upright}{how}", orientation
-    return "", orientation
+def _is_mask(value) -> bool:
+    if isinstance(value, dict):  # run lengths
+        return isinstance(value.get("counts"), (list, str)) and isinstance(value.get("size"), list)
+    if isinstance(value, list):  # polygons of at least three points
+        return all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in value)
+    return value is None
 
 
-def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info and image.format != "TIFF":
-        return 1  # asked all the same, a PNG would be decoded
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except Exception:  # Detectron2 takes it as stored then
-        return 1
-    return value if value in range(1, 9) else 1
+def _is_keypoints(value) -> bool:
+    if isinstance(value, list):
+        return len(value) % 3 == 0 and all(
+            isinstance(v, (int, float)) and abs(v) < 1e9 for v in value
+        )
+    return value is None
 
 
-def _refuse(path: str, what: str, entries: list) -> None:
+def _refuse(path: str, what: str, fix: str, entries: list) -> None:
     if not entries:
         return
     shown = [str(e.get("id", e) if isinstance(e, dict) else e)[:60] for e in entries[:5]]
     more = ", ..." if len(entries) > 5 else ""
-    raise DataError(f"{path} has {len(entries)} {what} (ids {', '.join(shown)}{more}): mend it.")
+    raise DataError(f"{path} has {len(entries)} {what} (ids {', '.join(shown)}{more}): {fix}.")

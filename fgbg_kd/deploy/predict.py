@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from ..data.classes import match_categories
 from ..data.images import read_image
 from ..data.validation import read_coco
 from ..utils.errors import DataError, DeployError
@@ -225,21 +226,12 @@ def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
         In the order of the classes' numbers.
 
     Raises:
-        DeployError: a class is not in the file, or a name is there twice.
+        DataError: the names differ.
     """
     classes = [c["name"] for c in about["categories"]]
-    names = [c["name"] for c in content["categories"]]
-    ids = {c["name"]: c["id"] for c in content["categories"]}
-    lacking = [name for name in classes if name not in ids]
-    twice = len(set(classes)) < len(classes) or len(ids) < len(names)
-    if lacking or twice:
-        fault = "a name is there twice" if twice else f"{', '.join(lacking)} is not in the file"
-        raise DeployError(
-            f"--ids {file}: the detector's classes cannot be found by their names, for {fault}.\n"
-            f"The detector's classes: {', '.join(classes)}.\nThe file's: {', '.join(names)}.\n"
-            "Give the categories in the file the detector's names."
-        )
-    return [ids[name] for name in classes]
+    numbers = match_categories(classes, content["categories"], str(file))
+    ids = {number: category_id for category_id, number in numbers.items()}
+    return [ids[number] for number in range(len(classes))]
 
 
 def is_image(path: Path) -> bool:

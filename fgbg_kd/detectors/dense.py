@@ -200,6 +200,10 @@ class DenseView(DetectorView):
         raw = self.head(features)
         return DenseOutput(features, self.logits(raw), raw=raw)
 
+    def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
+        """Maps of the head per level, by names for error messages."""
+        return {"class logits": output.logits or ()}
+
     def with_boxes(self, output: DenseOutput) -> DenseOutput:
         """The output with its boxes decoded."""
         return output._replace(boxes=self.decode(output.features, output.raw))
@@ -209,7 +213,7 @@ class DenseView(DetectorView):
 
 
 def channel_order(model: Any) -> str:
-    """ "RGB" or "BGR" of a Detectron2 model, which takes BGR unless its ``input_format`` says so."""
+    """ "RGB" or "BGR" of a Detectron2 model: BGR unless its ``input_format`` says so."""
     return getattr(model, "input_format", None) or "BGR"
 
 
@@ -297,6 +301,9 @@ class _Detectron2View(DenseView):
             flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1)
         )
         return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
+
+    def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
+        return {"class logits": output.raw[0], "box deltas": output.raw[1]}
 
     def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
         return self.detector.forward_training(images, output.features, output.raw, gt_instances)

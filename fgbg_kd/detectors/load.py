@@ -143,8 +143,8 @@ def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
         raise
     except Exception as error:  # absent, unreachable: each kind of path has its own
         raise CheckpointError(
-            f"{weights} cannot be read ({error}). If this machine has no network, download the file "
-            "elsewhere and give its path."
+            f"{weights} cannot be read ({error}). If this machine has no network, download the "
+            "file elsewhere and give its path."
         ) from error
     report = checkpointer.report
     shapes = {k: f"{k} {tuple(a)} in the file, {tuple(b)}" for k, a, b in report.incorrect_shapes}

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import timm
@@ -12,53 +13,56 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from timm.layers import freeze_batch_norm_2d
 from timm.models import load_state_dict
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..utils.errors import CheckpointError, ConfigError
+from ..utils.safe_checkpoint import load_tensors
 
 logger = logging.getLogger(__name__)
 
+_STRIDES = {f"res{i}": 2**i for i in range(1, 7)}
+# Unequal sizes, even and odd multiples of 32: a map that fits all has the stride that it claims.
+_PROBES = ((64, 160), (96, 128))
+
 
 class TimmBackbone(Backbone):
-    """A timm model's feature maps, under Detectron2's names: res2 has stride 4, res3 8, ..."""
+    """Feature maps of a timm model under Detectron2's names: res2 has stride 4, res3 8, ..."""
 
     def __init__(
         self,
         name: str,
-        out_features: tuple[str, ...] = ("res3", "res4", "res5"),
+        out_features: Sequence[str] = ("res3", "res4", "res5"),
         weights: str = "",
         freeze_bn: bool = False,
     ):
         """
         Args:
-            name: a timm model that supports ``features_only``; with a tag ("resnet18.tv_in1k")
-                it says which weights, too.
+            name: a timm model with ``features_only``. A tag ("resnet18.tv_in1k") says which
+                weights it is meant for.
             out_features: names of the maps to return.
-            weights: path of a state dict (.pth, .safetensors) in the names of the timm model; it
-                may hold more (the classifier), not less. "" = random weights.
-            freeze_bn: fix statistics and affine parameters of the batch norms.
+            weights: path of a state dict (.pth, .safetensors) with timm's names. It may hold more
+                tensors (the classifier), but not fewer. "": random weights.
+            freeze_bn: fix the statistics and affine parameters of the batch norms.
 
         Raises:
-            ValueError: no such model, no such map of it, or not all of its weights in the file.
+            ConfigError: no such model or map, or maps that are not what they claim to be.
+            CheckpointError: the file does not fill the model, or it holds more than numbers.
         """
         super().__init__()
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models())
-            raise ValueError(f"MODEL.TIMM.NAME: timm has no {name!r}. Near it: {near}.")
-        strides = {f"res{i}": 2**i for i in range(1, 7)}
-        info = timm.create_model(name, features_only=True, pretrained=False).feature_info
-        index = {r: i for i, r in enumerate(info.reduction())}
-        absent = [f for f in out_features if strides.get(f) not in index]
-        if absent:
-            has = [f for f, s in strides.items() if s in index]
-            raise ValueError(f"MODEL.TIMM.OUT_FEATURES: {name} has {has}, not {absent}.")
-        out_features = sorted(out_features)
+        index = _indices(name, out_features)
+        self._out_features = sorted(out_features)
         self.body = timm.create_model(
             name,
             features_only=True,
             pretrained=False,
-            out_indices=[index[strides[f]] for f in out_features],
+            out_indices=[index[f] for f in self._out_features],
         )
+        channels = self.body.feature_info.channels()
+        self._out_feature_strides = {f: _STRIDES[f] for f in self._out_features}
+        self._out_feature_channels = dict(zip(self._out_features, channels))
+        self._channels_last = _probe(self.body, name, list(self._out_feature_strides.values()))
         pretrained = self.body.pretrained_cfg
-        # What ImageNet weights of this name take, RGB in 0..255.
+        # Normalisation of this name's ImageNet weights, RGB in 0..255.
         self.pixel_mean, self.pixel_std = (
             [round(255 * v, 3) for v in pretrained[key]] for key in ("mean", "std")
         )
@@ -66,31 +70,88 @@ class TimmBackbone(Backbone):
             _load(self.body, weights, name)
         if freeze_bn:
             self.body = freeze_batch_norm_2d(self.body)
-        channels = self.body.feature_info.channels()
-        self._out_features = list(out_features)
-        self._out_feature_strides = {f: strides[f] for f in out_features}
-        self._out_feature_channels = dict(zip(out_features, channels))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> per output (N, C, H / stride, W / stride), rounded up."""
-        return dict(zip(self._out_features, self.body(x)))
+        maps = self.body(x)
+        if self._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        return dict(zip(self._out_features, maps))
 
     @property
     def size_divisibility(self) -> int:
         return max(self._out_feature_strides.values())
 
 
-def _load(body: torch.nn.Module, path: str, name: str) -> None:
-    """timm's feature extractors flatten some names ("blocks.0" to "blocks_0"): both are taken."""
+def _indices(name: str, out_features: Sequence[str]) -> dict[str, int]:
+    """Index of each wanted map among the model's."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
+        raise ConfigError(f"MODEL.TIMM.NAME: timm has no {name!r}. Similar names: {near}.")
+    try:
+        info = timm.create_model(name, features_only=True, pretrained=False).feature_info
+    except Exception as error:  # timm raises several kinds
+        raise ConfigError(
+            f"MODEL.TIMM.NAME: timm's {name} gives no feature maps ({error}): choose another model."
+        ) from error
+    index = {stride: i for i, stride in enumerate(info.reduction())}
+    absent = [f for f in out_features if _STRIDES.get(f) not in index]
+    if absent:
+        has = [f for f, stride in _STRIDES.items() if stride in index]
+        raise ConfigError(f"MODEL.TIMM.OUT_FEATURES: {name} has {has}, not {absent}.")
+    return {f: index[_STRIDES[f]] for f in out_features}
+
+
+@torch.no_grad()
+def _probe(body: nn.Module, name: str, strides: list[int]) -> bool:
+    """Proves stride, channels and layout of every map by two small inputs.
+
+    Returns:
+        Whether the maps are (N, H, W, C).
+
+    Raises:
+        ConfigError: a map has another size than its stride says.
+    """
+    device = next(body.parameters()).device
+    was_training, layouts = body.training, set()
+    body.eval()  # so that batch norms keep their statistics
+    channels = body.feature_info.channels()
+    for size in _PROBES:
+        try:
+            maps = body(torch.zeros(1, 3, *size, device=device))
+        except Exception as error:  # a fixed input size, an assertion of its own
+            raise ConfigError(
+                f"MODEL.TIMM.NAME: timm's {name} does not take images of {size} pixels ({error}): "
+                "choose a model without a fixed input size."
+            ) from error
+        for stride, c, found in zip(strides, channels, maps):
+            expected = tuple(-(-n // stride) for n in size)
+            first, last = (1, c, *expected), (1, *expected, c)
+            shape = tuple(found.shape)
+            if shape not in (first, last):
+                raise ConfigError(
+                    f"MODEL.TIMM.NAME: timm's {name} claims a map of stride {stride} with {c} "
+                    f"channels, but an image of {size} gives {shape}: choose another model, or "
+                    "leave this map out of MODEL.TIMM.OUT_FEATURES."
+                )
+            layouts.add(shape == last and shape != first)
+    body.train(was_training)
+    if len(layouts) > 1:
+        raise ConfigError(f"MODEL.TIMM.NAME: maps of timm's {name} have different layouts.")
+    return layouts.pop()
+
+
+def _load(body: nn.Module, path: str, name: str) -> None:
+    """Fills the model. timm's extractors flatten names ("blocks.0" to "blocks_0"): both work."""
     if not os.path.isfile(path):
-        raise ValueError(
-            f"MODEL.TIMM.WEIGHTS: no file {path}. Where there is a network, this makes it:\n"
+        raise CheckpointError(
+            f"MODEL.TIMM.WEIGHTS: there is no file {path}. This command makes it where there is a "
+            f"network:\n"
             f"  python -c \"import timm, torch; torch.save(timm.create_model('{name}', "
             f"pretrained=True).state_dict(), '{path}')\"\n"
             'Where MODEL.WEIGHTS holds the whole detector, set MODEL.TIMM.WEIGHTS "".'
         )
-    saved = load_state_dict(path, weights_only=True)
-    saved = {k.replace(".", "_"): v for k, v in saved.items()}
+    saved = {k.replace(".", "_"): v for k, v in _read(path).items()}
     state = body.state_dict()
     missing = [
         k
@@ -98,18 +159,36 @@ def _load(body: torch.nn.Module, path: str, name: str) -> None:
         if getattr(saved.get(k.replace(".", "_")), "shape", None) != v.shape
     ]
     if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the {len(state)} tensors of timm's {name}, such as "
-            f"{missing[:3]}: it is not that model's state dict."
+        raise CheckpointError(
+            f"MODEL.TIMM.WEIGHTS: {path} lacks {len(missing)} of the {len(state)} tensors of "
+            f"timm's {name}, such as {missing[:3]}: it is not the state dict of that model."
         )
-    body.load_state_dict({k: saved[k.replace(".", "_")] for k in state})
+    loaded = {k: saved[k.replace(".", "_")] for k in state}
+    bad = [k for k, v in loaded.items() if not v.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"MODEL.TIMM.WEIGHTS: {len(bad)} tensors of {path} are not finite, such as {bad[:3]}."
+        )
+    body.load_state_dict(loaded)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    if not path.endswith(".safetensors"):
+        return load_tensors(path, "MODEL.TIMM.WEIGHTS")
+    try:
+        return load_state_dict(path)
+    except Exception as error:  # a damaged file can raise anything
+        raise CheckpointError(f"MODEL.TIMM.WEIGHTS: {path} is damaged ({error}).") from error
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> TimmBackbone:
     """The backbone alone, from MODEL.TIMM.*."""
     if input_shape is not None and input_shape.channels != 3:
-        raise ValueError(f"MODEL.PIXEL_MEAN has {input_shape.channels} values: timm takes 3.")
+        raise ConfigError(
+            f"MODEL.PIXEL_MEAN has {input_shape.channels} values, but timm's models take three "
+            "channels: give three values."
+        )
     timm_cfg = cfg.MODEL.TIMM
     backbone = TimmBackbone(
         timm_cfg.NAME, tuple(timm_cfg.OUT_FEATURES), timm_cfg.WEIGHTS, timm_cfg.FREEZE_BN
@@ -120,9 +199,9 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> TimmBackbo
 
 
 def _check_input(cfg, backbone: TimmBackbone) -> None:
-    """Warns of pretrained weights that see other pixels than they were trained on.
+    """Warns if pretrained weights get other pixels than in their training.
 
-    No error: weights of another origin may have been trained on these.
+    It is no error: weights of another origin may have been trained on these pixels.
     """
     mean, std = backbone.pixel_mean, backbone.pixel_std
     if (
@@ -132,22 +211,22 @@ def _check_input(cfg, backbone: TimmBackbone) -> None:
     ):
         return
     logger.warning(
-        f"timm's weights of {cfg.MODEL.TIMM.NAME} want other input than this config gives "
+        f"timm's weights of {cfg.MODEL.TIMM.NAME} want another input than this config gives "
         f"({cfg.INPUT.FORMAT}, mean {list(cfg.MODEL.PIXEL_MEAN)}, std {list(cfg.MODEL.PIXEL_STD)})."
-        f" If {cfg.MODEL.TIMM.WEIGHTS} holds those, set\n"
+        f" If {cfg.MODEL.TIMM.WEIGHTS} holds these weights, set\n"
         f"  INPUT: {{FORMAT: RGB}}\n  MODEL: {{PIXEL_MEAN: {mean}, PIXEL_STD: {std}}}"
     )
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec | None = None) -> FPN:
-    """With an FPN of MODEL.FPN.* and a max-pooled last level, as build_resnet_fpn_backbone."""
+    """With an FPN from MODEL.FPN.* and a max-pooled last level, as build_resnet_fpn_backbone."""
     return _fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec | None = None) -> FPN:
-    """With an FPN of MODEL.FPN.* and P6, P7, as build_retinanet_resnet_fpn_backbone."""
+    """With an FPN from MODEL.FPN.* and P6, P7, as build_retinanet_resnet_fpn_backbone."""
     bottom_up = build_timm_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()["res5"].channels
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))

@@ -1,9 +1,9 @@
 """Training and evaluation, on Detectron2's own engine."""
 
+from .checkpointer import last_checkpoint
 from .launch import launch
 from .lazy import build_lazy, evaluate_lazy, load_lazy_config, load_lazy_student, train_lazy
-from .resume import evaluation_dir, keep_record, last_checkpoint
-from .run_dir import lock_output_dir
+from .run_dir import evaluation_dir, keep_previous_config, lock_output_dir
 from .trainer import FgBgTrainer, load_config, read_config, read_run_config
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "build_lazy",
     "evaluate_lazy",
     "evaluation_dir",
-    "keep_record",
+    "keep_previous_config",
     "last_checkpoint",
     "launch",
     "load_config",

@@ -1,33 +1,43 @@
-"""Exponential moving average of a detector's weights, evaluated and saved in their place.
+"""Exponential moving average (EMA) of a detector's weights.
 
-SOLVER.EMA_DECAY by YAML, train.ema_decay by a Python config.
+It is switched on by SOLVER.EMA_DECAY in YAML and by train.ema_decay in a Python config.
 """
 
 from detectron2.engine import HookBase
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..utils.errors import ConfigError
+
 
 class WeightAverage(HookBase):
-    """Between two steps the detector holds the average, in a step the weights that are trained.
+    """Averages the weights, and shows the average to evaluation and checkpoints.
 
-    So evaluation and checkpoints see the average, under the detector's own names, whatever it is
-    and whoever looks; the trained weights lie in the checkpoint's trainer state, for ``--resume``.
-    It stands before the hooks that look.
+    During a training step the detector holds the trained weights. Between two steps it holds the
+    average. So evaluation and checkpoints see the average under the detector's usual names. The
+    trained weights are saved in the trainer state of the checkpoint, for ``--resume``.
+
+    Register this hook before the hooks that evaluate or save.
     """
 
     def __init__(self, detector: nn.Module, decay: float):
         """
         Args:
             detector: its parameters and buffers are averaged.
-            decay: of the average, in [0, 1); less in the first iterations, so that the average
-                forgets the start.
+            decay: weight of the previous average in each update, in [0, 1). timm's ModelEmaV3
+                reduces it in the first iterations, so that the average forgets the initial weights.
+
+        Raises:
+            ConfigError: ``decay`` is outside [0, 1).
         """
         if not 0 <= decay < 1:
-            raise ValueError(f"The decay of averaged weights is {decay}: it must be in [0, 1).")
+            raise ConfigError(
+                f"SOLVER.EMA_DECAY (train.ema_decay) is {decay}: choose a value from 0 (off) to "
+                "less than 1, such as 0.9998."
+            )
         self.detector = detector
         self.ema = ModelEmaV3(detector, decay, use_warmup=True)
-        self.swapped = False  # whether the detector holds the average, and self.ema what is trained
+        self.swapped = False  # True: the detector holds the average, self.ema the trained weights
         self.resumed = False
 
     def before_train(self):
@@ -43,9 +53,10 @@ class WeightAverage(HookBase):
         self._swap()
 
     def _swap(self):
-        """Exchanges storage: no copies, and the optimizer's parameters stay the same objects."""
-        pair = (m.state_dict(keep_vars=True).values() for m in (self.detector, self.ema.module))
-        for a, b in zip(*pair):
+        """Exchanges the storage of both: nothing is copied, and the parameters that the optimizer
+        knows stay the same objects."""
+        both = (m.state_dict(keep_vars=True).values() for m in (self.detector, self.ema.module))
+        for a, b in zip(*both):
             a.data, b.data = b.data, a.data
         self.swapped = not self.swapped
 
@@ -53,6 +64,6 @@ class WeightAverage(HookBase):
         return {"weights": self.ema.module.state_dict(), "swapped": self.swapped}
 
     def load_state_dict(self, state):
-        # The checkpoint's model is loaded into the detector already: the other half of the pair.
+        # The checkpointer has already loaded the weights that the detector held.
         self.ema.module.load_state_dict(state["weights"])
         self.swapped, self.resumed = state["swapped"], True

@@ -1,4 +1,4 @@
-"""Says early whether the teacher has anything to teach."""
+"""Warns early in a run if the teacher is hardly ever better than the student."""
 
 import logging
 
@@ -10,17 +10,21 @@ _SHARES = "kd/fg_better", "kd/bg_better"
 
 
 class GateWatch(HookBase):
-    """Warns of a teacher that is worse than its student nearly everywhere.
+    """Warns if the teacher is better than the student on almost no foreground cell.
 
-    The distiller puts the shares into the event storage where the method has a gate; they are read
-    there, so nothing waits for the device.
+    Nothing is distilled where the gate finds the student better, so such a run is plain training.
+    Two statistics of the event storage are averaged over the first iterations: kd/fg_better and
+    kd/bg_better, the shares of foreground and background cells on which the teacher is better. A
+    method without a gate does not write them, and is not watched. Reading them from the storage
+    does not wait for the GPU.
     """
 
     def __init__(self, iterations: int = 100, least: float = 0.05):
         """
         Args:
-            iterations: of a new run, over which the shares are averaged.
-            least: share of the foreground cells on which the teacher must be better.
+            iterations: how many of the first iterations of a new run are averaged.
+            least: the warning is given if the teacher is better on a smaller share of the
+                foreground cells.
         """
         self.iterations, self.least = iterations, least
         self.shares = {name: [] for name in _SHARES}
@@ -30,7 +34,7 @@ class GateWatch(HookBase):
         if trainer.start_iter > 0 or trainer.iter >= self.iterations:
             return
         latest = trainer.storage.latest()
-        for name, shares in self.shares.items():  # a batch without objects has no share of them
+        for name, shares in self.shares.items():  # a batch without objects has no kd/fg_better
             share, when = latest.get(name, (0.0, -1))
             if when == trainer.iter:
                 shares.append(share)
@@ -40,10 +44,11 @@ class GateWatch(HookBase):
     def _judge(self, foreground: float, background: float):
         if foreground < self.least:
             logger.warning(
-                f"The student has next to nothing to learn on objects: in the first "
-                f"{self.trainer.iter + 1} iterations the teacher is better than the student on "
-                f"{foreground:.1%} of the foreground cells and {background:.1%} of the background. "
-                "Are the teacher's weights, classes, INPUT.FORMAT and PIXEL_MEAN those it was "
-                "trained with (MODEL.KD.TEACHER.MIN_AP measures it), and is it better than what "
-                "the student starts from?"
+                f"The teacher is hardly ever better than the student: in the first "
+                f"{self.trainer.iter + 1} iterations it was better on {foreground:.1%} of the "
+                f"foreground cells and {background:.1%} of the background cells. The gate lets the "
+                "student learn from the teacher only there. Check that MODEL.KD.TEACHER.CONFIG is "
+                "the config that the teacher was trained with (classes, INPUT.FORMAT, PIXEL_MEAN), "
+                "set MODEL.KD.TEACHER.MIN_AP to measure the teacher before training, and check "
+                "that the student does not start from better weights (MODEL.WEIGHTS)."
             )

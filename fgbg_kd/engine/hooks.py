@@ -1,4 +1,4 @@
-"""What both engines, by YAML and by Python config, do around the iterations of a run."""
+"""Hooks that both engines (YAML and Python config) put around the iterations of a run."""
 
 import logging
 from collections.abc import Callable
@@ -26,14 +26,14 @@ def run_hooks(
     min_ap: float,
     test_teacher: Callable[[nn.Module], dict],
 ) -> list[HookBase]:
-    """The hooks of a run, to stand before Detectron2's own.
+    """The hooks of a run. They come before Detectron2's own.
 
     Args:
         model: a plain detector or an FgBgDistiller, distributed or not.
         seed: of the run.
         checkpoint_period: in iterations.
-        ema_decay: of the average of the weights; 0: none.
-        min_ap, test_teacher: :class:`TeacherCheck`'s.
+        ema_decay: of the average of the weights; 0: no average.
+        min_ap, test_teacher: see :class:`TeacherCheck`.
     """
     model = unwrapped(model)
     student = detector_of(model)
@@ -49,13 +49,13 @@ def run_hooks(
 
 
 class TeacherCheck(HookBase):
-    """Before the first iteration, measures the teacher and stops the run if it is too weak."""
+    """Measures the teacher before the first iteration and stops the run if it is too weak."""
 
     def __init__(self, min_ap: float, test: Callable[[nn.Module], dict]):
         """
         Args:
-            min_ap: COCO AP (0..100) that it must reach; 0: it is not measured.
-            test: from a detector to its results, as those of DefaultTrainer.test.
+            min_ap: COCO AP (0 to 100) that it must reach; 0: it is not measured.
+            test: from a detector to its results, in the form of DefaultTrainer.test.
         """
         self.min_ap, self.test = min_ap, test
 
@@ -63,24 +63,24 @@ class TeacherCheck(HookBase):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
         results = self.test(unwrapped(self.trainer.model).teacher.detector)
-        # Only the first worker has the results, and all of them have to stop.
+        # Only the first process has the results, and all of them have to stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if ap is None:
             raise TeacherError(
-                "MODEL.KD.TEACHER.MIN_AP: the test set or the config gives no AP to measure the "
-                "teacher by. Give annotations of a test set, or set MIN_AP 0."
+                "MODEL.KD.TEACHER.MIN_AP: the evaluation gives no AP for the teacher. Name a test "
+                "set with annotations, or set MIN_AP 0."
             )
         if not ap >= self.min_ap:
             raise TeacherError(
                 f"The teacher reaches {ap:.1f} AP on the test set, less than "
-                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}: is it trained on these classes, and are "
-                "its INPUT.FORMAT and PIXEL_MEAN those of its config?"
+                f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}. Check that it was trained on these "
+                "classes, and that its config has the INPUT.FORMAT and PIXEL_MEAN of its training."
             )
         logger.info(f"The teacher reaches {ap:.1f} AP on the test set.")
 
 
 class Inheritance(HookBase):
-    """Before the first iteration, when all weights are loaded: MODEL.KD.INHERIT."""
+    """MODEL.KD.INHERIT, before the first iteration, when all weights are loaded."""
 
     def before_train(self):
         if self.trainer.iter == 0:

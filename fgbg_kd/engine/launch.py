@@ -1,4 +1,4 @@
-"""Starting a job in one process or many: by Detectron2's own launcher, or as torchrun's worker."""
+"""Starts a job in one or several processes, with Detectron2's launcher or under torchrun."""
 
 import logging
 import os
@@ -9,23 +9,39 @@ import torch.distributed as dist
 from detectron2 import engine
 from detectron2.utils import comm
 
+from ..utils.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 
 def launch(main: Callable, args) -> None:
     """Runs ``main(args)`` in every process of the job.
 
-    Under torchrun (or any starter that sets its variables) this process is one of them; otherwise
-    Detectron2 starts them.
+    If the environment variable LOCAL_RANK is set, torchrun or a similar program has started this
+    process as one of the job's. Otherwise Detectron2's launcher starts the processes.
 
     Args:
-        args: of Detectron2's ``default_argument_parser``.
+        main: a function of ``args``.
+        args: the parsed arguments of Detectron2's ``default_argument_parser``.
+
+    Raises:
+        ConfigError: ``--num-gpus`` is more than the machine has.
+
+    Example::
+
+        launch(main, default_argument_parser().parse_args())
     """
     if "LOCAL_RANK" in os.environ:
         _join()
         main(args)
         dist.destroy_process_group()
         return
+    available = torch.cuda.device_count()
+    if args.num_gpus > max(available, 1):
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, but PyTorch finds {available} CUDA devices here: give "
+            "--num-gpus 1, or start several processes on CPUs with torchrun."
+        )
     engine.launch(
         main,
         args.num_gpus,
@@ -41,10 +57,10 @@ def _join() -> None:
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     ):
-        # Restarted workers find the dead ones' addresses in the store: pytorch issue 135712.
+        # Restarted processes read the addresses of dead ones in the store: pytorch issue 135712.
         logger.warning(
-            "Processes that torchrun restarts may wait for ever: start torchrun with "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment."
+            "Processes that torchrun restarts may hang: set the environment variable "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 when you start torchrun."
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -53,5 +69,5 @@ def _join() -> None:
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(local_size)
-    else:  # v0.6, whose own launcher sets it so
+    else:  # Detectron2 v0.6 has no such function; its launcher sets this variable
         comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(local_size)

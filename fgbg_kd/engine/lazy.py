@@ -1,15 +1,19 @@
-"""Training and evaluation by a Python config (LazyConfig), with Detectron2's usual fields:
-model, dataloader, optimizer, lr_multiplier and train, as in its tools/lazyconfig_train_net.py."""
+"""Training and evaluation by a Python config (LazyConfig).
+
+The config has the fields that Detectron2's tools/lazyconfig_train_net.py reads: model, dataloader,
+optimizer, lr_multiplier and train.
+"""
 
 import copy
 import difflib
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import default_writers, hooks
+from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -17,29 +21,31 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import student_model
-from ..data import training_classes
+from ..data import check_same_classes, training_classes
 from ..detectors.dense import channel_order, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
+from ..utils.config_files import expand_paths
 from ..utils.errors import ConfigError
+from .checkpointer import RunCheckpointer, last_checkpoint
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import RunCheckpointer, begin, last_checkpoint, run_seed
+from .resume import begin, run_seed
 from .trainer import distributed
 
 logger = logging.getLogger(__name__)
 
 
-# Keys of ``train`` that Detectron2's configs do not have, or not all of them.
+# Keys of ``train`` that not all of Detectron2's configs have.
 _OWN_KEYS = "train.seed", "train.ema_decay", "train.teacher_min_ap"
 
 
 def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = False) -> DictConfig:
-    """Reads a Python config, which is code that runs, and overrides like ``train.max_iter=9``.
+    """Reads a Python config, which is a program, with overrides such as ``train.max_iter=9``.
 
-    An open ``train.seed`` (-1, or none) is drawn, or on resume that of the run.
+    An open ``train.seed`` (-1 or missing) is drawn, or, on resume, is that of the run.
 
     Raises:
         ConfigError: there is no such file, or an override of a key that is not there.
@@ -50,6 +56,7 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
     for override in opts:
         _check_key(cfg, override.partition("=")[0])
     cfg = LazyConfig.apply_overrides(cfg, list(opts))
+    expand_paths(cfg)
     cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: train.device is set to cpu.")
@@ -61,7 +68,7 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    """What takes arguments (``_target_``, ``model.method``) checks their names itself."""
+    """Refuses an unknown key. Nodes of arguments (``_target_``, ``model.method``) do it later."""
     where, _, name = key.lstrip("+~").rpartition(".")
     node = OmegaConf.select(cfg, where) if where else cfg
     if key in _OWN_KEYS or not isinstance(node, DictConfig):
@@ -74,14 +81,16 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         )
 
 
-def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
+def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[HookBase] = ()) -> dict:
     """Trains ``cfg.model``, a plain detector or an FgBgDistiller.
 
-    As with FgBgTrainer, checkpoints hold the (student's) detector under its own names, and the
-    adapters beside it under the key "method".
+    Checkpoints are those of :class:`~fgbg_kd.engine.FgBgTrainer`.
+
+    Args:
+        extra_hooks: a user's own; they run after a step and before its results are written.
 
     Returns:
-        The last results of the evaluation, {} without one.
+        The last results of the evaluation; {} without one.
     """
     train, output_dir = cfg.train, cfg.train.output_dir
     seed = run_seed(train.get("seed", -1), output_dir, resume)
@@ -111,28 +120,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
         results.update(evaluate_lazy(cfg, trainer.model))
         return results
 
-    period, saving, writing = train.checkpointer.period, None, None
-    if comm.is_main_process():
-        saving = hooks.PeriodicCheckpointer(checkpointer, period)
-        writers = default_writers(output_dir, train.max_iter)
-        writing = hooks.PeriodicWriter(writers, period=train.log_period)
-    trainer.register_hooks(
-        [
-            *run_hooks(
-                model,
-                seed=seed,
-                checkpoint_period=period,
-                ema_decay=train.get("ema_decay", 0),
-                min_ap=train.get("teacher_min_ap", 0),
-                test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
-            ),
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            saving,
-            hooks.EvalHook(train.eval_period, evaluate),
-            writing,
-        ]
-    )
+    trainer.register_hooks(_hooks(cfg, model, seed, checkpointer, evaluate, extra_hooks))
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     begin(start, train.max_iter, loader, output_dir, seed, resume)
@@ -140,11 +128,39 @@ def train_lazy(cfg: DictConfig, resume: bool = False) -> dict:
     return results
 
 
+def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate, extra_hooks):
+    """All hooks of a run, in the order of DefaultTrainer's."""
+    train = cfg.train
+    period, saving, writing = train.checkpointer.period, None, None
+    if comm.is_main_process():
+        saving = hooks.PeriodicCheckpointer(checkpointer, period)
+        writers = default_writers(train.output_dir, train.max_iter)
+        writing = hooks.PeriodicWriter(writers, period=train.log_period)
+    own = run_hooks(
+        model,
+        seed=seed,
+        checkpoint_period=period,
+        ema_decay=train.get("ema_decay", 0),
+        min_ap=train.get("teacher_min_ap", 0),
+        test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
+    )
+    return [
+        *own,
+        *extra_hooks,
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        saving,
+        hooks.EvalHook(train.eval_period, evaluate),
+        writing,
+    ]
+
+
 def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> dict:
     """Results of ``dataloader.evaluator`` on ``dataloader.test``; {} if the config has none.
 
     Args:
-        image_format: "RGB" or "BGR", for a model that takes another than the config's mapper gives.
+        image_format: "RGB" or "BGR", for a model that takes another order than the config's mapper
+            gives.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -158,11 +174,11 @@ def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> 
 
 
 def load_lazy_student(cfg: DictConfig, run_dir: str = "") -> nn.Module:
-    """The student of ``cfg.model``, or the plain detector that it is; no teacher is built.
+    """The student of ``cfg.model``, or the plain detector; no teacher is built.
 
     Args:
-        run_dir: take the last checkpoint in this folder, if there is one; "": that of
-            ``train.init_checkpoint``.
+        run_dir: folder whose last checkpoint is loaded. "", or a folder without one:
+            ``train.init_checkpoint`` is loaded.
     """
     model = instantiate(student_model(cfg.model)).to(cfg.train.device)
     load_exactly(model, last_checkpoint(run_dir) or cfg.train.init_checkpoint)
@@ -170,10 +186,10 @@ def load_lazy_student(cfg: DictConfig, run_dir: str = "") -> nn.Module:
 
 
 def _train_loader(cfg: DictConfig, seed: int, cached: bool):
-    """``dataloader.train``; if it is Detectron2's own loader, one that can resume, as by YAML.
+    """``dataloader.train``. Detectron2's own loader is replaced by one that can resume.
 
     Args:
-        cached: the teacher's outputs are kept, so images must not change.
+        cached: the teacher's outputs are kept, so images must be the same in every epoch.
     """
     options = set(cfg) - {"_target_"}
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
@@ -184,7 +200,7 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
     parts = {name: instantiate(cfg[name]) for name in options}
     if cached:
         check_fixed_input(parts["mapper"])
-    # The order of images that this version of Detectron2 makes of SEED, as by YAML.
+    # The order of images is the one that this version of Detectron2 makes of SEED, as by YAML.
     with_seed = get_cfg()
     with_seed.SEED = seed
     with random_numbers(seed):
@@ -195,10 +211,19 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
 
 
 def build_lazy(cfg: DictConfig) -> nn.Module:
-    """``cfg.model``, told the names of the training set's classes and checked against them."""
+    """Builds ``cfg.model`` and checks its number of classes against the training set.
+
+    An FgBgDistiller gets the names of the training set's classes and, if its ``warmup_iters`` is -1
+    or missing, the warm-up of ``lr_multiplier``, as by YAML.
+    """
     classes = training_classes(cfg)
-    if student_model(cfg.model) is not cfg.model and "classes" not in cfg.model:
-        cfg.model.classes = classes
+    check_same_classes(_sets(cfg))
+    if student_model(cfg.model) is not cfg.model:
+        if "classes" not in cfg.model:
+            cfg.model.classes = classes
+        if cfg.model.get("warmup_iters", -1) == -1:
+            length = cfg.get("lr_multiplier", {}).get("warmup_length", 0.0)
+            cfg.model.warmup_iters = round(length * cfg.train.max_iter)
     model = instantiate(cfg.model)
     number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
@@ -207,3 +232,10 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
             f"detector {number}: set num_classes={len(classes)} of the model."
         )
     return model
+
+
+def _sets(cfg: DictConfig) -> list[str]:
+    """Names of the training and test sets."""
+    parts = [OmegaConf.select(cfg, f"dataloader.{x}.dataset.names") for x in ("train", "test")]
+    parts = [[names] if isinstance(names, str) else names for names in parts if names]
+    return [name for names in parts for name in names]

@@ -1,7 +1,7 @@
-"""Training data whose batch i is a function of the seed and i, so that a run can resume there.
+"""Training data that can start at any iteration: batch i depends on the seed and i only.
 
-Nothing about the data has to be saved for that, neither random states nor positions: states saved
-would be wrong, since the loading processes are some batches ahead of the training.
+So a checkpoint has to hold neither random states nor positions in the data. A saved random state
+would be wrong, because the loading processes are some batches ahead of the training.
 """
 
 import contextlib
@@ -18,22 +18,38 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..utils.errors import ConfigError
+
 
 def derived_seed(seed: int, *key: int) -> int:
-    """A seed (32 bits) for one use, unrelated to those of other keys."""
+    """A seed of 32 bits for one use.
+
+    Args:
+        seed: of the run.
+        key: numbers that identify the use, such as iteration and rank. Different keys give
+            statistically independent seeds.
+    """
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 class ResumableLoader:
     """``build_detection_train_loader`` that can start at any iteration.
 
-    Its batches are those of Detectron2's loader with one loading process at most; here their number
-    makes no difference. Augmentation is drawn anew for each image, from the seed and the image's
-    position in the stream, where Detectron2 draws it from one sequence per process: the same
-    distribution, other numbers.
+    Its batches contain the same images as those of Detectron2's loader with at most one loading
+    process. Here the number of loading processes makes no difference. The random numbers of the
+    augmentation are seeded for each image, by the seed and the image's position in the stream.
+    (Detectron2 draws them from one sequence per process: the same distribution, other numbers.)
 
     Attributes:
-        start: the iteration of the first batch; it may be set until that is asked for.
+        start: the iteration of the first batch. It can be set until the first batch is requested.
+
+    Example::
+
+        loader = ResumableLoader(
+            dataset, mapper=mapper, sampler=sampler, total_batch_size=16, seed=7
+        )
+        loader.start = 5000
+        batch = next(iter(loader))  # the batch of iteration 5000
     """
 
     def __init__(
@@ -49,18 +65,18 @@ class ResumableLoader:
     ):
         """
         Args:
-            seed: of the augmentation, >= 0. The order of images is the sampler's.
-            dataset, mapper, sampler, total_batch_size, aspect_ratio_grouping, num_workers:
-                those of ``build_detection_train_loader``.
+            seed: of the augmentation, >= 0. The sampler decides the order of the images.
+            dataset, mapper, sampler, total_batch_size, aspect_ratio_grouping, num_workers: as in
+                ``build_detection_train_loader``.
 
         Raises:
-            ValueError: the batch cannot be divided among the processes.
+            ConfigError: the batch cannot be divided equally among the processes.
         """
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
         if total_batch_size <= 0 or total_batch_size % self.world_size:
-            raise ValueError(
-                f"The batch of {total_batch_size} images (SOLVER.IMS_PER_BATCH) cannot be divided "
-                f"among {self.world_size} processes: make it a multiple."
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH is {total_batch_size}, which cannot be divided among "
+                f"{self.world_size} processes equally: choose a multiple of {self.world_size}."
             )
         self.batch_size = total_batch_size // self.world_size
         self.wide = [x["width"] > x["height"] for x in dataset] if aspect_ratio_grouping else None
@@ -72,19 +88,19 @@ class ResumableLoader:
         self.start = 0
 
     def __iter__(self) -> Iterator[list[dict]]:
-        # A generator: nothing of this runs before the first batch is asked for.
+        # A generator function: this code runs when the first batch is requested, not before.
         yield from DataLoader(
             self.dataset,
             batch_sampler=itertools.islice(self._batches(), self.start, None),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             worker_init_fn=_leave_interrupts_to_the_training,
-            generator=torch.Generator(),  # or it would draw from the training's numbers
+            generator=torch.Generator(),  # else it draws from the training's random numbers
         )
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         """Endless batches of (position in the stream of all processes, index of the image)."""
-        buckets = [], []  # tall and wide images, where they are grouped
+        buckets = [], []  # tall and wide images; only the first if images are not grouped
         for i, index in enumerate(self.sampler):
             bucket = buckets[self.wide[index] if self.wide else 0]
             bucket.append((i * self.world_size + self.rank, index))
@@ -94,10 +110,11 @@ class ResumableLoader:
 
 
 def _leave_interrupts_to_the_training(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: loading ones end with the training, silent.
+    """Makes a loading process ignore Ctrl-C, and end silently when the training ends.
 
-    The thread that hands tensors over would report a training that ended in the midst of it. (What
-    fails in a mapper is raised in the training, not reported here.)
+    Ctrl-C reaches all processes of a terminal; the training ends the loading processes itself. If
+    the training ends while a loading process is sending it a tensor, the sender would print an
+    error; that is suppressed. An error in the mapper is raised in the training, as usual.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = sys.excepthook
@@ -121,7 +138,13 @@ class _SeededDataset(Dataset):
 
 @contextlib.contextmanager
 def random_numbers(seed: int):
-    """Python, NumPy and PyTorch (CPU) draw as seeded; afterwards they go on as before."""
+    """Seeds Python, NumPy and PyTorch (CPU) inside a ``with`` block, then restores their states.
+
+    Example::
+
+        with random_numbers(seed=7):
+            sampler = build_sampler()  # draws the same numbers every time
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..detectors.dense import DenseOutput, DenseView, DetectorView, lenient_view
+from ..detectors.dense import DenseView, DetectorView, lenient_view
 from ..utils.errors import NonFiniteLossError
 from ..utils.files import whole
 from .hooks import beside_detector, detector_of, unwrapped
@@ -125,13 +125,10 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
     if isinstance(student, DenseView):
         images = student.preprocess(batch)
         name = "the model" if detector is model else "the student"
-        found += _bad_levels(name, student, student.with_boxes(student.run(images.tensor)))
+        found += _bad_levels(name, student, images.tensor)
         if detector is not model and model.teacher is not None:
-            teacher, everything = model.teacher, model.teacher.view.dense
-            output = teacher(
-                images, batch, student, logits=everything, boxes=everything, cached=False
-            )
-            found += _bad_levels("the teacher", teacher.view, output)
+            teacher = model.teacher
+            found += _bad_levels("the teacher", teacher.view, teacher.input_of(images, student))
     elif not found:
         return "The parameters are finite. Features are examined in dense detectors only."
     if not found:
@@ -139,11 +136,13 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
     return f"Not finite: {'; '.join(found)}."
 
 
-def _bad_levels(name: str, of: DetectorView, output: DenseOutput) -> list[str]:
-    found = []
-    parts = {"features": output.features, "class logits": output.logits, "boxes": output.boxes}
+def _bad_levels(name: str, of: DetectorView, images: Tensor) -> list[str]:
+    found, output = [], of.run(images)
+    parts = {"features": output.features}
+    if isinstance(of, DenseView):
+        parts |= of.named_predictions(output)
     for what, maps in parts.items():
-        bad = [x.name for x, m in zip(of.levels, maps or ()) if not m.isfinite().all()]
+        bad = [x.name for x, m in zip(of.levels, maps) if not m.isfinite().all()]
         if bad:
             found.append(f"{what} of {name} on {', '.join(bad)}")
     return found

@@ -1,49 +1,148 @@
-"""OUTPUT_DIR belongs to one run at a time."""
+"""The folder of a run, OUTPUT_DIR: one run at a time uses it, and previous files are kept."""
 
 import errno
 import fcntl
+import json
 import logging
 import os
+import re
+import shutil
 import socket
 
 from ..utils.errors import OutputDirError
 
 logger = logging.getLogger(__name__)
 
-_locks = {}  # open files: the kernel frees a lock when its process ends, however it ends
+SEED_FILE = "seed.txt"  # exists once a training has begun in the folder
+
+_locks = {}  # open files: the kernel frees a lock when its process ends, for whatever reason
 
 
 def lock_output_dir(path: str) -> None:
-    """Makes the folder, and keeps it for this process as long as it lives.
+    """Makes the folder, and reserves it for this process until the process ends.
 
-    By a POSIX record lock, which loading processes do not inherit: a run that was killed can be
-    resumed at once.
+    The lock is a POSIX record lock. Data loading processes do not inherit it, so a run that was
+    killed can be resumed at once, even if its loading processes still live.
 
     Raises:
-        OutputDirError: it cannot be written, or another run has it.
+        OutputDirError: the folder cannot be written, or another run uses it.
     """
     file_name = os.path.realpath(os.path.join(path, ".lock"))
-    if file_name in _locks:  # to open and close it again would free it
+    if file_name in _locks:  # opening and closing the file again would free the lock
         return
     try:
         os.makedirs(path, exist_ok=True)
         file = open(file_name, "a+")
     except OSError as error:
         raise OutputDirError(
-            f"OUTPUT_DIR {path} cannot be written ({error}): choose another."
+            f"OUTPUT_DIR {path} cannot be written ({error}): choose another folder."
         ) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning(f"{file_name} cannot be locked ({error}): two runs here would clash.")
+            logger.warning(
+                f"{file_name} cannot be locked ({error}): do not start a second run in this folder."
+            )
         else:
             file.seek(0)
             raise OutputDirError(
                 f"OUTPUT_DIR {path} is in use by another run ({file.read().strip()}): choose "
-                "another, or stop that run."
+                "another folder, or stop that run."
             ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks[file_name] = file
+
+
+def evaluation_dir(output_dir: str) -> str:
+    """The folder that --eval-only writes to.
+
+    If a training has begun in ``output_dir``, it is ``output_dir/eval``, so that the log and the
+    config of the training are not overwritten.
+    """
+    trained = os.path.isfile(os.path.join(output_dir, SEED_FILE))
+    return os.path.join(output_dir, "eval") if trained else output_dir
+
+
+def keep_previous_config(output_dir: str) -> None:
+    """Copies config.yaml of a training that has begun to config.previous.yaml.
+
+    Detectron2 overwrites config.yaml at every start, even if the new run is then refused.
+    """
+    config, seed = (os.path.join(output_dir, name) for name in ("config.yaml", SEED_FILE))
+    began = os.path.isfile(config) and os.path.isfile(seed)
+    if began and os.path.getmtime(seed) >= os.path.getmtime(config):
+        shutil.copy2(config, os.path.join(output_dir, "config.previous.yaml"))
+
+
+def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
+    """Moves the results of the previous run in this folder to previous/1, the next to previous/2.
+
+    These are its checkpoints, metrics.json, TensorBoard's event files and config.previous.yaml.
+    Otherwise --resume would continue from the previous run's checkpoints if the new run is killed
+    before it writes one, and the metrics of both runs would be mixed.
+
+    Args:
+        output_dir: the run's folder.
+        resume: the run was killed before its first checkpoint and starts at 0 again. Its metrics
+            are not another run's, so nothing is moved unless there are checkpoints.
+    """
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    checkpoints = [n for n in names if re.fullmatch(r"model_(\d{7}|final)\.pth|last_checkpoint", n)]
+    metrics = os.path.join(output_dir, "metrics.json")
+    measured = os.path.isfile(metrics) and os.path.getsize(metrics) > 0
+    if not checkpoints and (resume or not measured):
+        return
+    place = _next_place(os.path.join(output_dir, "previous"))
+    for name in sorted(checkpoints):  # last_checkpoint first: if killed here, nothing is resumed
+        os.replace(os.path.join(output_dir, name), os.path.join(place, name))
+    for name in names:
+        if name.startswith("events.out.tfevents.") and f".{os.getpid()}." not in name:
+            os.replace(os.path.join(output_dir, name), os.path.join(place, name))
+    if measured:  # the new run's writer has opened the file already, to append
+        shutil.copy2(metrics, os.path.join(place, "metrics.json"))
+        os.truncate(metrics, 0)
+    config = os.path.join(output_dir, "config.previous.yaml")
+    if os.path.isfile(config):
+        shutil.copy2(config, place)
+    logger.warning(f"A new run begins: the previous run's results are now in {place}.")
+
+
+def _next_place(folder: str) -> str:
+    os.makedirs(folder, exist_ok=True)
+    number = max([int(n) for n in os.listdir(folder) if n.isdecimal()], default=0) + 1
+    place = os.path.join(folder, str(number))
+    os.mkdir(place)
+    return place
+
+
+def rewind_metrics(path: str, iteration: int) -> None:
+    """Removes from metrics.json the rows from an iteration on, which a resumed run writes again.
+
+    Rows of earlier runs in the same file stay: they come before the place where the iteration
+    number last became smaller. The file is shortened in place, since Detectron2's writer holds it
+    open.
+
+    Args:
+        path: of metrics.json.
+        iteration: the first iteration that the resumed run computes.
+    """
+    cut, offset, last = None, 0, -1
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                at = json.loads(line)["iteration"] if line.endswith(b"\n") else None
+            except ValueError:
+                at = None
+            if at is None:  # incomplete: the run was killed while it wrote this row
+                cut = offset if cut is None else cut
+                break
+            if at < last:  # another run began
+                cut = None
+            if at >= iteration and cut is None:
+                cut = offset
+            offset, last = offset + len(line), at
+    if cut is not None:
+        os.truncate(path, cut)

@@ -1,44 +1,46 @@
-"""DefaultTrainer, and beyond: student checkpoints, exact resume, AdamW, checks of the teacher."""
+"""DefaultTrainer with student checkpoints, exact resume, AdamW and checks of the teacher."""
 
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 
 import torch
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
-from detectron2.evaluation import COCOEvaluator
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg
-from ..data import NamingMapper, check_num_classes, register_datasets
+from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datasets
 from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
-from ..utils.config_files import merge_overrides, merge_yaml
+from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
 from ..utils.errors import TeacherError
+from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import RunCheckpointer, begin, run_seed
+from .resume import begin, run_seed
 
 logger = logging.getLogger(__name__)
 
 
 def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
-    """Reads a YAML config and key-value overrides, and registers the data that they name."""
+    """Reads a YAML config with KEY VALUE overrides and registers the data that it names.
+
+    Returns:
+        The frozen config. An open SEED (-1) is drawn, or, on resume, is that of the run.
+    """
     cfg = read_run_config(config_file, opts, resume)
     register_datasets(cfg)
     return cfg
 
 
 def read_run_config(config_file: str, opts: list[str] = (), resume: bool = False):
-    """:func:`load_config` before it registers data, which a log should tell of.
-
-    Where SEED is open (-1) it is drawn, or on resume that of the run (:func:`run_seed`).
-    """
+    """:func:`load_config` without the data: a log can be opened before data is registered."""
     cfg = read_config(config_file, opts)
     cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
     cfg.freeze()
@@ -46,12 +48,16 @@ def read_run_config(config_file: str, opts: list[str] = (), resume: bool = False
 
 
 def read_config(config_file: str, opts: list[str] = ()):
-    """:func:`read_run_config` before it draws a seed; not frozen."""
+    """The config with its overrides, not frozen, with SEED as it stands there."""
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
+    expand_paths(cfg)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.warning("No CUDA device here: MODEL.DEVICE is set to cpu.")
+        # Once: a tool reads many configs.
+        log_first_n(
+            logging.WARNING, "No CUDA device here: MODEL.DEVICE is set to cpu.", name=__name__
+        )
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is set off.")
@@ -62,23 +68,28 @@ def read_config(config_file: str, opts: list[str] = ()):
 class FgBgTrainer(DefaultTrainer):
     """Trains a plain detector as DefaultTrainer does, and a student under FgBgDistiller.
 
-    Checkpoints hold the student under the plain detector's own names; the adapters lie beside it
-    under the key "method". A run that is killed and resumed ends as one that is not, if SEED is set
-    (:func:`load_config` sees to it).
+    Checkpoints hold the student under the plain detector's own names. The parameters of the method
+    are in the same file under the key "method". A run that is killed and resumed ends with the same
+    weights as one that is not, if SEED is set, as :func:`load_config` does.
     """
 
-    def __init__(self, cfg):
-        # DefaultTrainer's own constructor cannot distribute a model on CPUs, and checkpoints the
-        # whole of it.
+    def __init__(self, cfg, hooks: Sequence[HookBase] = ()):
+        """
+        Args:
+            cfg: of :func:`load_config`.
+            hooks: a user's own; they run after a step and before its results are written.
+        """
+        # DefaultTrainer's own constructor cannot distribute a model on CPUs, and it would
+        # checkpoint the whole model.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         if cfg.SEED < 0:
             cfg.SEED = comm.shared_random_seed()
         cfg.freeze()
-        self.cfg = cfg
+        self.cfg, self.extra_hooks = cfg, list(hooks)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
@@ -96,6 +107,21 @@ class FgBgTrainer(DefaultTrainer):
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers: int):
+        """Detectron2's scaling by SOLVER.REFERENCE_WORLD_SIZE, also of MODEL.KD.*_ITER*."""
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if reference in (0, num_workers):
+            return scaled
+        scaled = scaled.clone()
+        scaled.defrost()
+        for key in ("STOP_ITER", "WARMUP_ITERS"):
+            if scaled.MODEL.KD[key] > 0:  # -1 follows SOLVER.WARMUP_ITERS, which is scaled
+                scaled.MODEL.KD[key] = round(scaled.MODEL.KD[key] * reference / num_workers)
+        scaled.freeze()
+        return scaled
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume=resume)
@@ -142,12 +168,11 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        return COCOEvaluator(dataset_name, tasks=("bbox",), output_dir=folder)  # also of masks
+        return BoxEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self):
         cfg, trainer = self.cfg, weakref.proxy(self)
-        ours = run_hooks(
+        own = run_hooks(
             self.model,
             seed=cfg.SEED,
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
@@ -155,21 +180,21 @@ class FgBgTrainer(DefaultTrainer):
             min_ap=cfg.MODEL.KD.TEACHER.MIN_AP,
             test_teacher=lambda teacher: trainer.test_teacher(teacher),
         )
-        return ours + super().build_hooks()
+        return own + self.extra_hooks + super().build_hooks()
 
     def test_teacher(self, teacher: nn.Module) -> dict:
-        """Results on DATASETS.TEST, read in the channel order that the teacher takes."""
+        """Results on DATASETS.TEST, whose images are read in the teacher's channel order."""
         cfg = self.cfg.clone()
         if len(cfg.DATASETS.TEST) != 1:
             raise TeacherError(
-                f"MODEL.KD.TEACHER.MIN_AP needs one set to measure on, DATASETS.TEST names "
+                f"MODEL.KD.TEACHER.MIN_AP needs one test set, but DATASETS.TEST names "
                 f"{tuple(cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
             )
         cfg.defrost()
         cfg.INPUT.FORMAT = channel_order(teacher)
         return self.test(cfg, teacher)
 
-    # v0.6 leaves the optimizer out of its checkpoints; main has these two as they are here.
+    # v0.6 leaves the optimizer out of its checkpoints. In main these two are the same as here.
     def state_dict(self):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
@@ -179,8 +204,8 @@ class FgBgTrainer(DefaultTrainer):
 
 
 def distributed(model, **options):
-    """The model under DistributedDataParallel (and its options) if there are several processes."""
-    # On a CPU, DDP wants no device, which create_ddp_model would give.
+    """The model, inside DistributedDataParallel with the given options if there are processes."""
+    # On a CPU DistributedDataParallel takes no device, but create_ddp_model would give one.
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = {"device_ids": None} if on_cpu else {}
     return create_ddp_model(model, **{"broadcast_buffers": False, **devices, **options})

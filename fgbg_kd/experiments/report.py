@@ -1,6 +1,5 @@
-"""A page of HTML about finished runs: tables, curves, pictures, configuration; all in one file."""
+"""A page of HTML about runs that are done: tables, curves, pictures, configuration, in one file."""
 
-import base64
 import contextlib
 import datetime
 import functools
@@ -8,40 +7,39 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import cv2
 import jinja2
-import matplotlib
-import numpy as np
 import torch
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
+from ..utils.errors import DataError, FgBgError, RunError
 from .cost import cost
+from .method_specs import PLAIN, TEACHER
+from .paired_statistics import average, paired_difference
+from .report_figures import bars, colors_of, curves, jpeg
 from .run_folder import DISTILLED, Run, find_runs, load_run, versions
 from .runner import METRICS
 from .settings import keys_read
 from .side_by_side import draw_side_by_side, read_input
-from .tables import PLAIN, TEACHER, average, number, paired, signed
+from .tables import number, signed
 from .tide import KINDS, detection_errors, image_scores, tide, truth_of
 
-_COLORS = {TEACHER: ["#555555", "#999999"], PLAIN: ["#0072B2", "#56B4E9"]}
-_DISTILLED_COLORS = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#8C564B", "#7F6BB3"]
-_SCORE = 0.3  # detections under it are neither counted nor drawn
-_COUNT = 3  # images that gained most, and that lost most
-_POINTS = 400  # of a curve at most: neighbours are averaged
+_SCORE = 0.3  # detections with a lower score are neither counted nor drawn
+_COUNT = 3  # pictures of the images that gained most, and of those that lost most
 
 
 def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], None]) -> None:
-    """Reads the runs, measures what they do not hold, and writes the page.
+    """Writes a page about all runs in and below some folders.
 
-    What cannot be shown (without checkpoints, data or tidecv) is named on the page.
+    It measures what the runs have not measured themselves: cost, kinds of errors, F1 of each image.
+    If something cannot be shown (its checkpoint, data or tidecv is missing), the page says so.
 
     Args:
-        say: is told what is being done.
+        folders: of runs, or of folders of runs.
+        output: the file of the page.
+        say: gets a line about each step.
 
     Raises:
-        ValueError: no runs, or damaged files of a run.
-        OSError: the page cannot be written; shows before anything is measured.
+        RunError: there are no runs, or a file of a run is damaged.
+        OSError: the page cannot be written. This is found out before anything is measured.
     """
     runs = find_runs(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +47,7 @@ def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], Non
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
-    colors = _colors(groups)
+    colors = colors_of(groups)
     plain = _baselines(groups)
     lacks: list[str] = []
     load = functools.cache(load_run)
@@ -61,7 +59,7 @@ def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], Non
         results=_results(groups, load, say, lacks),
         classes=_classes(groups, colors),
         errors=_errors(groups, say, lacks),
-        curves=_curves(runs, colors),
+        curves=curves(runs, colors),
         pictures=_pictures(groups, plain, load, say, lacks),
         lacks=lacks,
         differences=_differences({g: m[0].config for g, m in groups.items()}),
@@ -79,22 +77,12 @@ def _template() -> jinja2.Template:
     return environment.from_string(text)
 
 
-def _colors(groups: dict[str, list[Run]]) -> dict[str, str]:
-    palettes = {**_COLORS, DISTILLED: _DISTILLED_COLORS}
-    colors, used = {}, dict.fromkeys(palettes, 0)
-    for name, members in groups.items():
-        palette = palettes[members[0].role]
-        colors[name] = palette[used[members[0].role] % len(palette)]
-        used[members[0].role] += 1
-    return colors
-
-
 @contextlib.contextmanager
 def _or_lacks(lacks: list[str], what: str):
-    """Notes what could not be made, and why, and goes on."""
+    """If the block fails, adds the reason to ``lacks`` and goes on."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (FgBgError, ValueError, OSError) as error:
         lacks.append(f"{what}: {error}")
 
 
@@ -102,7 +90,7 @@ def _or_lacks(lacks: list[str], what: str):
 
 
 def _baselines(groups) -> dict[str, str | None]:
-    """Of each distilled group the first plain one that differs in nothing but distillation."""
+    """For each distilled group, the first plain group that differs in distillation alone."""
     plain = {g: m[0] for g, m in groups.items() if m[0].role == PLAIN}
     distilled = {g: m[0] for g, m in groups.items() if m[0].role == DISTILLED}
     return {
@@ -112,11 +100,11 @@ def _baselines(groups) -> dict[str, str | None]:
 
 
 def _gains(groups, plain: dict, lacks: list[str]) -> list[tuple[str, str, str, str]]:
-    """Of each distilled group: its name, mean paired gain, over which plain one, and of what."""
+    """For each distilled group: its name, its mean gain, the plain group, and how many seeds."""
     aps = {g: {r.seed: r.result["AP"] for r in m if "AP" in r.result} for g, m in groups.items()}
     gains = []
     for name, base in plain.items():
-        gain = paired(aps[name], aps[base]) if base else None
+        gain = paired_difference(aps[name], aps[base]) if base else None
         if gain:
             count = len(aps[name].keys() & aps[base].keys())
             seeds = (
@@ -125,8 +113,8 @@ def _gains(groups, plain: dict, lacks: list[str]) -> list[tuple[str, str, str, s
             gains.append((name, signed(gain, 1), base, seeds))
         else:
             lacks.append(
-                f"{name}: its gain, which needs a plain run to its end of the same student, data, "
-                "solver and seed, on the same test set"
+                f"{name}: its gain. It needs a plain run with the same student, data, solver, seed "
+                "and test set, trained to the end"
             )
     return gains
 
@@ -140,7 +128,8 @@ def _results(groups, load, say, lacks) -> dict:
     for name, members in groups.items():
         aps = [r.result["AP"] for r in members if "AP" in r.result]
         lacks += [
-            f"{name}, seed {r.seed}: its AP, for it was not evaluated after its last iteration"
+            f"{name}, seed {r.seed}: its AP. It was not evaluated after its last iteration, or its "
+            "AP is not a number"
             for r in members
             if "AP" not in r.result
         ]
@@ -150,16 +139,16 @@ def _results(groups, load, say, lacks) -> dict:
         say(f"{name}: parameters, GFLOPs, latency")
         costs = {}
         with _or_lacks(lacks, f"{name}: parameters, GFLOPs and time"):
-            cfg, model, records = load(members[0])
-            costs = cost(model, read_input(cfg, records[0]["file_name"]))
+            cfg, model, images = load(members[0])
+            costs = cost(model, read_input(cfg, images[0]["file_name"]))
         for key, digits in (("parameters_m", 3), ("gflops", 3), ("ms_per_image", 1)):
             cells.append(number(costs.get(key), digits))
         rows[name] = cells
     columns = ["", "AP", "each seed", *METRICS[1:], "parameters (M)", "GFLOPs", "ms / image"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     note = (
-        "COCO AP (0 to 100) after the last iteration, means over seeds. GFLOPs of backbone and "
-        "head, one multiply-add counted once. ms: median time of one image, measured now "
+        "COCO AP (0 to 100) after the last iteration, mean over seeds. GFLOPs: backbone and head; "
+        "one multiply-add is one FLOP. ms: median time of one image, measured for this page "
         f"({device}, {torch.get_num_threads()} threads)."
     )
     return {"columns": columns, "rows": rows, "note": note}
@@ -174,30 +163,21 @@ def _classes(groups, colors) -> dict | None:
         name.removeprefix("AP-"): [number(means[g][i]) for g in groups]
         for i, name in enumerate(names)
     }
-    figure = None
-    if len(names) <= 30:
-        figure = Figure(figsize=(10.5, 3.2), layout="constrained")
-        axes, width = figure.subplots(), 0.8 / len(groups)
-        for i, (group, values) in enumerate(means.items()):
-            x = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * width
-            axes.bar(x, [v or 0 for v in values], width, color=colors[group], label=group)
-        axes.set_xticks(range(len(names)), rows, rotation=30 if len(names) > 12 else 0)
-        axes.set_ylabel("AP")
-        axes.legend(frameon=False, ncols=len(groups), fontsize=9)
-        figure = _svg(figure, "AP by class")
+    # More classes would be a picture that nobody can read.
+    figure = bars(means, list(rows), colors, "AP by class") if len(names) <= 30 else None
     return {
         "title": "AP by class",
         "figure": figure,
         "columns": ["class", *groups],
         "rows": rows,
-        "note": "Means over seeds.",
+        "note": "Mean over seeds.",
     }
 
 
 _ABOUT_ERRORS = (
-    "TIDE (Bolya et al., 2020): points of AP50 that mending all errors of a kind would bring, "
-    "means over seeds. Class, place, both, duplicates, background taken for an object, "
-    "objects missed; then all false positives and all false negatives."
+    "TIDE (Bolya et al., 2020): the points that AP50 would gain without any error of a kind, mean "
+    "over seeds. The kinds: wrong class, wrong place, both, duplicate, background taken for "
+    "an object, missed object; then all false positives and all false negatives."
 )
 
 
@@ -224,144 +204,83 @@ def _errors(groups, say, lacks) -> dict | None:
 def _errors_of(run: Run) -> dict[str, float]:
     truth = truth_of(run.config)
     if truth is None:
-        raise ValueError("no COCO file is known of its test set.")
-    with contextlib.redirect_stdout(io.StringIO()):  # tidecv talks
+        raise DataError("the COCO file of its test set is not known.")
+    with contextlib.redirect_stdout(io.StringIO()):  # tidecv prints
         return detection_errors(truth, run.detections)
-
-
-# --- curves ---
-
-
-def _curves(runs: list[Run], colors) -> dict[str, Markup]:
-    keys = {k for r in runs for row in r.rows for k in row}
-    sections = {
-        "Losses": sorted(k for k in keys if k.startswith("loss") or k == "total_loss"),
-        "Shares of cells: where the teacher guides (gate), where it is better": sorted(
-            k for k in keys if k.endswith(("_gate", "_better"))
-        ),
-        "AP over iterations": [k for k in ("bbox/AP", "bbox/AP50", "bbox/AP75") if k in keys],
-    }
-    return {name: _plot(runs, of, colors, name) for name, of in sections.items() if of}
-
-
-def _plot(runs: list[Run], keys: list[str], colors, title: str) -> Markup:
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(3.5 * columns, 2.4 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    lines = {}
-    for ax, key in zip(axes, keys):
-        for run in runs:
-            points = [(r["iteration"], r[key]) for r in run.rows if key in r]
-            if points:
-                few = "o" if len(points) < 3 else ""
-                (line,) = ax.plot(
-                    *_thinned(points).T, color=colors[run.group], linewidth=1, marker=few, alpha=0.8
-                )
-                lines.setdefault(run.group, line)
-        ax.set_title(key, fontsize=10)
-        ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0, top=1 if "_gate" in key else None)
-        ax.tick_params(labelsize=8)
-        ax.grid(color="0.92")
-        ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes[len(keys) :]:
-        ax.set_axis_off()
-    names = list(lines)
-    figure.legend(
-        lines.values(), names, loc="outside upper center", ncols=min(5, len(names)), frameon=False
-    )
-    return _svg(figure, title)
-
-
-def _thinned(points) -> np.ndarray:
-    """(M, 2), M at most _POINTS, by means of neighbours."""
-    values = np.array(points, dtype=float)
-    parts = np.array_split(values, min(len(values), _POINTS))
-    return np.stack([part.mean(0) for part in parts])
-
-
-def _svg(figure: Figure, title: str) -> Markup:
-    """Inline SVG whose text is text."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
 
 
 # --- pictures ---
 
 
 def _pictures(groups, plain: dict, load, say, lacks) -> list[dict]:
-    """Sections of the images that gained and lost most, from a plain run to that of the same seed
-    in the best distilled group."""
+    """Sections with the images that gained most and lost most, from a plain run to the run of the
+    same seed in the best distilled group."""
     sections = []
     with _or_lacks(lacks, "Pictures"):
-        pairs = [
-            (before, after)
-            for name, base in plain.items()
-            for after in groups[name]
-            for before in groups.get(base, ())
-            if before.seed == after.seed
-        ]
-        if not pairs:
-            raise ValueError(
-                "they need a plain and a distilled run of one test set, number of iterations and "
-                "seed."
-            )
-        before, distilled = max(pairs, key=lambda p: _mean(groups[p[1].group], "AP") or 0)
+        before, after = _best_pair(groups, plain)
         teachers = [m[0] for m in groups.values() if m[0].role == TEACHER]
-        teacher = next((t for t in teachers if t.task[:2] == distilled.task[:2]), None)
+        teacher = next((t for t in teachers if t.task[:2] == after.task[:2]), None)
         say("looking for the largest gains and losses")
-        old, new = _scores(before, distilled)
+        old, new = _scores(before, after)
         gain = {image: new[image] - old[image] for image in old}
-        cfg, _, records = load(distilled)
-        records = {r["image_id"]: r for r in records}
+        cfg, _, images = load(after)
+        images = {image["image_id"]: image for image in images}
         models = {}
-        for run in filter(None, (teacher, before, distilled)):
+        for run in filter(None, (teacher, before, after)):
             with _or_lacks(lacks, f"{run.group}: its detections in the pictures"):
                 models[run.group] = load(run)[1]
         order = sorted(gain, key=lambda image: (-gain[image], image))
-        for title, images in (
+        for title, chosen in (
             ("Images that gained most", [i for i in order[:_COUNT] if gain[i] > 0]),
             ("Images that lost most", [i for i in order[::-1][:_COUNT] if gain[i] < 0]),
         ):
             pictures = {}
-            for image in images:
-                say(f"{title.lower()}: image {image}")
-                picture = draw_side_by_side(cfg, records[image], models, _SCORE, width=270)
-                name = Path(records[image]["file_name"]).name
-                caption = f"{name}: F1 {old[image]:.2f} to {new[image]:.2f} ({gain[image]:+.2f})"
-                pictures[caption] = _jpeg(picture)
+            for i in chosen:
+                say(f"{title.lower()}: image {i}")
+                picture = draw_side_by_side(cfg, images[i], models, _SCORE, width=270)
+                name = Path(images[i]["file_name"]).name
+                caption = f"{name}: F1 {old[i]:.2f} to {new[i]:.2f} ({gain[i]:+.2f})"
+                pictures[caption] = jpeg(picture)
             sections.append({"title": title, "pictures": pictures, "note": ""})
         better, worse = (sum(1 for g in gain.values() if g * sign > 0) for sign in (1, -1))
         sections[-1]["note"] = (
-            f"{distilled.group} against {before.group}, seed {distilled.seed}: better on {better}, "
-            f"worse on {worse} of {len(gain)} images. F1 of detections of a score of {_SCORE} and "
-            "more (those drawn), IoU over 0.5."
+            f"{after.group} against {before.group}, seed {after.seed}: better on {better}, worse "
+            f"on {worse} of {len(gain)} images. F1 counts detections with a score of at least "
+            f"{_SCORE}, which are also the ones drawn; a match has an IoU over 0.5."
         )
     return sections
 
 
+def _best_pair(groups, plain: dict) -> tuple[Run, Run]:
+    """A plain and a distilled run of one seed, from the distilled group with the highest AP."""
+    pairs = [
+        (before, after)
+        for name, base in plain.items()
+        for after in groups[name]
+        for before in groups.get(base, ())
+        if before.seed == after.seed
+    ]
+    if not pairs:
+        raise RunError(
+            "they need a plain and a distilled run with the same test set, number of iterations "
+            "and seed."
+        )
+    return max(pairs, key=lambda p: _mean(groups[p[1].group], "AP") or 0)
+
+
 def _scores(before: Run, after: Run) -> list[dict[int, float]]:
+    """F1 of each image, for both runs."""
     truth = truth_of(after.config)
     if truth is None or truth_of(before.config) != truth:
-        raise ValueError(f"{before.group} and {after.group} have no known test set in common.")
+        raise DataError(f"{before.group} and {after.group} have no known test set in common.")
     return [image_scores(truth, run.detections, _SCORE) for run in (before, after)]
-
-
-def _jpeg(picture: np.ndarray) -> str:
-    _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])
-    return base64.b64encode(data).decode()
 
 
 # --- configuration and versions ---
 
 
 def _differences(configs: dict[str, dict]) -> dict:
-    """Keys that are read in some of the configs and whose values are not the same in all."""
+    """Keys that some of the runs read and that have not the same value in all configs."""
     table = _side_by_side({name: keys_read(config) for name, config in configs.items()})
     unlike = {k: v for k, v in table["rows"].items() if len(set(v)) > 1}
     for key in ("OUTPUT_DIR", "SEED", "train.output_dir", "train.seed"):

@@ -1,4 +1,4 @@
-"""Runs as their folders tell of them: what they were, what came of them, by what versions."""
+"""Runs, read from their folders: their configs, their results, and the versions they ran with."""
 
 import math
 import os
@@ -14,16 +14,17 @@ from detectron2.data import DatasetCatalog
 from ..data import register_datasets
 from ..detectors.load import load_detector
 from ..engine import read_config
+from ..utils.errors import DataError, RunError
 from ..utils.files import read_json, read_rows
+from .method_specs import PLAIN, TEACHER
 from .settings import flat
-from .tables import PLAIN, TEACHER
 from .tide import detections_of
 
 DISTILLED = "distilled"
-# Keys that say what a run trains and how; those that a distilled run has beside its plain one, or
-# that change no result.
+# Keys with these prefixes describe the student, its data and its training.
 _RECIPE = ("MODEL.", "INPUT.", "SOLVER.", "DATASETS.TRAIN")
-_APART = {
+# Of these keys, a distilled run and its plain run differ in the first; the others change no result.
+_MAY_DIFFER = {
     "MODEL.META_ARCHITECTURE",
     "MODEL.DEVICE",
     "SOLVER.CHECKPOINT_PERIOD",
@@ -33,15 +34,16 @@ _APART = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A folder of a training, or of a teacher's evaluation by fgbg_kd.experiments.runner.
+    """A training, or the evaluation of a teacher by :class:`.runner.Runner`.
 
     Attributes:
-        group: its name without the seed; runs of a group differ in nothing else.
+        folder: its OUTPUT_DIR.
+        group: its name without the seed. Runs of a group differ in their seeds alone.
         role: "teacher", "plain" or "distilled".
-        config: {"A.B.C": value}, of a YAML or a Python config.
-        rows: of metrics.json.
-        result: COCO metrics by name, those by class as "AP-name", where they are defined; {} if it
-            was not evaluated at its end.
+        config: its YAML or Python config as {"A.B.C": value}.
+        rows: the rows of metrics.json.
+        result: COCO's metrics (0..100) by name, a class's as "AP-name"; without metrics that are
+            not defined. {} if the run was not evaluated after its last iteration.
     """
 
     folder: Path
@@ -66,17 +68,17 @@ class Run:
 
     @property
     def task(self) -> tuple:
-        """What runs must have in common for their AP to be compared: test set and iterations."""
+        """Test set and number of iterations. Only runs that share them can be compared by AP."""
         names = self.config.get("DATASETS.TEST") or self.config.get("dataloader.test.dataset.names")
         return str(names), self.config.get("DATASETS.TEST_JSON"), self.iterations
 
     def trained_as(self, other: "Run") -> bool:
         """Whether both have the same :attr:`task`, student, data and solver, as far as both configs
-        say (a Python config's model and its solver are not compared)."""
+        name them. The model and the solver of a Python config are not compared."""
         a, b = self.config, other.config
-        keys = a.keys() & b.keys() - _APART
-        told = [k for k in keys if k.startswith(_RECIPE) and not k.startswith("MODEL.KD.")]
-        return self.task == other.task and all(a[k] == b[k] for k in told)
+        keys = a.keys() & b.keys() - _MAY_DIFFER
+        recipe = [k for k in keys if k.startswith(_RECIPE) and not k.startswith("MODEL.KD.")]
+        return self.task == other.task and all(a[k] == b[k] for k in recipe)
 
     @property
     def seed(self) -> int:
@@ -87,27 +89,28 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     """All runs in and below the folders: teachers first, then plain runs, then distilled ones.
 
     Raises:
-        ValueError: a folder without any, or a damaged file.
+        RunError: a folder has no run, or one of its files is damaged.
     """
     places: dict[Path, list[dict]] = {}
     for folder in folders:
         found = {
             p.parent: read_rows(p.parent / "metrics.json") for p in folder.rglob("config.yaml")
         }
-        # An evaluation alone is no run, for it may be of any weights; by fgbg_kd.experiments.runner, a teacher's.
+        # An evaluation alone may be of any weights. One with a done.json is the Runner's.
         found = {p: x for p, x in found.items() if _trained(x) or (p / "done.json").is_file()}
         if not found:
-            raise ValueError(
-                f"{folder} holds no run: no config.yaml with a training's metrics.json beside it."
+            raise RunError(
+                f"{folder} holds no run: name a folder that has a config.yaml and the metrics.json "
+                "of a training beside it, or has such folders below it."
             )
         places |= dict(sorted(found.items()))
     base = Path(os.path.commonpath([p.resolve().parent for p in places]))
-    configs = {p: flat(read_record(p)) for p in places}
+    configs = {p: flat(read_config_file(p)) for p in places}
     weights = [_teacher_weights(c) for c in configs.values() if _distils(c)]
     teachers = {Path(w).resolve().parent for w in weights if w}
     runs = []
     for folder, config in configs.items():
-        rows = _of_the_last_run(places[folder])
+        rows = _since_the_last_start(places[folder])
         if _distils(config):
             role = DISTILLED
         elif folder.resolve() in teachers or folder.name == TEACHER or not _trained(rows):
@@ -127,38 +130,40 @@ def _trained(rows: list[dict]) -> bool:
 
 
 class _Data(yaml.SafeLoader):
-    """Leaves out the Python objects in the record of a Python config."""
+    """Leaves out the Python objects that config.yaml of a Python config holds."""
 
 
 _Data.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
-def read_record(folder: Path) -> dict:
-    """A run's config.yaml, of whichever kind its config was; nothing in it is run.
+def read_config_file(folder: Path) -> dict:
+    """A run's config.yaml, whether its config was YAML or Python. No code in it is run.
 
     Raises:
-        ValueError: it is damaged.
+        RunError: it is damaged.
     """
     file = folder / "config.yaml"
     try:
-        record = yaml.load(file.read_text(), Loader=_Data)
+        config = yaml.load(file.read_text(), Loader=_Data)
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} is damaged: it holds no config.")
-    return record
+        raise RunError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{file} is damaged: it holds no config.")
+    return config
 
 
 def last_rows(folder: Path) -> list[dict]:
-    """Rows of the last run that wrote to a folder's metrics.json, in which a new one begins anew.
+    """Rows of metrics.json from the last run that wrote it.
+
+    Several runs in one folder write to one file; where the iteration falls, another one began.
 
     Raises:
         ValueError: a row is damaged.
     """
-    return _of_the_last_run(read_rows(folder / "metrics.json"))
+    return _since_the_last_start(read_rows(folder / "metrics.json"))
 
 
-def _of_the_last_run(rows: list[dict]) -> list[dict]:
+def _since_the_last_start(rows: list[dict]) -> list[dict]:
     starts = [i for i in range(1, len(rows)) if rows[i]["iteration"] < rows[i - 1]["iteration"]]
     return rows[starts[-1] :] if starts else rows
 
@@ -173,52 +178,65 @@ def _teacher_weights(config: dict) -> str | None:
 
 
 def _result(run: Run) -> dict[str, float]:
-    """The metrics after the last iteration, by name."""
+    """COCO's metrics after the last iteration, by name."""
     tested = [r for r in run.rows if "bbox/AP" in r and r["iteration"] >= run.iterations - 1]
     if tested:
         found = {k.removeprefix("bbox/"): v for k, v in tested[-1].items() if "bbox/" in k}
     else:
         found = _done(run.folder)
-    return {
-        k: v
-        for k, v in found.items()
-        if k.startswith("AP") and isinstance(v, int | float) and not math.isnan(v)
-    }
+    found = {k: v for k, v in found.items() if k.startswith("AP")}
+    return defined_metrics(found, detections_of(run.folder))
+
+
+def defined_metrics(found: dict[str, float | None], detections: Path) -> dict[str, float]:
+    """COCO's metrics that are numbers.
+
+    Detectron2 gives an AP that is not a number in two cases. If nothing was detected, AP, AP50 and
+    AP75 are 0. If there are detections, and no box of the test set counts, there is no AP.
+
+    Args:
+        found: metrics by name.
+        detections: the file of the run's detections.
+    """
+    values = {k: v for k, v in found.items() if v is not None and not math.isnan(v)}
+    if "AP" in found and "AP" not in values and detections.is_file() and not read_json(detections):
+        values |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
+    return values
 
 
 def _done(folder: Path) -> dict:
-    """What fgbg_kd.experiments.runner kept of a run that it finished; {} of any other."""
+    """The result that :class:`.runner.Runner` kept in done.json; {} if there is none."""
     file = folder / "done.json"
     return read_json(file) if file.is_file() else {}
 
 
 def load_run(run: Run) -> tuple:
-    """Config, detector (in eval mode) and records of the test images of a run.
+    """Config, detector (in eval mode) and test images (Detectron2's dataset dicts) of a run.
 
     Raises:
-        ValueError, OSError: why they cannot be had.
+        RunError, DataError, OSError: why one of them cannot be read.
     """
     if run.is_python:
-        raise ValueError("it is of a Python config, which is a program and is not run for this.")
+        raise RunError("its config is Python, which is code and is not run for a report.")
     weights = run.folder / "model_final.pth"
     if not weights.is_file() and not _trained(run.rows):
         weights = run.config["MODEL.WEIGHTS"]  # an evaluation of another's weights
     if not os.path.isfile(weights):
-        raise ValueError(f"its checkpoint {str(weights)!r} is not here.")
+        raise RunError(f"its checkpoint {str(weights)!r} is not here.")
     cfg = read_config(str(run.folder / "config.yaml"))
     cfg.DATASETS.TRAIN_JSON = ""  # only the test set is looked at
     register_datasets(cfg)
     if len(cfg.DATASETS.TEST) != 1:
-        raise ValueError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets, not one.")
+        raise DataError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets, not one.")
     (name,) = cfg.DATASETS.TEST
-    records = DatasetCatalog.get(name) if name in DatasetCatalog.list() else []
-    if not records:
-        raise ValueError(f"its test set {name!r} is empty, or not registered here.")
-    return cfg, load_detector(cfg, str(weights)), records
+    images = DatasetCatalog.get(name) if name in DatasetCatalog.list() else []
+    if not images:
+        raise DataError(f"its test set {name!r} is empty, or not registered here.")
+    return cfg, load_detector(cfg, str(weights)), images
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """What Detectron2 logged about versions, and the commit, where it was kept."""
+    """The versions that Detectron2 logged at the start of a run, and the commit, if it is known."""
     found = {}
     log = folder / "log.txt"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []

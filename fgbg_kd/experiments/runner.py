@@ -1,4 +1,4 @@
-"""Trainings as child processes: not repeated when done, gone on with when interrupted."""
+"""Trainings as child processes. A run that is done is not repeated; an interrupted one goes on."""
 
 import fcntl
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import detectron2
@@ -21,25 +22,29 @@ import torch
 from ..engine import read_config
 from ..utils.errors import RunError
 from ..utils.files import read_json, read_rows, write_whole
+from .run_folder import defined_metrics, last_rows
 from .settings import changes, python_settings, settings_of
+from .tide import detections_of
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COSTS = ("seconds_per_step", "memory_mb", "gpu_memory_mb")
-_NOTE_EVERY = 60  # seconds between two lines on a run's progress where they do not overwrite
+_NOTE_EVERY = 60  # seconds between two lines about a run, where no line can be overwritten
 
 
 class Runner:
     """Runs tools/train_net.py in child processes, from any number of threads, and shows progress.
 
-    Left by whatever way, as a context manager, it takes its children with it.
+    Use it as a context manager: however the block is left, the children end.
 
     Args:
         train_net: path of that script.
-        threads: OMP_NUM_THREADS of a child; None: as the environment has it.
+        threads: OMP_NUM_THREADS of a child; None: as in the environment.
+        imports: modules of the user that the children import (train_net.py --import).
     """
 
-    def __init__(self, train_net: Path, threads: int | None = None):
+    def __init__(self, train_net: Path, threads: int | None = None, imports: Sequence[str] = ()):
         self.train_net = train_net
+        self.imports = imports
         self.environment = dict(os.environ)
         if threads:
             self.environment["OMP_NUM_THREADS"] = str(threads)
@@ -56,7 +61,7 @@ class Runner:
         self.stop()
 
     def stop(self) -> None:
-        """Ends all children, data loaders included; no other starts after it."""
+        """Ends all children and their data loaders. No other child starts afterwards."""
         with self._lock:
             self._stopped = True
             for process in self._children:
@@ -71,56 +76,63 @@ class Runner:
         config: str | Path,
         output: Path,
         opts: list[str],
-        reads: Path | None = None,
+        checkpoint: Path | None = None,
         eval_only: bool = False,
     ) -> dict:
-        """Trains and evaluates, unless that is done already; goes on with what was interrupted.
+        """Trains and evaluates, unless that is done already. An interrupted run goes on.
 
-        A folder belongs to one setting from the start: a run of other settings is refused.
+        A folder belongs to one run: other settings are refused.
 
         Args:
-            name: for the progress.
-            config, opts: YAML file and KEY VALUE overrides, or Python file and KEY=VALUE, for
-                train_net.py.
-            output: folder of the run. Of its checkpoints model_final.pth stays.
-            reads: a checkpoint that the run depends on; its content is a part of the settings.
-            eval_only: evaluates MODEL.WEIGHTS instead.
+            name: what the progress calls the run.
+            config, opts: a YAML file and overrides KEY VALUE, or a Python file and KEY=VALUE.
+            output: folder of the run. At the end only its last checkpoint stays, model_final.pth.
+            checkpoint: another file that the run reads; its content is a part of the settings.
+            eval_only: evaluate MODEL.WEIGHTS and do not train.
 
         Returns:
-            COCO's metrics by name (None where undefined), "seconds_per_step" (the median),
-            "memory_mb" (peak of a process), "gpu_memory_mb" (of tensors; None without a GPU) and
-            "commit" (:func:`commit`; of each part, where a run went on under another).
+            COCO's metrics by name (0..100; None where a metric is not defined), "detections" (how
+            many; only where it is 0), "seconds_per_step" (median), "memory_mb" (peak of the
+            process), "gpu_memory_mb" (peak of tensors; None without a GPU) and "commit"
+            (:func:`commit`; several if the run went on under another one).
 
         Raises:
-            RunError: other settings, already running, or the training failed.
+            RunError: the folder has other settings or is in use, the run failed, or its AP is not
+                defined.
         """
         output.mkdir(parents=True, exist_ok=True)
         if str(config).endswith(".py"):
-            settings = python_settings(Path(config), opts, reads)
+            settings = python_settings(Path(config), opts, checkpoint)
             opts = [*opts, f"train.output_dir='{output}'"]
         else:
             opts = [*opts, "OUTPUT_DIR", str(output)]
-            settings = settings_of(read_config(str(config), opts), reads)
+            settings = settings_of(read_config(str(config), opts), checkpoint)
         with open(output / "train.txt", "a", buffering=1) as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(f"{output}: another process is running this.") from None
+                raise RunError(
+                    f"{output}: another process is running this. Wait for it, or give another "
+                    "--output."
+                ) from None
             _claim(output, settings)
             done = output / "done.json"
             if done.is_file():
                 return read_json(done)
-            log.write(f"commit {commit()}\n")  # now: it may be another when the run ends
+            log.write(f"commit {commit()}\n")  # of the start: another may be there at the end
             command = [sys.executable, str(self.train_net), "--config-file", str(config)]
+            command += [x for module in self.imports for x in ("--import", module)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
             self._follow(name, command, log)
-        result = _measured(output)
+        result = {**_metrics(output, eval_only), **_costs(output)}
+        if result.get("detections") == 0:
+            self.say(f"{name}: nothing was detected on the test set, so AP is 0.")
         _tidy(output)
         write_whole(done, json.dumps(result))
         return result
 
     def _follow(self, name: str, command: list[str], log) -> None:
-        """Runs a child to its end; the log gets its output and its peak memory in MB."""
+        """Runs a child to its end, and writes its output and its peak memory (MB) into the log."""
         with self._lock:
             if self._stopped:
                 raise RunError("stopped")
@@ -131,7 +143,7 @@ class Runner:
                 text=True,
                 errors="replace",
                 env=self.environment,
-                start_new_session=True,  # Ctrl-C is ours: a child would answer with a traceback
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the child
             )
             self._children.add(process)
         try:
@@ -148,14 +160,14 @@ class Runner:
             with self._lock:
                 self._children.discard(process)
                 self._progress.pop(name, None)
-        # Of a run in several parts the most counts: kept here, as what else is measured of them.
+        # A run that was interrupted has several such lines; the largest counts.
         log.write(f"memory {usage.ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)}\n")
         if process.returncode:
             *tail, _ = Path(log.name).read_text(errors="replace").splitlines()[-16:]
             raise RunError("\n".join([*tail, f"{name}: failed, see {log.name}"]))
 
     def _show(self, name: str, line: str) -> None:
-        """One line that overwrites itself on a terminal, a line a minute and run elsewhere."""
+        """Shows progress: one line that is overwritten on a terminal, else a line a minute."""
         step = re.search(r"eta: (\S+)\s+iter: (\d+)\s+total_loss: (\S+)", line)
         test = re.search(r"Inference done (\d+/\d+)", line)
         if step:
@@ -174,7 +186,7 @@ class Runner:
                 print(text, flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line that stays, above the progress."""
+        """Prints a line that stays on the terminal, above the progress."""
         with self._lock:
             if sys.stdout.isatty():
                 self._rewrite("")
@@ -187,7 +199,7 @@ class Runner:
 
 
 def commit() -> str:
-    """Commit of this package, with a + where tracked files differ from it; "" outside git."""
+    """Commit of this package, with a + if tracked files differ from it; "" outside git."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -197,14 +209,14 @@ def commit() -> str:
 
 
 def surroundings(threads: int, jobs: int) -> dict:
-    """On what a comparison runs, for its rows."""
+    """Hardware and versions of this machine, for the rows of a comparison."""
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
-        told = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-        models = re.findall(r"model name\s*: (.+)", told)
+        about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+        models = re.findall(r"model name\s*: (.+)", about)
         hardware = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
-        # How numbers round depends on it: rows of two instruction sets are not of one machine.
+        # The instruction set changes how numbers round.
         hardware += f", {torch.backends.cpu.get_cpu_capability()}"
     versions = (
         f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}, "
@@ -214,11 +226,13 @@ def surroundings(threads: int, jobs: int) -> dict:
 
 
 def _claim(output: Path, settings: dict) -> None:
-    """Writes the settings into a new folder, or checks that an old one has the same."""
+    """Writes the settings into a new folder; refuses a folder that has other settings."""
     kept = output / "settings.json"
     if not kept.is_file():
         if (output / "metrics.json").exists():
-            raise RunError(f"{output} holds a run of unknown settings: move it away.")
+            raise RunError(
+                f"{output} holds a run of unknown settings: move it away, or give another --output."
+            )
         write_whole(kept, json.dumps(settings, indent=1))
     elif changed := changes(read_json(kept), settings):
         raise RunError(
@@ -227,21 +241,41 @@ def _claim(output: Path, settings: dict) -> None:
         )
 
 
-def _measured(output: Path) -> dict:
-    """What train.txt and metrics.json say of metrics (of boxes, last), time, memory and commits."""
+def _metrics(output: Path, eval_only: bool) -> dict:
+    """COCO's metrics of boxes after the last iteration; None for a metric that is not defined."""
+    if eval_only:
+        found = read_json(output / "results.json").get("bbox", {})
+    else:
+        tested = [row for row in last_rows(output) if "bbox/AP" in row]
+        found = {k.removeprefix("bbox/"): v for k, v in tested[-1].items()} if tested else {}
+    if "AP" not in found:
+        raise RunError(
+            f"{output} has no AP of boxes. Name one test set in DATASETS.TEST, with boxes."
+        )
+    file = detections_of(output)
+    values = defined_metrics(found, file)
+    if "AP" not in values:
+        if not file.is_file():
+            raise RunError(
+                f"{output}: AP is not a number, and there is no {file}. Let the COCOEvaluator "
+                "write its detections there."
+            )
+        raise RunError(
+            f"{output}: AP is not a number, although there are {len(read_json(file))} detections: "
+            "no box of the test set counts. Its annotations need boxes that are not iscrowd, in "
+            "images and classes that the same file lists."
+        )
+    nothing = {"detections": 0} if math.isnan(found["AP"]) else {}
+    return {**{k: values.get(k) for k in METRICS}, **nothing}
+
+
+def _costs(output: Path) -> dict:
+    """Time of a step, memory, and the commits that the run ran under."""
     text = (output / "train.txt").read_text(errors="replace")
-    found = re.findall(r"Task: bbox$.*?copypaste: ([\d.,nan-]+)$", text, re.MULTILINE | re.DOTALL)
-    if not found:
-        raise RunError(f"{output / 'train.txt'} tells of no evaluation: is DATASETS.TEST empty?")
-    values = {k: float(v) for k, v in zip(METRICS, found[-1].split(","))}
-    values = {k: None if math.isnan(v) else v for k, v in values.items()}
-    if values["AP"] is None:  # Detectron2's answer where nothing at all was detected
-        values |= dict.fromkeys(("AP", "AP50", "AP75"), 0.0)
     times = [r["time"] for r in read_rows(output / "metrics.json") if "time" in r]
     memory = [int(v) for v in re.findall(r"^memory (\d+)$", text, re.MULTILINE)]
     gpu = [int(v) for v in re.findall(r"max_mem: (\d+)M", text)]
     return {
-        **values,
         "seconds_per_step": statistics.median(times) if times else None,
         "memory_mb": max(memory, default=None),
         "gpu_memory_mb": max(gpu, default=None),
@@ -250,7 +284,8 @@ def _measured(output: Path) -> dict:
 
 
 def _tidy(output: Path) -> None:
-    """Removes what only an interrupted run needs, and detections that are there twice."""
+    """Removes the checkpoints that only an interrupted run needs, and the second copy of the
+    detections."""
     for path in [*output.glob("model_*.pth"), output / "inference" / "instances_predictions.pth"]:
         if path.name != "model_final.pth":
             path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
+from torchvision.ops import nms
 
 from ..data.images import read_image
 from ..utils.fonts import readable
@@ -31,6 +32,9 @@ def draw_side_by_side(
     cfg: CfgNode, record: dict, models: Mapping[str, nn.Module], score: float, width: int = 320
 ) -> np.ndarray:
     """Ground truth and each model's detections in one image, in a row, with titles.
+
+    Of detections that overlap by an IoU over 0.5, only the best is drawn, whatever their classes:
+    labels that cover each other cannot be read.
 
     Args:
         cfg: with the input of the models, and DATASETS.TEST for the names of the classes.
@@ -54,6 +58,7 @@ def draw_side_by_side(
         for name, model in models.items():
             found = model([inputs])[0]["instances"].to("cpu")
             found = found[found.scores >= score]
+            found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
             drawn = Visualizer(image, shown, scale).draw_instance_predictions(found)
             panels.append((f"{name}: {len(found)} detections", drawn.get_image()))
     return np.hstack([_titled(panel[:, :, ::-1], title) for title, panel in panels])

@@ -1,4 +1,4 @@
-"""The teacher of a comparison as runs of its own: trained where it is missing, and evaluated."""
+"""The teacher of a comparison: how it is found, trained if it is missing, and evaluated."""
 
 from pathlib import Path
 
@@ -13,49 +13,62 @@ from .runner import Runner
 
 
 def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
-    """The teacher's checkpoint; trains it if it is what its config would make and is not there."""
-    kd = cfg.MODEL.KD.TEACHER
-    if not kd.CONFIG:
+    """The teacher's checkpoint.
+
+    If there is no such file, and a training by the teacher's own YAML config would write it, that
+    training is run first.
+
+    Args:
+        cfg: a config that distils.
+
+    Returns:
+        Path of the checkpoint; None if it is a download.
+
+    Raises:
+        RunError: the config names no teacher, or a checkpoint that is missing.
+    """
+    teacher = cfg.MODEL.KD.TEACHER
+    if not teacher.CONFIG:
         raise RunError("MODEL.KD.TEACHER.CONFIG is empty: give a config that distils.")
-    named = kd.WEIGHTS or weights_of(kd.CONFIG, read_detector_config(kd.CONFIG))
-    weights = Path(named)
-    if not weights.is_file() and Path(kd.CONFIG).is_file() and kd.CONFIG.endswith(".yaml"):
-        output = Path(read_config(kd.CONFIG).OUTPUT_DIR)
+    named = teacher.WEIGHTS or weights_of(teacher.CONFIG, read_detector_config(teacher.CONFIG))
+    weights, config = Path(named), Path(teacher.CONFIG)
+    if not weights.is_file() and config.is_file() and config.suffix == ".yaml":
+        output = Path(read_config(teacher.CONFIG).OUTPUT_DIR)
         if output / "model_final.pth" == weights:
-            runner.run("teacher", kd.CONFIG, output, [])
-    if kd.WEIGHTS and not weights.is_file() and "://" not in kd.WEIGHTS:
-        raise RunError(f"MODEL.KD.TEACHER.WEIGHTS is {kd.WEIGHTS}: there is no such file.")
+            runner.run("teacher", teacher.CONFIG, output, [])
+    if teacher.WEIGHTS and not weights.is_file() and "://" not in teacher.WEIGHTS:
+        raise RunError(
+            f"MODEL.KD.TEACHER.WEIGHTS is {teacher.WEIGHTS}: there is no such file. Train the "
+            "teacher, or name its checkpoint."
+        )
     return weights if weights.is_file() else None
 
 
-def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
-    """Config file and overrides by which train_net.py evaluates the teacher on DATASETS.TEST.
+def teacher_evaluation(cfg, checkpoint: Path | None) -> tuple[str, list[str]]:
+    """Config file and overrides with which train_net.py evaluates the teacher on DATASETS.TEST.
 
     Args:
-        teacher: its checkpoint; None: a download, or what its config names.
+        cfg: a config that distils.
+        checkpoint: the teacher's; None: a download, or what its config names.
 
     Raises:
-        RunError: it cannot be evaluated there.
+        RunError: the teacher has other classes than the test set, or cannot read it.
     """
-    kd, (test,) = cfg.MODEL.KD.TEACHER, cfg.DATASETS.TEST
-    theirs = read_detector_config(kd.CONFIG)
-    detector = build_detector(theirs)
-    number = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
-    names = list(kd.CLASSES) or training_classes(theirs)
-    if names and len(names) != number:  # a config of other data than the detector's says nothing
-        names = None
-    classes = MetadataCatalog.get(test).get("thing_classes")
-    if classes and (number != len(classes) or names and names != list(classes)):
-        raise RunError(f"its {number} classes are not the {len(classes)} of {test}.")
-    file = find_config(kd.CONFIG)
-    weights = str(teacher or kd.WEIGHTS) or weights_of(kd.CONFIG, theirs)
-    if isinstance(theirs, CfgNode):
+    teacher, (test,) = cfg.MODEL.KD.TEACHER, cfg.DATASETS.TEST
+    teacher_cfg = read_detector_config(teacher.CONFIG)
+    _check_classes(teacher, teacher_cfg, test)
+    file = find_config(teacher.CONFIG)
+    weights = str(checkpoint or teacher.WEIGHTS) or weights_of(teacher.CONFIG, teacher_cfg)
+    if isinstance(teacher_cfg, CfgNode):
         opts = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", str((test,))]
         for key in ("TEST_JSON", "TEST_IMAGES"):
             opts += [f"DATASETS.{key}", cfg.DATASETS[key]]
         return file, opts
     if cfg.DATASETS.TEST_JSON:
-        raise RunError("its Python config cannot read DATASETS.TEST_JSON.")
+        raise RunError(
+            "its config is Python, which cannot read DATASETS.TEST_JSON: register the test set in "
+            "a module (--import) and name it in DATASETS.TEST."
+        )
     opts = {
         "train.init_checkpoint": weights,
         "dataloader.test.dataset.names": test,
@@ -64,3 +77,15 @@ def teacher_evaluation(cfg, teacher: Path | None) -> tuple[str, list[str]]:
     }
     quoted = [f"{key}='{value}'" for key, value in opts.items()]
     return file, [*quoted, "dataloader.evaluator.tasks=[bbox]"]  # not masks
+
+
+def _check_classes(teacher: CfgNode, teacher_cfg, test: str) -> None:
+    """Refuses a teacher whose classes are not those of the test set."""
+    detector = build_detector(teacher_cfg)
+    number = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
+    names = list(teacher.CLASSES) or training_classes(teacher_cfg)
+    if names and len(names) != number:  # its config names other data than it was trained on
+        names = None
+    classes = MetadataCatalog.get(test).get("thing_classes")
+    if classes and (number != len(classes) or names and names != list(classes)):
+        raise RunError(f"its {number} classes are not the {len(classes)} of {test}.")

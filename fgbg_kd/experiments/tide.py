@@ -1,5 +1,7 @@
-"""Where a detector errs: what kinds of errors cost how much AP (TIDE: Bolya et al., ECCV 2020, by
-tidecv), and on which images."""
+"""What kinds of errors a detector makes, and on which images.
+
+Kinds of errors, and how much AP each costs, are TIDE's (Bolya et al., ECCV 2020), by tidecv.
+"""
 
 import contextlib
 import io
@@ -11,10 +13,11 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..utils.errors import DataError, RunError
 from ..utils.files import read_json, write_whole
 
-# dAP50 if all errors of a kind were mended: class, place, both, duplicates, background taken for
-# an object, objects missed; then all false positives and all false negatives.
+# Wrong class, wrong place, both, duplicate, background taken for an object, missed object; then all
+# false positives and all false negatives.
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FalsePos", "FalseNeg")
 
 
@@ -22,32 +25,34 @@ def tide():
     """The tidecv module.
 
     Raises:
-        ValueError: it is not installed; says how.
+        RunError: it is not installed; the message says how to install it.
     """
     try:
         import tidecv
     except ImportError as error:
-        # Its own requirements would put opencv-python over the OpenCV that is there.
-        raise ValueError(
-            f"Error analysis needs tidecv ({error}): pip install -e '.[analysis]', then "
-            "pip install --no-deps tidecv==1.0.1"
+        # The requirements of tidecv would put opencv-python over the OpenCV that is installed.
+        raise RunError(
+            f"Kinds of errors need tidecv ({error}). Install it: make analysis, or "
+            "pip install -e '.[analysis]' and then pip install --no-deps tidecv==1.0.1"
         ) from None
     return tidecv
 
 
 def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]:
-    """dAP50 of each of KINDS, in points of AP: how much higher AP50 were without these errors.
+    """dAP50 of each of :data:`KINDS`: how much higher AP50 (0..100) would be if all errors of this
+    kind were fixed.
 
     Args:
         truth: COCO-format annotations.
-        results: COCO-format detections of the same images (:func:`detections_of`).
+        results: COCO-format detections on the same images (:func:`detections_of`).
 
     Raises:
-        ValueError: tidecv is not installed, or there are no annotations.
+        RunError: tidecv is not installed.
+        DataError: there are no annotations.
     """
     tidecv, coco = tide(), read_json(Path(truth))
     if not coco.get("annotations"):
-        raise ValueError(f"{truth} has no annotations.")
+        raise DataError(f"{truth} has no annotations: kinds of errors need some.")
     if not read_json(Path(results)):  # tidecv divides by zero
         return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(("Miss", "FalseNeg"), 100.0)
     objects = tidecv.Data("truth", max_dets=100)  # tidecv's own reader asks for masks
@@ -58,18 +63,19 @@ def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]
     for a in coco["annotations"]:
         add = objects.add_ignore_region if a.get("iscrowd") else objects.add_ground_truth
         add(a["image_id"], a["category_id"], a["bbox"])
-    analysis = tidecv.TIDE()
+    evaluation = tidecv.TIDE()
     detections = tidecv.datasets.COCOResult(str(results), name="run")
-    analysis.evaluate(objects, detections, mode=tidecv.TIDE.BOX, name="run")
-    errors = analysis.get_main_errors()["run"] | analysis.get_special_errors()["run"]
-    return {kind: round(float(errors[kind]), 4) for kind in KINDS}
+    evaluation.evaluate(objects, detections, mode=tidecv.TIDE.BOX, name="run")
+    costs = evaluation.get_main_errors()["run"] | evaluation.get_special_errors()["run"]
+    return {kind: round(float(costs[kind]), 4) for kind in KINDS}
 
 
 def truth_of(settings: dict) -> Path | None:
-    """COCO-format annotations of a run's test set; None where no one set's are known.
+    """COCO-format annotations of a run's test set; None if the config names no set or several, or
+    a set without a known JSON file.
 
     Args:
-        settings: its config, YAML's or Python's, as {"A.B.C": value}.
+        settings: a YAML or a Python config as {"A.B.C": value}.
     """
     if settings.get("DATASETS.TEST_JSON"):
         return Path(settings["DATASETS.TEST_JSON"])
@@ -80,37 +86,46 @@ def truth_of(settings: dict) -> Path | None:
 
 
 def has_objects(truth: Path) -> bool:
-    """Whether COCO-format annotations have a box to be found, without which there is no AP."""
+    """Whether COCO-format annotations have a box that counts. Without one, AP is not defined."""
     return any(not a.get("iscrowd") for a in read_json(truth).get("annotations", ()))
 
 
 def detections_of(folder: Path) -> Path:
-    """Where Detectron2's COCOEvaluator leaves the detections of a run."""
+    """The file in which Detectron2's COCOEvaluator leaves the detections of a run."""
     return folder / "inference" / "coco_instances_results.json"
 
 
 def run_errors(folder: Path) -> dict[str, float]:
-    """:func:`detection_errors` of a finished run (fgbg_kd.experiments.runner); kept in errors.json beside it.
+    """:func:`detection_errors` of a run of :class:`.runner.Runner`. They are measured once and kept
+    in errors.json in its folder.
 
     Raises:
-        ValueError: the annotations of its test set are not known.
+        RunError: the annotations of its test set are not known.
     """
     kept = folder / "errors.json"
     if not kept.is_file():
         truth = truth_of(read_json(folder / "settings.json"))
         if truth is None:
-            raise ValueError(f"{folder}: no COCO file is known of its test set: no kinds of errors")
+            raise RunError(
+                f"{folder}: kinds of errors need the COCO file of the test set. Name it in "
+                "DATASETS.TEST_JSON."
+            )
         write_whole(kept, json.dumps(detection_errors(truth, detections_of(folder))))
     return read_json(kept)
 
 
 def image_scores(truth: Path, results: Path, score: float) -> dict[int, float]:
-    """F1 of each image: detections of a score of so much and more against objects, IoU over 0.5.
+    """F1 of each image, by image id: detections against objects, matched with an IoU over 0.5.
 
-    An image without objects has 1 if nothing is found in it, else 0.
+    An image without objects has 1 if nothing is detected in it, else 0.
+
+    Args:
+        truth: COCO-format annotations.
+        results: COCO-format detections.
+        score: detections with a lower score are left out.
     """
     found = [d for d in read_json(results) if d["score"] >= score]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco = COCO(str(truth))
         evaluation = COCOeval(coco, coco.loadRes(found) if found else COCO(), "bbox")
         parameters = evaluation.params

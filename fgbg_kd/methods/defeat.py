@@ -50,11 +50,11 @@ class DeFeat(Method):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = batch.split("scale")
         masks = torch.stack([cells.foreground, cells.background], dim=2).float()  # (N, R, 2)
-        loss = 0.0
+        terms = []
         pairs = aligned(self.adapters, batch)
         for mask, (s, t) in zip(per_level(masks, cells.level_shapes), pairs):
             error = (s - t).square().sum(1, keepdim=True)  # (N, 1, H, W)
             count = world_mean(mask.sum((0, 2, 3)))
-            loss = loss + (error * mask).sum((0, 2, 3)) / (2 * t.shape[1] * count).clamp(min=1)
-        fg, bg = loss / len(self.adapters)
+            terms.append((error * mask).sum((0, 2, 3)) / (2 * t.shape[1] * count).clamp(min=1))
+        fg, bg = sum(terms) / len(self.adapters)
         return {"loss_kd": self.weight * (fg + self.bg_ratio * bg)}, {}

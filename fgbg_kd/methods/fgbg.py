@@ -26,10 +26,11 @@ class FgBg(Method):
     """The method of this package, after the thesis (README).
 
     L_fg = fg_weight * sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
-    L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / foreground cells
+    L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
 
     w: weight of a cell (:func:`fgbg_kd.ops.split`). g: the gate
-    (:func:`fgbg_kd.ops.teacher_gate`). phi: a 1x1 convolution where channels differ.
+    (:func:`fgbg_kd.ops.teacher_gate`). phi: a 1x1 convolution where channels differ. F: number of
+    foreground cells.
 
     Sums and counts are those of the whole batch of all processes, so neither the size of a batch
     nor its distribution changes the scale of a term. Cells with a closed gate stay in the divisors:

@@ -62,32 +62,46 @@ def compare_predictions(
     """
     if kl not in (None, "sigmoid", "softmax"):
         raise ValueError(f"kl is {kl!r}: choose 'sigmoid', 'softmax' or None.")
-    logits = (student, teacher)
-    truth = (cells, gt_classes, num_classes)
+    rest = (cells, gt_classes, num_classes)
     if kl and not same_anchors:
         found = compare_predictions(
-            *logits, *truth, boxes=boxes, kl=None, quality=quality, impl=impl
+            student, teacher, *rest, boxes=boxes, kl=None, quality=quality, impl=impl
         )
-        best = [[_best_anchor(x, num_classes) for x in maps] for maps in logits]
+        best = [[_best_anchor(x, num_classes) for x in maps] for maps in (student, teacher)]
         apart = compare_predictions(
-            *best, *truth, kl=kl, temperature=temperature, quality=False, impl=impl
+            best[0], best[1], *rest, kl=kl, temperature=temperature, quality=False, impl=impl
         )
         return found._replace(kl=apart.kl)
     if use_triton(impl, student[0]):
         from .predictions_triton import compare  # imported on first use: Triton is optional
 
-        return Comparison(*compare(*logits, boxes, *truth, kl, temperature, quality))
+        return Comparison(*compare(student, teacher, boxes, *rest, kl, temperature, quality))
+    return _compare_plain(student, teacher, boxes, *rest, kl, temperature, quality)
+
+
+def _compare_plain(
+    student: Maps,
+    teacher: Maps,
+    boxes: tuple[Maps, Maps] | None,
+    cells: Split,
+    gt_classes: Tensor,
+    num_classes: int,
+    kl: str | None,
+    temperature: float,
+    quality: bool,
+) -> Comparison:
+    """The definition."""
     found = Comparison()
     if kl:
-        pairs = zip(student, teacher)
         apart = [
-            kl_divergence(s, t.detach(), num_classes, kl, temperature).flatten(1) for s, t in pairs
+            kl_divergence(s, t.detach(), num_classes, kl, temperature).flatten(1)
+            for s, t in zip(student, teacher)
         ]
         found = found._replace(kl=torch.where(cells.background, torch.cat(apart, dim=1), 0))
     if quality:
         good = [
-            prediction_quality(maps, *truth, boxes=b)
-            for maps, b in zip(logits, boxes or (None, None))
+            prediction_quality(logits, cells, gt_classes, num_classes, decoded)
+            for logits, decoded in zip((student, teacher), boxes or (None, None))
         ]
         found = found._replace(student_quality=good[0], teacher_quality=good[1])
     return found

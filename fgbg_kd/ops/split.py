@@ -67,7 +67,8 @@ def split(
     """Splits the cells of all levels and images into foreground, background and padding.
 
     A cell p = (y, x) of a level of stride s stands for the image point ((x+.5)s, (y+.5)s), its
-    centre. Boxes are clipped to their image. A box that is empty then, or not a number, owns nothing.
+    centre. Boxes are clipped to their image. A box that is then empty, or not a number, owns
+    nothing.
 
     - A cell belongs to a box if its centre lies in [x0, x1) x [y0, y1). If several boxes hold the
       centre, the smallest owns the cell. Of boxes of equal area the first in the list owns it.

@@ -1,1 +1,1 @@
-"""Small tools without a subject of their own: errors, files, configs, checkpoints."""
+"""Exceptions, files, configs, checkpoints and imports of user code."""

@@ -1,6 +1,7 @@
-"""Reading configs of any origin: YAML that cannot run code, errors that name the key."""
+"""Reads YAML configs of any origin: they cannot run code, and errors name the key."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,59 +9,145 @@ from pathlib import Path
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
+from omegaconf import DictConfig, OmegaConf
 
 from .errors import ConfigError
 
+_PATHS = (
+    "OUTPUT_DIR",
+    "DATASETS.TRAIN_JSON",
+    "DATASETS.TRAIN_IMAGES",
+    "DATASETS.TEST_JSON",
+    "DATASETS.TEST_IMAGES",
+    "MODEL.WEIGHTS",
+    "MODEL.KD.TEACHER.CONFIG",
+    "MODEL.KD.TEACHER.WEIGHTS",
+    "MODEL.TIMM.WEIGHTS",
+)
+_PYTHON_PATHS = (
+    "train.output_dir",
+    "train.init_checkpoint",
+    "model.teacher.config",
+    "model.teacher.weights",
+)
+
 
 def merge_yaml(cfg: CN, filename: str) -> None:
-    """``cfg.merge_from_file`` for a file of any origin: its YAML tags cannot run code.
+    """``cfg.merge_from_file`` for a file of any origin: tags in its YAML cannot run code.
 
-    Only the model zoo's own files may: Base-RetinaNet.yaml computes its anchors. A copy counts as
-    the zoo's file as long as nothing in it is changed. A whole number will do where Detectron2
-    wants a float.
+    Only the files of Detectron2's model zoo may contain such tags: Base-RetinaNet.yaml computes
+    its anchor sizes. An unchanged copy of such a file may, too. A whole number is accepted where
+    Detectron2 expects a float.
 
     Raises:
-        ConfigError: no such file, no valid YAML, a tag that runs code, an unknown key, a value of
-            another type.
+        ConfigError: the file does not exist, is not valid YAML, contains a tag that runs code, an
+            unknown key, or a value of another type.
     """
     _merge(cfg, _HarmlessYaml.load_yaml_with_base(filename), filename)
 
 
 def merge_overrides(cfg: CN, opts: Sequence[str]) -> None:
-    """``cfg.merge_from_list``, the KEY VALUE pairs of the command line, likewise.
+    """``cfg.merge_from_list`` with the checks of :func:`merge_yaml`.
+
+    Args:
+        opts: keys and values in turn, as on the command line: ["SOLVER.MAX_ITER", "9000"].
 
     Raises:
-        ConfigError: an unknown key, a value of another type, a key without a value.
+        ConfigError: an unknown key, a value of another type, or a key without a value.
     """
+    for key in opts[::2]:
+        if "=" in key:
+            name, _, value = key.partition("=")
+            raise ConfigError(
+                f"command line: {key!r} is not a key. In a YAML config's overrides, a space stands "
+                f"between key and value: {name} {value}"
+            )
     if len(opts) % 2:
-        raise ConfigError(f"{' '.join(opts)}: KEY VALUE pairs, but one is missing.")
+        raise ConfigError(
+            f"command line: the key {opts[-1]} has no value. Overrides are pairs of a key and a "
+            "value, such as SOLVER.MAX_ITER 9000."
+        )
     for key, value in zip(opts[::2], opts[1::2]):
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(cfg, value, "command line")
 
 
+def expand_paths(cfg: CN | DictConfig) -> None:
+    """Expands ``~`` and environment variables in all keys of a config that are paths, in place.
+
+    Args:
+        cfg: a YAML or a Python config, not frozen. URLs and names of the model zoo are unchanged.
+
+    Raises:
+        ConfigError: an environment variable, or the user after ``~``, does not exist.
+
+    Example::
+
+        cfg.OUTPUT_DIR = "~/runs/$USER"
+        expand_paths(cfg)  # OUTPUT_DIR is now "/home/ann/runs/ann"
+    """
+    for key in _PATHS if isinstance(cfg, CN) else _PYTHON_PATHS:
+        if isinstance(cfg, CN):
+            *groups, name = key.split(".")
+            node = cfg
+            for group in groups:
+                node = node.get(group, {})
+            if isinstance(node.get(name), str):
+                node[name] = _expanded(node[name], key)
+        else:
+            value = OmegaConf.select(cfg, key)
+            if isinstance(value, str):
+                OmegaConf.update(cfg, key, _expanded(value, key))
+
+
+def _expanded(path: str, key: str) -> str:
+    if "://" in path or os.path.exists(path):
+        return path
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    unknown = re.search(r"\$\{?\w+\}?|^~[^/]*", expanded)
+    if unknown:
+        raise ConfigError(
+            f"{key} is {path!r}, but {unknown[0]} is not known here: set this environment "
+            "variable, or write the path in full."
+        )
+    return expanded
+
+
 class _HarmlessYaml(CN):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
-        try:  # comes back here for every _BASE_
-            loaded = super().load_yaml_with_base(filename, allow_unsafe=_is_zoos(filename))
+        if filename.endswith(".py"):
+            raise ConfigError(
+                f"{filename} is a Python config; a YAML config (.yaml) is needed here. Only "
+                "train_net.py, visualize.py and replay.py take Python configs."
+            )
+        try:  # Detectron2 calls this method again for every _BASE_
+            loaded = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
         except yaml.constructor.ConstructorError as error:
             raise ConfigError(
-                f"{filename}, line {error.problem_mark.line + 1}: {error.problem}. Tags that run "
-                "code are for the model zoo's own files: write the value itself."
+                f"{filename}, line {error.problem_mark.line + 1}: {error.problem}. Only the model "
+                "zoo's own files may contain tags that run code: write the value itself."
             ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{filename} is no YAML file: {error}") from error
+            raise ConfigError(f"{filename} is not a valid YAML file: {error}") from error
         except OSError as error:
             raise ConfigError(f"{filename} cannot be read: {error}") from error
         except (AttributeError, TypeError, AssertionError) as error:  # no mapping, or a null in it
-            raise ConfigError(f"{filename} is no config, KEY: VALUE and so on: {error}") from error
+            raise _no_config(filename) from error
         except RecursionError:
-            raise ConfigError(f"{filename}: _BASE_ leads back to itself.") from None
+            raise ConfigError(
+                f"{filename}: its _BASE_ leads back to the file itself. Remove one _BASE_."
+            ) from None
         if not isinstance(loaded, dict):
-            raise ConfigError(f"{filename} is no config, KEY: VALUE and so on.")
+            raise _no_config(filename)
         return loaded
+
+
+def _no_config(filename: str) -> ConfigError:
+    return ConfigError(
+        f"{filename} is not a config: write keys and values, such as SOLVER: {{MAX_ITER: 9000}}."
+    )
 
 
 def _merge(cfg: CN, new: dict, source: str) -> None:
@@ -72,20 +159,20 @@ def _merge(cfg: CN, new: dict, source: str) -> None:
 
 
 def _check(cfg: CN, new: dict, source: str, prefix: str) -> None:
-    """Every key of `new` is in `cfg`; whole numbers become floats where that is meant."""
+    """Checks that every key of ``new`` is in ``cfg``. Makes whole numbers floats where needed."""
     for key, value in new.items():
         name = f"{prefix}{key}"
         if key not in cfg:
             close = difflib.get_close_matches(str(key), cfg.keys(), n=1)
-            hint = f": is {prefix}{close[0]} meant?" if close else "."
+            hint = f": did you mean {prefix}{close[0]}?" if close else "."
             raise ConfigError(f"{source}: there is no key {name}{hint}")
         if name == "VERSION" and value != cfg.VERSION:
             raise ConfigError(
-                f"{source} is of VERSION {value}, this is {cfg.VERSION}: convert it by "
+                f"{source} has VERSION {value}; VERSION {cfg.VERSION} is needed: convert it with "
                 "detectron2.config.upgrade_config."
             )
         if isinstance(cfg[key], CN) != isinstance(value, dict):
-            kind = "a group of keys" if isinstance(cfg[key], CN) else "a value, no group of keys"
+            kind = "a group of keys" if isinstance(cfg[key], CN) else "one value, not a group"
             raise ConfigError(f"{source}: {name} is {kind}.")
         if isinstance(value, dict):
             _check(cfg[key], value, source, f"{name}.")
@@ -93,8 +180,13 @@ def _check(cfg: CN, new: dict, source: str, prefix: str) -> None:
             new[key] = float(value)
 
 
-def _is_zoos(filename: str) -> bool:
+def _is_zoo_file(filename: str) -> bool:
+    """Whether a file is one of the model zoo or a copy of it; line ends may differ."""
     path, zoo = Path(filename), Path(model_zoo.__file__).parent / "configs"
     return path.is_file() and any(
-        path.read_bytes() == file.read_bytes() for file in zoo.rglob(path.name)
+        _unix_lines(path) == _unix_lines(file) for file in zoo.rglob(path.name)
     )
+
+
+def _unix_lines(path: Path) -> bytes:
+    return path.read_bytes().replace(b"\r\n", b"\n")

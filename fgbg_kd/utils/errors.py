@@ -1,31 +1,32 @@
-"""Every exception of this package.
+"""All exceptions of this package.
 
-Each message says what is wrong and what to do. The tools print it without a stack trace.
+Each message says what is wrong and how to fix it. The tools print it without a stack trace, unless
+they are run with ``--traceback``.
 """
 
 
 class FgBgError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all exceptions of this package."""
 
 
 class ConfigError(FgBgError, ValueError):
-    """A config cannot be used."""
+    """A key of a config or an argument has a value that is not valid."""
 
 
 class CheckpointError(FgBgError, ValueError):
-    """A checkpoint cannot be used."""
+    """A checkpoint cannot be read, or does not fit the model."""
 
 
 class DataError(FgBgError, ValueError):
-    """A data set cannot be used."""
+    """A data set is damaged, not valid, or does not fit another one."""
 
 
 class TeacherError(FgBgError, ValueError):
-    """The teacher cannot teach this student."""
+    """A teacher cannot be built, or cannot teach this student."""
 
 
 class DetectorError(FgBgError, TypeError):
-    """A detector does not offer what is asked of it."""
+    """A detector does not support an operation, such as distillation or export."""
 
 
 class DeployError(FgBgError, RuntimeError):
@@ -33,12 +34,12 @@ class DeployError(FgBgError, RuntimeError):
 
 
 class OutputDirError(FgBgError, RuntimeError):
-    """OUTPUT_DIR cannot be used."""
+    """The folder of a run (OUTPUT_DIR) cannot be used."""
 
 
 class RunError(FgBgError, RuntimeError):
-    """A run of an experiment cannot start, or it failed."""
+    """A run of an experiment cannot start, or has failed."""
 
 
 class NonFiniteLossError(FgBgError, FloatingPointError):
-    """A loss is infinite or not a number."""
+    """A loss is infinite or NaN."""

@@ -1,39 +1,64 @@
-"""Files that are there whole or not at all, and files known by their sha256."""
+"""Files that are written whole or not at all, files of JSON lines, and checksums."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that shall be there whole, as it was before, or not at all.
+@contextlib.contextmanager
+def whole(path: str | Path, partial: str | Path | None = None) -> Iterator[Path]:
+    """Gives a temporary path to write to, and renames the written file to ``path`` at the end.
 
-    It takes the place of ``path`` at the end; after an error it is removed. Two processes that
-    write the same file do not meet: the last one's stays.
+    So nobody ever sees half a file under ``path``, not even after a kill or a power failure. After
+    an error the temporary file is removed and the previous file at ``path`` is unchanged.
+
+    Args:
+        path: where the complete file shall be.
+        partial: the temporary path, in the same folder. By default its name contains the number of
+            this process, so that two processes can write the same file: the last one wins. Give a
+            fixed name where only one process writes: then the next write reuses the temporary
+            file that a killed process leaves.
+
+    Example::
+
+        with whole("model.onnx") as partial:
+            torch.onnx.export(model, inputs, partial)
     """
-    partial = path.with_name(f".{path.stem}.partial{os.getpid()}{path.suffix}")
+    path = Path(path)
+    partial = Path(partial or path.with_name(f".{path.stem}.partial{os.getpid()}{path.suffix}"))
     try:
         yield partial
+        _to_disk(partial)
         partial.replace(path)
+        _to_disk(path.parent)  # the new name
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # usually renamed; else the disk may have failed
+            partial.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text by :func:`whole`."""
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes a text file with :func:`whole`."""
     with whole(path) as partial:
         partial.write_text(text)
 
 
 def read_json(path: Path):
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        ValueError: it is no JSON; says which file.
+        ValueError: the file is not JSON. The message names the file.
     """
     try:
         return json.loads(path.read_text())
@@ -42,12 +67,12 @@ def read_json(path: Path):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines (metrics.json, results.jsonl); [] where there is none.
+    """The rows of a file of JSON lines (metrics.json, results.jsonl); [] if there is no file.
 
-    A last row that is torn, since it is being written or its writer was killed, is left out.
+    An incomplete last row is left out: another process is writing it, or was killed meanwhile.
 
     Raises:
-        ValueError: another row is no JSON.
+        ValueError: another row is not JSON.
     """
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     rows = []
@@ -61,7 +86,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Adds a row to a file of JSON lines; a torn one before it is removed."""
+    """Appends a row to a file of JSON lines, and first removes an incomplete last row."""
     if path.is_file() and not path.read_bytes().endswith(b"\n"):
         write_whole(path, "".join(f"{json.dumps(r)}\n" for r in read_rows(path)))
     with open(path, "a") as file:
@@ -69,12 +94,12 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def sha256_of_text(text: str) -> str:
-    """Hex digits of a text's sha256."""
+    """The sha256 of a text, as hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex digits of a file's sha256."""
+    """The sha256 of a file, as hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):

@@ -1,4 +1,4 @@
-"""Checkpoints of others hold numbers, never programs: reading one cannot run its code."""
+"""Reads checkpoints of any origin: only numbers are read, so a file cannot run code."""
 
 import collections
 import pickle
@@ -14,33 +14,96 @@ from .errors import CheckpointError
 from .files import sha256_of
 
 
+def load_tensors(path: str, key: str) -> dict[str, torch.Tensor]:
+    """A plain state dict from a .pth file, with errors that name the config key.
+
+    Args:
+        path: of the file. It holds names and tensors, either directly or under "model" or
+            "state_dict".
+        key: of the config, such as "MODEL.TIMM.WEIGHTS".
+
+    Raises:
+        CheckpointError: the file cannot be read, holds anything but tensors, or a tensor is not
+            finite.
+    """
+    try:
+        saved = _load_tensors_only(path)
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{key}: {error}") from error
+    for name in ("model", "state_dict"):
+        if isinstance(saved, dict) and isinstance(saved.get(name), dict):
+            saved = saved[name]
+    if not isinstance(saved, dict) or not all(isinstance(v, torch.Tensor) for v in saved.values()):
+        raise CheckpointError(
+            f"{key}: {path} is not a state dict (names and tensors): save it with "
+            "torch.save(model.state_dict(), path)."
+        )
+    bad = [name for name, v in saved.items() if not v.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{key}: {len(bad)} tensors of {path} contain NaN or infinity, such as {bad[0]}: use "
+            "another checkpoint."
+        )
+    return saved
+
+
+def _load_tensors_only(path: str):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise (_refusal(path, f"it asks for {asked[1]}") if asked else _damaged(path)) from error
+
+
 class _TensorsOnly(Checkpointer):
-    """fvcore's reader of .pth, which comes after DetectionCheckpointer in the order of classes."""
+    """fvcore's reader of .pth files, which DetectionCheckpointer calls as its base class."""
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        try:
-            return torch.load(f, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a torn file can raise anything
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            raise (_refusal(f, f"it asks for {asked[1]}") if asked else _damaged(f)) from error
+        return _load_tensors_only(f)
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        # DetectionCheckpointer has translated the names by now.
+        _check_kinds(self.model, checkpoint["model"], self._file)
+        return super()._load_model(checkpoint)
+
+
+def _check_kinds(model: torch.nn.Module, saved: dict, file: str) -> None:
+    """Refuses integers and complex numbers for floating-point weights: torch would cast them."""
+    wanted = model.state_dict()
+    wrong = []
+    for name, value in saved.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            continue  # refused later
+        value = torch.as_tensor(value)
+        tensor = wanted.get(name.removeprefix("module."))
+        if tensor is not None and tensor.is_floating_point() and not value.is_floating_point():
+            wrong.append(f"{name} ({str(value.dtype).removeprefix('torch.')})")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"{file} holds numbers that are not floating point for {len(wrong)} weights: "
+            f"{', '.join(wrong[:5])}{more}. Save the model's weights as float32."
+        )
 
 
 class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
     """DetectionCheckpointer for files of any origin.
 
-    - .pth: tensors and plain containers (torch's ``weights_only``).
-    - .pkl, of Detectron2's and Caffe2's model zoos: numeric arrays and plain containers.
-    - A download is checked against the sha256 that its name begins with
-      (``name-<8 or more hex digits>.pth``, torch.hub's convention), any file against the one given.
+    - .pth files: only tensors and plain containers are read (torch's ``weights_only``).
+    - .pkl files, as in Detectron2's and Caffe2's model zoos: only numeric arrays and plain
+      containers are read.
+    - If ``sha256`` is given, the file is checked against it. A download is also checked if its name
+      contains the first digits (``name-<8 or more hex digits>.pth``, the convention of torch.hub).
     """
 
     def __init__(self, model, save_dir: str = "", *, sha256: str = "", **kwargs):
         """
         Args:
-            sha256: hex digits, or the first of them, of the file to be loaded; "": not known.
-            kwargs: DetectionCheckpointer's.
+            sha256: of the file to be loaded, in hex digits; the first digits are enough. "" = not
+                checked.
+            kwargs: those of DetectionCheckpointer.
         """
         super().__init__(model, save_dir, **kwargs)
         self.sha256 = sha256
@@ -48,11 +111,13 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """
         Raises:
-            CheckpointError: the file holds more than numbers, or is not the one that was meant.
+            CheckpointError: the file is damaged, holds more than numbers, has another sha256, or
+                its numbers are not floating point where the model's are.
         """
+        self._file = path
         named = re.search(r"-([0-9a-f]{8,64})\.\w+(\?.*)?$", path or "")
         self._expected = self.sha256 or (named[1] if named and "://" in path else "")
-        self._parsed_url_during_load = None  # main leaves it set where a load has failed
+        self._parsed_url_during_load = None  # Detectron2 leaves it set after a load that failed
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -60,10 +125,10 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
             found = sha256_of(filename)
             if not found.startswith(self._expected.lower()):
                 raise CheckpointError(
-                    f"{filename}: expected sha256 {self._expected}, found {found}. It is damaged "
-                    "or another file: delete it and run again, or give the sum that is right."
+                    f"{filename}: expected sha256 {self._expected}, found {found}. The file is "
+                    "damaged or another one: delete it and run again, or correct the sha256."
                 )
-        if filename.endswith(".pyth"):  # Detectron2 leaves these to torch's default, unsafe once
+        if filename.endswith(".pyth"):  # Detectron2 would read these with torch's default
             _TensorsOnly._load_file(self, filename)
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
@@ -72,29 +137,31 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
                 data = dict(_numbers(_Unpickler(file, encoding="latin1").load()))
             except CheckpointError as error:
                 raise _refusal(filename, str(error)) from error
-            except Exception as error:  # a torn file can raise anything
+            except Exception as error:  # a damaged file can raise anything
                 raise _damaged(filename) from error
-        if "model" in data and "__author__" in data:
+        if isinstance(data.get("model"), dict):
             return data
-        # Caffe2's detectors hold their arrays in "blobs", its classifiers at the top.
+        # Caffe2's detectors hold their arrays in "blobs", its classifiers at the top level.
         arrays = {k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")}
         return {"model": arrays, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def _refusal(filename: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{filename} is not read: it holds more than numbers, and reading that could run code "
-        f"({reason}). If you trust its origin, save its state dict alone, as "
-        '{"model": state_dict}, and use that file.'
+        f"{filename} was not read: it holds more than numbers ({reason}), and reading that could "
+        "run code. If you trust the file, load it in Python, save only its weights with "
+        'torch.save({"model": model.state_dict()}, "weights.pth"), and give that file.'
     )
 
 
 def _damaged(filename: str) -> CheckpointError:
-    return CheckpointError(f"{filename} is damaged or no checkpoint: fetch it or save it again.")
+    return CheckpointError(
+        f"{filename} is damaged or not a checkpoint: download it or save it again."
+    )
 
 
-# NumPy's own functions are not safe to call with what a file says: numpy.ndarray makes an array of
-# objects from any bytes. So a pickle gets these instead, which only keep what it says.
+# NumPy's own functions are not safe if a file chooses the arguments: numpy.ndarray makes an array
+# of objects from any bytes. The unpickler calls these stand-ins, which only store the arguments.
 
 
 class _DType:
@@ -142,18 +209,33 @@ def _encode(text, encoding="latin1"):
 
 _ADMITTED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("__builtin__", "bytes"): bytes,  # how old protocols write b"", and other bytes next
+    ("__builtin__", "bytes"): bytes,  # old protocols write an empty bytes object with it
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
 }
-for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and NumPy 2
     _ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _Array
     _ADMITTED[f"{_core}.multiarray", "scalar"] = _scalar
     _ADMITTED[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: the C class does not let BUILD be overridden
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self):
+        """Sets the state of an object, of the two kinds above only.
+
+        pickle would set any attribute of any object, also of this file's functions and classes.
+        """
+        if isinstance(self.stack[-2], (_DType, _Array)):
+            return super().load_build()
+        if not isinstance(self.stack[-2], collections.OrderedDict):
+            raise CheckpointError("it sets attributes of an object")
+        self.stack.pop()  # attributes of a state dict, such as _metadata, are not needed
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module, name):
         try:
             return _ADMITTED[module, name]
@@ -165,7 +247,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _numbers(x):
-    """What was read, with its arrays made: dicts, lists and tuples of arrays, numbers, strings."""
+    """Replaces stand-ins by arrays, and refuses all but plain containers, numbers and texts."""
     if isinstance(x, _Array):
         return x.array()
     if isinstance(x, dict):

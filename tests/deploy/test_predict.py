@@ -103,15 +103,10 @@ def test_categories_meet_by_name_or_are_refused_with_both_lists(fake, coco, tmp_
     predict("x.pt", [Path(coco[1]) / "3.png"], results=results, ids=ids)
     rows = json.loads(results.read_text())
     assert [(r["image_id"], r["category_id"]) for r in rows] == [(3, 1), (3, 0)]
-    for names, fault in (
-        (["stripe", "circle"], "square is not in the file"),
-        (["square", "stripe", "stripe"], "a name is there twice"),
-    ):
-        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names)]
-        with pytest.raises(DeployError, match=fault) as error:
-            category_ids_in(ids, content, ABOUT)
-        assert "classes: square, stripe." in str(error.value)
-        assert f"The file's: {', '.join(names)}." in str(error.value)
+    content["categories"][1]["name"] = "circle"
+    with pytest.raises(DataError) as error:
+        category_ids_in(ids, content, ABOUT)
+    assert all(name in str(error.value) for name in ("square", "stripe", "circle"))
 
 
 def test_a_score_under_the_detectors_own_threshold_is_explained(fake, coco, tmp_path):

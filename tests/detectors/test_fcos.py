@@ -96,5 +96,5 @@ def test_the_keys_reach_the_detector():
 def test_data_of_other_classes_name_fcos_key(coco):
     cfg = tiny_fcos_cfg(coco)
     register_datasets(cfg)
-    with pytest.raises(ValueError, match="2 classes .* the detector 80: set MODEL.FCOS.NUM_CLASS"):
+    with pytest.raises(ValueError, match="2 classes .* has 80: set MODEL.FCOS.NUM_CLASS"):
         check_num_classes(cfg, 80)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,8 @@ from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.detectors.timm_backbone import TimmBackbone
+from fgbg_kd.utils.errors import FgBgError
 
 README = ROOT / "README.md"
 LIGHT = ["mobilenetv3_large_100", "efficientnet_lite0", "resnet18", "regnety_002"]
@@ -114,17 +117,57 @@ def test_random_weights_take_any_input(caplog):
 @pytest.mark.parametrize(
     "name, weights, message",
     [
-        ("mobilenetv3_larg_100", "", "Near it: .*mobilenetv3_large_100"),
-        ("resnet18", "nowhere.pth", "(?s)no file nowhere.pth.*create_model\\('resnet18'"),
-        ("resnet18", "mobilenet", "lacks .* of the 120 tensors of timm's resnet18"),
+        ("mobilenetv3_larg_100", "", "Similar names: .*mobilenetv3_large_100"),
+        (
+            "resnet18",
+            "nowhere.pth",
+            "(?s)there is no file nowhere.pth.*create_model\\('resnet18'",
+        ),
+        (
+            "resnet18",
+            "mobilenet",
+            "WEIGHTS: .* lacks .* of the 120 tensors of timm's resnet18",
+        ),
+        ("resnet18", "junk", "TIMM.WEIGHTS: .*junk.pth is damaged"),
+        ("resnet18", "code", "TIMM.WEIGHTS: .*code.pth .*more than numbers"),
+        (
+            "resnet18",
+            "nan",
+            "WEIGHTS: 1 tensors of .* contain NaN or infinity, such as conv1",
+        ),
+        ("dla46_c", "", "claims a map of stride 8 with 64 channels, but an image of"),
+        ("mobilevitv2_050", "", "claims a map of stride 32 .* leave this map out"),
+        (
+            "swin_tiny_patch4_window7_224",
+            "",
+            "does not take images of .* choose a model without",
+        ),
     ],
 )
-def test_what_is_not_there_is_named(name, weights, message, tmp_path):
+def test_unusable_models_and_weights_are_named_with_the_key(name, weights, message, tmp_path):
     if weights == "mobilenet":
         weights = str(tmp_path / "mobilenet.pth")
         torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), weights)
-    with pytest.raises(ValueError, match=message):
+    if weights == "junk":
+        weights = str(tmp_path / "junk.pth")
+        (tmp_path / "junk.pth").write_bytes(b"no checkpoint")
+    if weights == "code":
+        weights = str(tmp_path / "code.pth")
+        torch.save({"conv1.weight": Path("a program")}, weights)
+    if weights == "nan":
+        weights = str(tmp_path / "nan.pth")
+        state = timm.create_model(name).state_dict()
+        state["conv1.weight"][0] = float("nan")
+        torch.save(state, weights)
+    with pytest.raises(FgBgError, match=message):
         build_backbone(light_cfg(name, weights))
+
+
+def test_maps_with_channels_last_are_taken():
+    """MambaOut returns (N, H, W, C)."""
+    backbone = TimmBackbone("mambaout_femto", ["res3", "res4"])
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert {k: v.shape[1:] for k, v in maps.items()} == {"res3": (96, 8, 12), "res4": (192, 4, 6)}
 
 
 def test_a_light_student_learns_from_a_teacher_of_other_input_and_width(teacher_files):
@@ -133,7 +176,7 @@ def test_a_light_student_learns_from_a_teacher_of_other_input_and_width(teacher_
     cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT = "mobilenetv3_small_050", "RGB"
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
     cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
-    cfg.MODEL.KD.GATE = "off"
+    cfg.MODEL.KD.FGBG.GATE = "off"
     with EventStorage(0):
         losses = build_model(cfg).train()(make_batch())
     assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0

@@ -1,24 +1,28 @@
-"""Many processes train as one: gradients, buffers, and torchrun's restart of a lost worker."""
+"""Several processes train as one: gradients, the teacher, torchrun's restart of a lost worker."""
 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, make_batch, tiny_cfg, weights
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.engine import FgBgTrainer, launch, load_config
 from fgbg_kd.engine.trainer import distributed
+from fgbg_kd.utils.errors import ConfigError
 
 SIZES = ((64, 80), (72, 56)) * 4  # both halves of the batch are padded to the same size
 TWO = ((5, 5, 30, 40), (10, 10, 20, 18))
@@ -35,11 +39,11 @@ def build(yaml, method):
     cfg.merge_from_other_cfg(cfg.load_cfg(yaml))
     cfg.MODEL.KD.METHOD = method
     torch.manual_seed(1)
-    return build_model(cfg).train().double()  # so that rounding does not stand in the way
+    return build_model(cfg).train().double()  # so that rounding does not hide a difference
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
-    """Of the distillation losses alone; those of detection only keep their place in the graph."""
+    """Gradients of the distillation losses. Those of detection stay in the graph with weight 0."""
     with EventStorage():
         losses = model(batch)
     sum(v if k.startswith("loss_kd") else 0 * v for k, v in losses.items()).backward()
@@ -48,7 +52,7 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
 
 
 def teachers_stay_apart(rank, yaml) -> bool:
-    """Whether a process keeps its own teacher, which here is unlike the others'."""
+    """Whether each process keeps its own teacher. Here the teachers differ between processes."""
     model = distributed(build(yaml, "FgBg"))
     assert not model.find_unused_parameters
     teacher = model.module.teacher
@@ -62,10 +66,22 @@ def teachers_stay_apart(rank, yaml) -> bool:
     return all(comm.all_gather(stays))
 
 
-def worker(rank, folder, yaml):
+def worker(rank, folder, port, run, yaml):
+    """One of two processes. It trains the config ``run`` first, as a worker of torchrun does."""
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {k: str(v) for k, v in {**address, **numbers}.items()}
+    launch(train_and_save_gradients, SimpleNamespace(rank=rank, folder=folder, run=run, yaml=yaml))
+
+
+def train_and_save_gradients(args):
+    rank, folder, yaml = args.rank, args.folder, args.yaml
+    cfg = load_config(args.run)
+    seed_all_rng(cfg.SEED + rank)  # as Detectron2's default_setup does in train_net.py
+    trainer = FgBgTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
     found = {"teachers stay apart": teachers_stay_apart(rank, yaml)}
     for method in METHODS:
         for case, boxes in BOXES.items():
@@ -73,7 +89,6 @@ def worker(rank, folder, yaml):
             found[method, case] = gradients(model, make_batch(SIZES, boxes)[4 * rank :][:4])
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +101,42 @@ def yaml(teacher_files):
 
 
 @pytest.fixture(scope="module")
-def of_two(yaml, tmp_path_factory):
+def run_cfg(coco, teacher_files):
+    """A distillation of 30 iterations, with a checkpoint after every second one."""
+    cfg = tiny_cfg(coco, "of_two")
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 30, 2
+    cfg.DATASETS.TEST, cfg.DATASETS.TEST_JSON = (), ""
+    return cfg
+
+
+def write_run(cfg, folder) -> str:
+    """Writes the config of a run to a new folder, which is also its OUTPUT_DIR."""
+    folder.mkdir()
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(folder)
+    (folder / "run.yaml").write_text(cfg.dump())
+    return str(folder / "run.yaml")
+
+
+@pytest.fixture(scope="module")
+def two(yaml, run_cfg, tmp_path_factory):
+    """A folder where two processes have trained (in "whole") and saved gradients."""
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(worker, (str(folder), yaml), nprocs=2)
-    return torch.load(folder / "gradients.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = write_run(run_cfg, folder / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be fewer GPUs than processes
+        mp.spawn(worker, (str(folder), port, run, yaml), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two(two):
+    return torch.load(two / "gradients.pt")
 
 
 @pytest.mark.parametrize("case", BOXES)
@@ -106,44 +153,43 @@ def test_two_processes_of_four_images_give_the_gradients_of_one_with_eight(
         torch.testing.assert_close(two[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
-def test_the_teacher_is_no_business_of_ddp(of_two):
+def test_ddp_leaves_each_process_its_own_teacher(of_two):
     assert of_two["teachers stay apart"]
 
 
+def test_more_gpus_than_the_machine_has_are_refused():
+    with pytest.raises(ConfigError, match="--num-gpus is 99, but PyTorch finds .* CUDA devices"):
+        launch(print, SimpleNamespace(num_gpus=99))
+
+
 def torchrun(cfg, folder) -> subprocess.Popen:
-    cfg = cfg.clone()
-    cfg.OUTPUT_DIR = str(folder)
-    folder.mkdir()
-    (folder / "run.yaml").write_text(cfg.dump())
+    config = write_run(cfg, folder)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train = ["--max-restarts", "1", str(ROOT / "tools" / "train_net.py"), "--resume"]
     with open(folder / "stdout.txt", "w") as log:
         return subprocess.Popen(
-            [sys.executable, *launcher, *train, "--config-file", str(folder / "run.yaml")],
+            [sys.executable, *launcher, *train, "--config-file", config],
             stdout=log,
             stderr=log,
             env={
                 **os.environ,
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                "CUDA_VISIBLE_DEVICES": "",  # of which there may be fewer than processes
+                "CUDA_VISIBLE_DEVICES": "",  # there may be fewer GPUs than processes
             },
         )
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
-def test_torchrun_restarts_after_a_lost_worker_and_ends_the_same(distil_cfg, tmp_path):
-    distil_cfg.SOLVER.MAX_ITER, distil_cfg.SOLVER.CHECKPOINT_PERIOD = 30, 2
-    distil_cfg.DATASETS.TEST, distil_cfg.DATASETS.TEST_JSON = (), ""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    agents = [torchrun(distil_cfg, folder) for folder in (whole, killed)]
-    while not (killed / "last_checkpoint").exists() and agents[1].poll() is None:
+def test_torchrun_restarts_after_a_lost_worker_and_ends_the_same(run_cfg, two, tmp_path):
+    whole, killed = two / "whole", tmp_path / "killed"
+    agent = torchrun(run_cfg, killed)
+    while not (killed / "last_checkpoint").exists() and agent.poll() is None:
         time.sleep(0.01)
-    children = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     workers = [int(x) for x in children if b"train_net" in Path(f"/proc/{x}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    for agent, folder in zip(agents, (whole, killed)):
-        assert agent.wait(timeout=300) == 0, (folder / "stdout.txt").read_text()[-2000:]
+    assert agent.wait(timeout=300) == 0, (killed / "stdout.txt").read_text()[-2000:]
     starts = re.findall(r"Starting training from iteration (\d+)", (killed / "log.txt").read_text())
     assert len(starts) == 2 and int(starts[1]) > 0
     a, b = weights(whole), weights(killed)

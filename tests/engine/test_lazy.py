@@ -64,7 +64,7 @@ from fgbg_kd import FgBgDistiller, build_teacher
 model = L(FgBgDistiller)(
     student=_student,
     teacher=L(build_teacher)(config={teacher[0]!r}, weights={teacher[1]!r}),
-    kd=dict(fg_weight=8.0, bg_weight=1.0),
+    method=dict(fg_weight=8.0, bg_weight=1.0),
 )
 """
 
@@ -120,7 +120,7 @@ def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, r
     assert recorded == lazy and len(lazy) == 6
     assert set(lazy[0]) == {"loss_cls", "loss_box_reg", "loss_kd_fg", "loss_kd_bg"}
     ours, yamls = saved(tmp_path / "lazy"), saved(tmp_path / "yaml")
-    for part in ("model", "kd"):
+    for part in ("model", "method"):
         assert ours[part].keys() == yamls[part].keys()
         assert all(torch.equal(v, yamls[part][k]) for k, v in ours[part].items())
 
@@ -135,7 +135,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(config, recorded, tm
     assert recorded == whole
     parts = saved(tmp_path / "whole"), saved(tmp_path / "lazy")
     assert parts[0]["iteration"] == parts[1]["iteration"] == 4
-    for part in ("model", "kd"):
+    for part in ("model", "method"):
         assert all(torch.equal(v, parts[1][part][k]) for k, v in parts[0][part].items())
 
 
@@ -169,13 +169,13 @@ def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_
 
 
 def test_overrides_reach_the_method(config, recorded):
-    run(config, "model.kd.fg_weight=0", "model.kd.bg_normalizer=bg", "train.max_iter=1")
+    run(config, "model.method.fg_weight=0", "model.method.gate=off", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg", "loss_kd_bg"}
     recorded.clear()
-    run(config, "model.kd.fg_weight=0", "model.kd.bg_weight=0", "train.max_iter=1")
+    run(config, "model.method.fg_weight=0", "model.method.bg_weight=0", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg"}
     with pytest.raises(ValueError, match="FgBg has no option .'fg_wieght'.: choose from"):
-        run(config, "model.kd.fg_wieght=2")
+        run(config, "model.method.fg_wieght=2")
     for key, near in (("train.max_iters", "max_iter"), ("train.checkpointer.perid", "period")):
         with pytest.raises(ConfigError, match=f"{key} is no key of the config: is it {near}"):
             load_lazy_config(config, [f"{key}=2"])
@@ -194,7 +194,7 @@ def test_the_student_inherits(config, tmp_path):
     teacher = [f"model.teacher.{k}={v}" for k, v in zip(("config", "weights"), files)]
     run(config, *teacher, "model.inherit=[head]", "optimizer.lr=1e-12", "train.max_iter=1")
     got = saved(tmp_path / "lazy")["model"]["head.cls_score.weight"]
-    torch.testing.assert_close(got, build_teacher(*files).head.cls_score.weight)
+    torch.testing.assert_close(got, build_teacher(*files).detector.head.cls_score.weight)
 
 
 def test_the_students_classes_come_from_the_training_set(config):
@@ -213,7 +213,7 @@ def test_a_distilled_students_python_config_can_be_a_teacher(config, tmp_path):
     weights = instantiate(load_lazy_config(config).model.student).state_dict()
     torch.save({"model": weights}, tmp_path / "student.pth")
     teacher = build_teacher(config, str(tmp_path / "student.pth"))
-    assert type(teacher).__name__ == "RetinaNet" and teacher.class_names == list(CLASSES)
+    assert type(teacher.detector).__name__ == "RetinaNet" and teacher.class_names == list(CLASSES)
 
 
 def test_the_tool_takes_python_configs(config, tmp_path):
@@ -248,7 +248,9 @@ def test_a_teacher_that_the_run_starts_from_or_would_write_over_is_refused(confi
     weights = tmp_path / "lazy" / "model_final.pth"
     shutil.copy(load_lazy_config(config).model.teacher.weights, weights)
     teacher = f"model.teacher.weights={weights}"
-    with pytest.raises(TeacherError, match="model_final.pth are what this run will write over"):
+    with pytest.raises(
+        TeacherError, match="would overwrite the teacher's weights .*model_final.pth"
+    ):
         run(config, teacher)
     with pytest.raises(TeacherError, match="both start from"):
         run(config, teacher, f"train.init_checkpoint={weights}", "train.output_dir=elsewhere")
@@ -256,9 +258,9 @@ def test_a_teacher_that_the_run_starts_from_or_would_write_over_is_refused(confi
 
 def test_a_cache_wants_images_that_do_not_change(config, tmp_path):
     with pytest.raises(ValueError, match="TEACHER.CACHE needs .*RandomFlip"):
-        run(config, "model.cache=True")
+        run(config, "model.teacher.cache=True")
     short = "dataloader.train.mapper.augmentations=[${dataloader.test.mapper.augmentations.0}]"
-    run(config, "model.cache=True", short, "train.max_iter=1")
+    run(config, "model.teacher.cache=True", short, "train.max_iter=1")
 
 
 def test_an_open_seed_is_drawn_once_and_few_checkpoints_stay(config, tmp_path):
@@ -293,7 +295,7 @@ def test_the_readmes_python_config_and_command_are_read(tmp_path):
     ]
     (tmp_path / "my_distilled.py").write_text(text)
     cfg = load_lazy_config(str(tmp_path / "my_distilled.py"), arguments[4:])
-    assert cfg.train.max_iter == 9000 and dict(cfg.model.kd) == dict(
+    assert cfg.train.max_iter == 9000 and dict(cfg.model.method) == dict(
         fg_weight=4, bg_weight=1.0, warmup_iters=1000
     )
     assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)

@@ -89,7 +89,7 @@ def test_parameters_and_a_teacher_that_are_not_finite_are_named(distil_cfg, tmp_
     @torch.no_grad()
     def spoil(model):
         model.student.head.cls_score.bias.fill_(float("nan"))
-        model.teacher.backbone.fpn_output5.weight.fill_(float("inf"))
+        model.teacher.detector.backbone.fpn_output5.weight.fill_(float("inf"))
 
     message = run(distil_cfg, tmp_path / "kd", spoil)[2]
     assert "the parameters student.head.cls_score.bias" in message
@@ -108,7 +108,7 @@ def test_a_plain_detector_is_watched_too(coco, tmp_path):
 
 
 def test_a_loss_that_overflows_by_itself_is_told_apart(distil_cfg, tmp_path):
-    distil_cfg.MODEL.KD.FG_WEIGHT = 1e39
+    distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = 1e39
     message = run(distil_cfg, tmp_path / "kd", lambda model: None)[2]
     assert message.startswith("Iteration 0: loss_kd_fg is ")
     assert "the loss itself overflows" in message
@@ -165,13 +165,13 @@ def test_half_precision_trains_and_is_near_fp32(distil_cfg, dtype):
 
 @torch.no_grad()
 def large_logits(model):
-    for detector, sign in ((model.student, 1), (model.teacher, -1)):
+    for detector, sign in ((model.student, 1), (model.teacher.detector, -1)):
         detector.head.cls_score.bias.fill_(sign * 3e4)  # fp16 ends at 65504
 
 
 @torch.no_grad()
 def zero_features(model):
-    for detector in (model.student, model.teacher):
+    for detector in (model.student, model.teacher.detector):
         for name, parameter in detector.backbone.named_parameters():
             if "fpn_output" in name:
                 parameter.zero_()

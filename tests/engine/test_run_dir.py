@@ -1,26 +1,32 @@
-"""One run in a folder, and a full disk."""
+"""The folder of a run: one run at a time, previous checkpoints kept, metrics without repeats."""
 
+import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
-from torch import nn
 
 from fgbg_kd.engine import lock_output_dir
-from fgbg_kd.engine.resume import RunCheckpointer
+from fgbg_kd.engine.run_dir import (
+    SEED_FILE,
+    evaluation_dir,
+    keep_previous_config,
+    rewind_metrics,
+    set_previous_run_aside,
+)
 from fgbg_kd.utils.errors import OutputDirError
 
-# Without the package around it, which takes seconds to import. The child outlives its parent, as a
-# loading process may.
+# The package's __init__ files are not run: they would import Detectron2, which takes seconds. The
+# child outlives its parent, as a data loading process may.
 HOLDER = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT / "fgbg_kd" / "engine")!r})
-from output_dir import lock_output_dir
+import os, sys, time, types
+for name in ("fgbg_kd", "fgbg_kd.utils", "fgbg_kd.engine"):
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__path__ = [{str(ROOT)!r} + "/" + name.replace(".", "/")]
+from fgbg_kd.engine.run_dir import lock_output_dir
 lock_output_dir(sys.argv[1])
 if os.fork() == 0:
     time.sleep(20)
@@ -62,22 +68,60 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         lock_output_dir(str(tmp_path / "read_only" / "run"))
 
 
-def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before_it(tmp_path):
-    """A limit on the size of files stands for the disk: the write fails in the middle."""
-    model = nn.Linear(1000, 1000)  # 4 MB
-    checkpointer = RunCheckpointer(model, str(tmp_path))
-    checkpointer.save("model_0000001")
-    whole = {k: v.clone() for k, v in model.state_dict().items()}
-    nn.init.zeros_(model.weight)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
-    try:
-        with pytest.raises(
-            OSError, match="model_0000003.pth could not be written .*too large.*--resume"
-        ):
-            checkpointer.save("model_0000003")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
-    RunCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
-    assert all(torch.equal(v, whole[k]) for k, v in model.state_dict().items())
+def test_each_previous_run_in_a_folder_keeps_its_results_in_its_own_place(tmp_path, caplog):
+    """Else --resume would take its checkpoints for those of a new run that is killed early."""
+    own = f"events.out.tfevents.5.host.{os.getpid()}.0"
+    for run in (1, 2):
+        for name in ("model_final.pth", "model_0000009.pth", "last_checkpoint", "log.txt"):
+            (tmp_path / name).write_text(f"{name} of {run}")
+        (tmp_path / f"events.out.tfevents.{run}.host.1.0").write_text("")
+        (tmp_path / own).write_text("")
+        with open(tmp_path / "metrics.json", "a") as metrics:
+            metrics.write(f'{{"iteration": {run}}}\n')
+        (tmp_path / "config.previous.yaml").write_text(str(run))
+        set_previous_run_aside(str(tmp_path))
+        place = tmp_path / "previous" / str(run)
+        assert f"results are now in {place}" in caplog.text
+        assert (place / "model_final.pth").read_text() == f"model_final.pth of {run}"
+        assert (place / "metrics.json").read_text() == f'{{"iteration": {run}}}\n'
+        assert (place / "config.previous.yaml").read_text() == str(run)
+        assert len(list(place.iterdir())) == 6
+        left = {"log.txt", "previous", "metrics.json", "config.previous.yaml", own}
+        assert {x.name for x in tmp_path.iterdir()} == left
+    set_previous_run_aside(str(tmp_path))  # nothing left to move
+    (tmp_path / "metrics.json").write_text('{"iteration": 3}\n')
+    set_previous_run_aside(str(tmp_path), resume=True)  # its own metrics
+    set_previous_run_aside(str(tmp_path / "nowhere"))
+    assert len(list((tmp_path / "previous").iterdir())) == 2
+
+
+def test_the_config_of_a_training_that_began_is_kept_and_evaluation_has_its_own_folder(tmp_path):
+    assert evaluation_dir(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "config.yaml").write_text("first")
+    keep_previous_config(str(tmp_path))  # of a start that was refused
+    assert not (tmp_path / "config.previous.yaml").exists()
+    (tmp_path / SEED_FILE).write_text("7")
+    keep_previous_config(str(tmp_path))
+    assert (tmp_path / "config.previous.yaml").read_text() == "first"
+    assert evaluation_dir(str(tmp_path)) == str(tmp_path / "eval")
+
+
+def rows(*iterations):
+    return "".join(json.dumps({"iteration": i, "loss": i / 7}) + "\n" for i in iterations)
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        (rows(19, 39, 59), rows(19, 39)),
+        (rows(19, 39) + '{"iteration": 5', rows(19, 39)),
+        (rows(19, 39, 59, 19, 39), rows(19, 39, 59, 19, 39)),  # of an earlier run
+        (rows(19, 39, 59, 19, 39, 59), rows(19, 39, 59, 19, 39)),
+        ("", ""),
+    ],
+)
+def test_metrics_of_iterations_that_come_again_are_cut(tmp_path, text, kept):
+    path = tmp_path / "metrics.json"
+    path.write_text(text)
+    rewind_metrics(str(path), 40)
+    assert path.read_text() == kept

@@ -31,7 +31,7 @@ from detectron2.utils.env import seed_all_rng
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
-from fgbg_kd.utils.errors import TeacherError
+from fgbg_kd.utils.errors import CheckpointError, TeacherError
 
 
 class StockOnOurData(DefaultTrainer):
@@ -49,7 +49,7 @@ def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
     if off == "no teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
-        distil_cfg.MODEL.KD.FG_WEIGHT = distil_cfg.MODEL.KD.BG_WEIGHT = 0.0
+        distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = distil_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
     plain_cfg = tiny_cfg(coco)
     distil_cfg.INPUT.RANDOM_FLIP = plain_cfg.INPUT.RANDOM_FLIP = flip
     # TorchScript (fvcore's focal loss) runs its first calls in a process unoptimised, and those
@@ -84,7 +84,7 @@ def test_the_checkpoint_is_the_plain_students(coco, distil_cfg, tmp_path):
     saved = torch.load(path, weights_only=True)
     plain = build_model(tiny_cfg()).eval()
     assert saved["model"].keys() == plain.state_dict().keys()
-    assert saved["kd"].keys() == trainer.model.kd.state_dict().keys() != set()
+    assert saved["method"].keys() == trainer.model.method.state_dict().keys() != set()
     DetectionCheckpointer(plain).load(str(path))
     student = trainer.model.eval().student
     for model in (plain, student):
@@ -152,7 +152,7 @@ def test_resume_goes_on_with_adapters_and_optimizer(distil_cfg, tmp_path):
     again = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
     again.resume_or_load(resume=True)
     assert again.start_iter == 3
-    for a, b in zip(first.model.kd.parameters(), again.model.kd.parameters()):
+    for a, b in zip(first.model.method.parameters(), again.model.method.parameters()):
         assert torch.equal(a, b)
     momentum = [t.optimizer.state_dict()["state"] for t in (first, again)]
     assert momentum[0].keys() == momentum[1].keys() != set()
@@ -160,6 +160,62 @@ def test_resume_goes_on_with_adapters_and_optimizer(distil_cfg, tmp_path):
         assert torch.equal(v["momentum_buffer"], momentum[1][k]["momentum_buffer"])
     again.train()
     assert again.iter == 5
+
+
+@pytest.fixture(scope="module")
+def first_run(coco, teacher_files, tmp_path_factory):
+    """Folder of a distilled run of one iteration."""
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
+    folder = tmp_path_factory.mktemp("first") / "run"
+    train(FgBgTrainer, cfg, folder, 1)
+    return folder
+
+
+def plain_student(cfg):
+    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.KD.STUDENT
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda c: c.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 32]), "the student: .*channels"),
+        (lambda c: c.merge_from_list(["MODEL.RETINANET.NUM_CONVS", 2]), "only this run has: head"),
+        (plain_student, "it was distillation, now it is plain training"),
+        (lambda c: c.merge_from_list(["MODEL.KD.METHOD", "PKD"]), "METHOD was FgBg, now it is PKD"),
+        (lambda c: c.merge_from_list(["SOLVER.OPTIMIZER", "AdamW"]), "another optimizer"),
+    ],
+    ids=["width", "depth", "plain", "method", "optimizer"],
+)
+def test_a_resume_with_other_settings_is_refused_before_anything_is_filled(
+    edit, message, first_run, distil_cfg, tmp_path
+):
+    shutil.copytree(first_run, tmp_path / "run")
+    edit(distil_cfg)
+    again = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 5)
+    before = {k: v.clone() for k, v in again.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=f"(?s)--resume: .*{message}.*config.previous.yaml"):
+        again.resume_or_load(resume=True)
+    assert all(torch.equal(v, before[k]) for k, v in again.model.state_dict().items())
+
+
+def test_a_plain_run_is_not_resumed_as_a_distilled_one(distil_cfg, coco, tmp_path):
+    train(FgBgTrainer, tiny_cfg(coco), tmp_path / "run", 1)
+    again = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 2)
+    with pytest.raises(CheckpointError, match="it was plain training, now it is distillation"):
+        again.resume_or_load(resume=True)
+
+
+def test_every_key_that_counts_iterations_scales_with_the_number_of_processes(distil_cfg):
+    distil_cfg.SOLVER.REFERENCE_WORLD_SIZE, distil_cfg.SOLVER.IMS_PER_BATCH = 4, 4
+    distil_cfg.SOLVER.MAX_ITER, distil_cfg.SOLVER.STEPS = 10, (6,)
+    distil_cfg.MODEL.KD.STOP_ITER, distil_cfg.MODEL.KD.WARMUP_ITERS = 8, 2
+    distil_cfg.freeze()
+    scaled = FgBgTrainer.auto_scale_workers(distil_cfg, 1)
+    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS) == (40, (24,))
+    assert (scaled.MODEL.KD.STOP_ITER, scaled.MODEL.KD.WARMUP_ITERS) == (32, 8)
+    assert scaled.SOLVER.REFERENCE_WORLD_SIZE == 1
 
 
 def test_the_first_log_period_shows_losses_and_gate_shares(distil_cfg, tmp_path):
@@ -200,7 +256,7 @@ def test_min_ap_needs_one_set_to_measure_on(distil_cfg, tmp_path):
     trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
     trainer.cfg = distil_cfg.clone()
     trainer.cfg.DATASETS.TEST = ("tiny_test", "tiny_train")
-    with pytest.raises(TeacherError, match="needs one set to measure on"):
+    with pytest.raises(TeacherError, match="needs one test set, but DATASETS.TEST names"):
         trainer.train()
 
 
@@ -217,7 +273,7 @@ def test_measuring_the_teacher_does_not_change_training(distil_cfg, tmp_path):
             return {"bbox": {"AP": 40.0}}
 
     trainer = train(Trainer, distil_cfg, tmp_path / "b", 2)
-    assert measured[0] is trainer.model.teacher
+    assert measured[0] is trainer.model.teacher.detector
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 

@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT, make_batch, tiny_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
 from fgbg_kd import get_fgbg_kd_cfg, student_config
@@ -27,7 +28,7 @@ def read_config(name):
     return cfg
 
 
-@pytest.mark.parametrize("name", ["scenes", "trees"])
+@pytest.mark.parametrize("name", ["digits", "scenes", "trees"])
 def test_the_quickstarts_three_configs_fit_together(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # configs name each other from here
     teacher, student, distilled = (
@@ -106,6 +107,22 @@ def test_the_picture_has_a_panel_each(coco):
     assert (picture[:22] == 0).any()  # the titles
     inputs = read_input(cfg, record["file_name"])
     assert inputs["image"].shape[0] == 3 and min(inputs["image"].shape[1:]) == 64
+
+
+def test_the_picture_has_the_best_of_overlapping_detections(coco, monkeypatch):
+    cfg = tiny_cfg(coco)
+    register_datasets(cfg)
+    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[3]
+    found = Instances((64, 64))
+    found.pred_boxes = Boxes(torch.tensor([[2.0, 2, 30, 30], [3, 2, 30, 30], [40, 40, 60, 60]]))
+    found.scores, found.pred_classes = torch.tensor([0.6, 0.9, 0.7]), torch.tensor([0, 1, 0])
+    drawn = []
+    draw = Visualizer.draw_instance_predictions
+    monkeypatch.setattr(
+        Visualizer, "draw_instance_predictions", lambda v, x: (drawn.append(x), draw(v, x))[1]
+    )
+    draw_side_by_side(cfg, record, {"a": lambda _: [{"instances": found}]}, score=0.5)
+    assert drawn[0].pred_classes.tolist() == [1, 0]
 
 
 def test_the_table_is_markdown_with_a_line_a_row():

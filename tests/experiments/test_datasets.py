@@ -22,7 +22,7 @@ def objects():
     for image in grey:
         x0, y0, x1, y1 = *rng.integers(3, 10, 2), *rng.integers(16, 26, 2)
         image[y0:y1, x0:x1] = 255
-    return scenes.Objects(grey, np.arange(40) % 10, False)
+    return scenes.Objects(grey, np.arange(40) % 10)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def photos():
 
 
 def write(folder, objects, photos, split="train", count=6, **kwargs):
-    options = {"names": scenes.NAMES["digits"], "size": 96, "seed": 0, "info": {}} | kwargs
+    options = {"size": 96, "seed": 0, "style": scenes.HARD, "info": {}} | kwargs
     return scenes.write_split(folder, split, count, objects, photos, **options)
 
 
@@ -131,10 +131,13 @@ def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path):
 
 # ---- scenes ------------------------------------------------------------------------------------
 
+STYLES = pytest.mark.parametrize("style", [scenes.HARD, scenes.CLEAR], ids=["hard", "clear"])
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path, objects, photos):
+
+@STYLES
+def test_the_same_seed_gives_the_same_bytes(style, tmp_path, objects, photos):
     for run in "ab":
-        write(tmp_path / run, objects, photos)
+        write(tmp_path / run, objects, photos, style=style)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert len(files) == 7
     for file in files:
@@ -157,8 +160,9 @@ def test_seed_and_split_change_the_scene(tmp_path, objects, photos):
     assert len({(folder / "00000.jpg").read_bytes() for folder in first}) == 3
 
 
-def test_scene_files_load_in_pycocotools_and_boxes_lie_inside(tmp_path, objects, photos):
-    write(tmp_path, objects, photos)
+@STYLES
+def test_scene_files_load_in_pycocotools_and_boxes_lie_inside(style, tmp_path, objects, photos):
+    write(tmp_path, objects, photos, style=style)
     coco = COCO(tmp_path / "train.json")
     assert coco.getCatIds() == list(range(1, 11))
     assert coco.cats[1]["name"] == "zero"
@@ -166,7 +170,7 @@ def test_scene_files_load_in_pycocotools_and_boxes_lie_inside(tmp_path, objects,
         pixels = cv2.imread(str(tmp_path / "train" / image["file_name"]))
         assert pixels.shape == (image["height"], image["width"], 3)
         anns = coco.loadAnns(coco.getAnnIds(image["id"]))
-        assert 1 <= len(anns) <= 8
+        assert 1 <= len(anns) <= style.objects[1]
         for ann in anns:
             x, y, w, h = ann["bbox"]
             assert min(x, y) >= 0 and min(w, h) > 3 and max(x + w, y + h) <= 96
@@ -177,7 +181,7 @@ def test_boxes_are_tight_around_what_was_painted(objects, monkeypatch):
     monkeypatch.setattr(scenes, "distractor", lambda rng, objects: np.zeros((56, 56), np.uint8))
     painted = []
 
-    def mark(rng, window, alpha, shade):
+    def mark(rng, window, alpha, style):
         ys, xs = np.nonzero(alpha > scenes.ALPHA_BOX)
         base = window.base if window.base is not None else window
         offset = (window.ctypes.data - base.ctypes.data) // window.itemsize // 3
@@ -192,21 +196,20 @@ def test_boxes_are_tight_around_what_was_painted(objects, monkeypatch):
         np.testing.assert_array_equal(boxes, painted)
 
 
-@pytest.mark.parametrize("solid", [False, True])
-def test_a_rendered_object_has_the_asked_size_and_a_tight_box(objects, solid):
+def test_a_rendered_object_has_the_asked_size_and_a_tight_box(objects):
     rng = np.random.default_rng(0)
     for long_side in (14, 30, 56):
-        alpha, shade, (x0, y0, x1, y1) = scenes.render(rng, objects.grey[0], solid, long_side)
-        assert alpha.shape == shade.shape
+        alpha, (x0, y0, x1, y1) = scenes.render(rng, objects.grey[0], long_side)
         mask = alpha > scenes.ALPHA_BOX
         assert mask[y0:y1, x0:x1].sum() == mask.sum()
         assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
         assert 0.8 * long_side < max(x1 - x0, y1 - y0) < 1.6 * long_side
 
 
-def test_objects_overlap_only_a_little(objects, photos):
+@STYLES
+def test_objects_overlap_only_a_little(style, objects, photos):
     for seed in range(20):
-        _, boxes, _ = scenes.compose(np.random.default_rng(seed), objects, photos, 96)
+        _, boxes, _ = scenes.compose(np.random.default_rng(seed), objects, photos, 96, style)
         for i in range(len(boxes) - 1):
             low = np.maximum(boxes[i, :2], boxes[i + 1 :, :2])
             inner = (np.minimum(boxes[i, 2:], boxes[i + 1 :, 2:]) - low).clip(0).prod(1)
@@ -237,26 +240,60 @@ def test_a_scrambled_object_moves_every_quarter():
         assert not scenes.scramble(np.random.default_rng(seed), grey)[:14, :14].any()
 
 
-def write_idx(folder, part, count):
-    rng = np.random.default_rng(count)
-    images = rng.integers(0, 256, (count, 28, 28), np.uint8).tobytes()
-    (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes(16) + images)
-    labels = (np.arange(count) % 10).astype(np.uint8).tobytes()
-    (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + labels)
+def build(folder, monkeypatch, digits, photos, **options):
+    """build_scenes from made-up digits and photos; (meta, was_built)."""
+    pools = scenes.divide(digits.labels, val=0.25, test=0.25)
+    monkeypatch.setattr(scenes, "load_digits", lambda cache: (digits, pools))
+    monkeypatch.setattr(scenes, "load_photos", lambda cache: photos)
+    counts = {"train": 3, "val": 2, "test": 2}
+    return scenes.build_scenes(folder, size=96, **counts, **options)
 
 
-def test_products_keep_their_official_test_set(tmp_path):
-    write_idx(tmp_path, "train", 100)
-    write_idx(tmp_path, "t10k", 30)
-    objects, pools = scenes.load_products(tmp_path)
-    assert objects.grey.shape == (130, 28, 28) and objects.solid
-    assert (pools[100:] == 2).all()
-    assert np.bincount(pools[:100]).tolist() == [90, 10]
+def test_the_options_of_scenes_are_those_of_older_folders(tmp_path, monkeypatch, objects, photos):
+    meta, _ = build(tmp_path / "scenes", monkeypatch, objects, photos)
+    assert meta["options"] == {
+        "recipe": 1, "objects": "digits", "size": 96, "seed": 0, "train": 3, "val": 2, "test": 2,
+    }  # fmt: skip
 
 
-def test_missing_products_name_the_debian_package(tmp_path):
-    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
-        scenes.load_products(tmp_path)
+def test_another_style_makes_another_folder(tmp_path, monkeypatch, objects, photos):
+    def clear(**changes):
+        style = scenes.CLEAR._replace(**changes)
+        return build(tmp_path / "digits", monkeypatch, objects, photos, style=style)[1]
+
+    assert [clear(), clear(), clear(noise=0.5), clear(noise=0.5)] == [True, False, True, False]
+
+
+@STYLES
+def test_a_built_set_is_whole(style, tmp_path, monkeypatch, objects, photos):
+    build(tmp_path / "set", monkeypatch, objects, photos, style=style)
+    for split, count in (("train", 3), ("val", 2), ("test", 2)):
+        content = json.loads((tmp_path / "set" / f"{split}.json").read_text())
+        assert content["info"].keys() == {"description", "objects", "backgrounds"}
+        assert [c["name"] for c in content["categories"]] == scenes.NAMES
+        assert len(content["images"]) == count
+        for image in content["images"]:
+            assert (tmp_path / "set" / split / image["file_name"]).is_file()
+
+
+@STYLES
+def test_a_split_shows_the_digits_of_its_own_pool_alone(style, tmp_path, monkeypatch, photos):
+    grey = np.zeros((120, 28, 28), np.uint8)
+    grey[:, 6:22, 6:22] = 255
+    grey[:, 10, 10] = np.arange(120) + 1  # tells which digit it is
+    seen = []
+
+    def compose(rng, objects, *_):
+        seen[-1] |= set(objects.grey[:, 10, 10].tolist())
+        return np.zeros((96, 96, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, np.int64)
+
+    monkeypatch.setattr(scenes, "compose", compose)
+    regions = scenes.photo_regions
+    monkeypatch.setattr(scenes, "photo_regions", lambda *args: (seen.append(set()), regions(*args)))
+    digits = scenes.Objects(grey, np.arange(120) % 10)
+    build(tmp_path / "set", monkeypatch, digits, photos, style=style)
+    assert [len(pool) for pool in seen] == [60, 30, 30]
+    assert len(set.union(*seen)) == 120
 
 
 # ---- tree crowns -------------------------------------------------------------------------------
@@ -479,10 +516,10 @@ def test_help_shows_an_example():
 
 
 def test_the_tool_names_the_mend_and_makes_nothing(tmp_path):
-    result = run_tool(
-        "scenes", "--objects", "products", "--objects-dir", tmp_path, "--out", tmp_path / "out"
-    )
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "thesis.txt").write_text("mine")
+    result = run_tool("digits", "--out", tmp_path)
     assert result.returncode == 1
-    assert "apt-get install dataset-fashion-mnist" in result.stderr
+    assert "choose another --out" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out" / "scenes_products").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["digits", "thesis.txt"]

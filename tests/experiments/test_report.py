@@ -1,4 +1,4 @@
-"""The page about finished runs: its numbers, its pictures, and what a browser draws of it."""
+"""The page about runs: its numbers, its pictures, and how a browser draws it."""
 
 import base64
 import json
@@ -6,7 +6,9 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,9 +20,10 @@ from detectron2.config import LazyCall, LazyConfig
 from detectron2.modeling import build_model
 
 from fgbg_kd import FgBgDistiller, build_teacher
-from fgbg_kd.experiments import report
 from fgbg_kd.experiments.report import write_report
+from fgbg_kd.experiments.report_figures import _thinned
 from fgbg_kd.experiments.run_folder import find_runs
+from fgbg_kd.utils.errors import RunError
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -71,6 +74,13 @@ def page(runs, tmp_path_factory):
     return file
 
 
+@pytest.fixture(autouse=True)
+def a_cost_that_takes_no_time(monkeypatch):
+    """For all pages but the one of the fixture above, which is made before this."""
+    figures = {"parameters_m": 1.0, "gflops": 1.0, "ms_per_image": 1.0}
+    monkeypatch.setattr("fgbg_kd.experiments.report.cost", lambda *_: figures)
+
+
 class Parser(HTMLParser):
     """Rows of tables, texts, images and addresses."""
 
@@ -104,7 +114,7 @@ class Parser(HTMLParser):
         return next(r for r in self.rows if r and r[0] == name)
 
 
-def test_runs_are_known_by_what_they_are(runs):
+def test_each_run_has_its_role_group_and_seed(runs):
     found = find_runs([runs])
     assert [(r.role, r.group, r.seed) for r in found] == [
         ("teacher", "teacher", 0),
@@ -117,7 +127,7 @@ def test_runs_are_known_by_what_they_are(runs):
         runs / "plain" / "seed0",
         runs / "plain" / "seed1",
     ]
-    with pytest.raises(ValueError, match="inference holds no run"):
+    with pytest.raises(RunError, match="inference holds no run"):
         find_runs([runs / "teacher" / "inference"])
 
 
@@ -183,6 +193,20 @@ def test_the_page_has_the_kinds_of_errors(page):
     assert errors["Miss"] > 10
 
 
+def test_the_page_is_written_into_the_folder_of_the_runs(monkeypatch, capsys):
+    import report
+
+    written = []
+    monkeypatch.setattr(report, "write_report", lambda *arguments: written.append(arguments[:2]))
+    for arguments, file in (
+        (["runs", "more"], Path("runs/report.html")),
+        (["runs", "-o", "mine.html"], Path("mine.html")),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        report.main()
+        assert written.pop()[1] == file and capsys.readouterr().out == f"{file}\n"
+
+
 def test_a_page_without_checkpoints_and_detections_says_so(runs, tmp_path):
     for name in ("plain/seed0", "distilled/seed0"):
         shutil.copytree(runs / name, tmp_path / name)
@@ -213,14 +237,14 @@ def changed(runs, tmp_path, **changes):
         (folder / "config.yaml").write_text(cfg.dump())
 
 
-def test_without_a_test_set_the_page_is_made_all_the_same(runs, tmp_path):
+def test_without_a_test_set_the_page_is_made_and_says_so(runs, tmp_path):
     changed(runs, tmp_path, TEST=(), TEST_JSON="")
     lacks = not_on_the_page(tmp_path)
     assert "plain: parameters, GFLOPs and time: DATASETS.TEST names 0 sets" in lacks
     assert "Pictures: plain and distilled have no known test set in common" in lacks
 
 
-def test_without_the_test_images_the_page_is_made_all_the_same(runs, tmp_path, coco):
+def test_without_the_test_images_the_page_is_made_and_says_so(runs, tmp_path, coco):
     (tmp_path / "images").mkdir()
     changed(runs, tmp_path, TEST=("gone",), TEST_IMAGES=str(tmp_path / "images"))
     lacks = not_on_the_page(tmp_path)
@@ -233,7 +257,7 @@ def test_a_set_of_another_program_is_named(runs, tmp_path):
     assert "its test set 'mine' is empty, or not registered here" in not_on_the_page(tmp_path)
 
 
-def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
+def test_an_unfinished_run_and_a_run_by_a_python_config_are_on_the_page(runs, tmp_path):
     plain = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
     with open(plain / "metrics.json", "a") as file:
         file.write('\n{"iteration": 10')
@@ -241,7 +265,7 @@ def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
     folder.mkdir()
     teacher = LazyCall(build_teacher)(config="x.yaml", weights=str(plain / "model_final.pth"))
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
-    cfg.model = LazyCall(FgBgDistiller)(student=cfg.model, teacher=teacher, kd={})
+    cfg.model = LazyCall(FgBgDistiller)(student=cfg.model, teacher=teacher, method={})
     cfg.train.seed = 3
     LazyConfig.save(cfg, str(folder / "config.yaml"))
     (folder / "metrics.json").write_text('{"iteration": 9, "total_loss": 1, "bbox/AP": 7.0}\n')
@@ -251,7 +275,7 @@ def test_a_run_that_is_still_running_and_one_by_a_python_config(runs, tmp_path):
     assert found["plain"].role == "teacher" and found["plain"].result["AP"] == 4.5
     lacks = not_on_the_page(tmp_path)
     assert "mine, seed 3: its AP" in lacks and "plain, seed 0: its AP" not in lacks
-    assert "mine: parameters, GFLOPs and time: it is of a Python config" in lacks
+    assert "mine: parameters, GFLOPs and time: its config is Python" in lacks
 
 
 def test_runs_are_compared_with_those_of_their_own_test_set_and_recipe(runs, tmp_path):
@@ -275,18 +299,27 @@ def test_runs_are_compared_with_those_of_their_own_test_set_and_recipe(runs, tmp
     assert "an_evaluation" not in text
     assert "a/distilled: +6.0 AP over a/plain, one seed" in text
     assert "b/distilled: +186.0 AP over b/plain, one seed" in text
-    assert "longer: its gain, which needs a plain run" in text
+    assert "longer: its gain. It needs a plain run" in text
+
+
+def test_nothing_detected_is_an_ap_of_zero_and_an_undefined_ap_is_none(runs, tmp_path):
+    folder = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
+    rows = [{"iteration": 20, "total_loss": 3.0}, {"iteration": 100, "bbox/AP": math.nan}]
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    assert "AP" not in find_runs([tmp_path])[0].result  # there are detections
+    (folder / "inference" / "coco_instances_results.json").write_text("[]")
+    assert find_runs([tmp_path])[0].result["AP"] == 0.0
 
 
 def test_runs_of_other_seeds_are_no_pair(runs, tmp_path):
     shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
     shutil.copytree(runs / "distilled" / "seed1", tmp_path / "distilled" / "seed1")
     lacks = not_on_the_page(tmp_path)
-    assert "distilled: its gain, which needs a plain run" in lacks
-    assert "Pictures: they need a plain and a distilled run of one test set" in lacks
+    assert "distilled: its gain. It needs a plain run" in lacks
+    assert "Pictures: they need a plain and a distilled run with the same test set" in lacks
 
 
-def test_a_new_run_in_a_file_of_metrics_is_read_alone(runs, tmp_path):
+def test_of_several_runs_in_one_metrics_file_the_last_is_read(runs, tmp_path):
     folder = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
     with open(folder / "metrics.json", "a") as file:
         file.write('\n{"iteration": 20, "total_loss": 3.0}\n')
@@ -294,7 +327,7 @@ def test_a_new_run_in_a_file_of_metrics_is_read_alone(runs, tmp_path):
     assert run.result == {} and [r["iteration"] for r in run.rows] == [20]
 
 
-def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
+def test_runs_of_compare_have_cost_and_pictures_of_the_best_method(runs, tmp_path):
     """A teacher that was only evaluated; of the ways to distil, pictures of the best."""
     shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
     for name, ap in (("CWD", 5.0), ("FgBg", 9.0)):
@@ -318,11 +351,11 @@ def test_pictures_and_cost_of_runs_of_compare(runs, tmp_path):
     assert "+4.5 AP" in text and "+0.5 AP" in text and "one seed" in text
 
 
-def test_long_curves_are_thinned_by_means():
+def test_a_long_curve_is_drawn_by_means_of_neighbours():
     points = [(i, i % 2) for i in range(10000)]
-    thinned = report._thinned(points)
+    thinned = _thinned(points)
     assert len(thinned) == 400 and np.allclose(thinned[:, 1], 0.5, atol=0.03)
-    assert np.array_equal(report._thinned(points[:7]), points[:7])
+    assert np.array_equal(_thinned(points[:7]), points[:7])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

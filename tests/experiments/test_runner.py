@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import signal
 import subprocess
 import sys
@@ -30,16 +29,21 @@ if (out / "hang").exists():
     lock = open(out / "lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX)
     subprocess.Popen(["sleep", "600"], pass_fds=[lock.fileno()])
     (out / "started").touch(); time.sleep(600)
-(out / "inference").mkdir()
+(out / "inference").mkdir(exist_ok=True)
 for name in ("model_0000001.pth", "model_final.pth", "inference/instances_predictions.pth"):
     (out / name).touch()
-with open(out / "metrics.json", "w") as f:
-    for t in (9.0, 1.0, 2.0): print(json.dumps({"time": t}), file=f)
+kept = pathlib.Path(__file__).with_name("ap.json")
+ap, found = json.loads(kept.read_text()) if kept.exists() else (10.5, [{"score": 0.5}])
+(out / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2, "APs": 1.0, "APm": ap, "APl": float("nan")}
+if "--eval-only" in sys.argv:
+    (out / "results.json").write_text(json.dumps({"bbox": metrics, "segm": {"AP": 9.0}}))
+else:
+    rows = [{"time": t, "iteration": 20 * i + 19} for i, t in enumerate((9.0, 1.0, 2.0))]
+    rows.append({"bbox/AP": 7.0, "iteration": 60})
+    last = {"segm/AP": 9.0, "iteration": 99, **{"bbox/" + k: v for k, v in metrics.items()}}
+    (out / "metrics.json").write_text("".join(json.dumps(r) + chr(10) for r in [*rows, last]))
 print("eta: 0:01  iter: 19  total_loss: 1.5  max_mem: 120M")
-for task, values in (("bbox", "10.5,20.0,5.0,1.0,2.0,nan"), ("segm", "9.0,9.0,9.0,9.0,9.0,9.0")):
-    print("[11/24] d2: copypaste: Task:", task)
-    print("[11/24] d2: copypaste: AP,AP50,AP75,APs,APm,APl")
-    print("[11/24] d2: copypaste:", values)
 """
 
 
@@ -65,19 +69,40 @@ def calls(folder):
 
 def test_metrics_time_and_memory_are_read_and_only_the_final_checkpoint_stays(folder):
     result = run(folder)
-    assert (result["AP"], result["AP50"], result["APl"]) == (10.5, 20.0, None)
+    assert (result["AP"], result["AP50"], result["APl"]) == (10.5, 21.0, None)
     assert result["seconds_per_step"] == 2.0 and result["gpu_memory_mb"] == 120
     assert 1 < result["memory_mb"] < 10**5
     assert [p.name for p in (folder / "run").rglob("*.pth")] == ["model_final.pth"]
 
 
-def test_nothing_detected_is_an_ap_of_zero(folder):
-    child = (folder / "train_net.py").read_text()
-    (folder / "train_net.py").write_text(
-        child.replace("10.5,20.0,5.0,1.0,2.0", "nan,nan,nan,nan,nan")
-    )
-    result = run(folder)
-    assert (result["AP"], result["AP75"], result["APs"]) == (0.0, 0.0, None)
+@pytest.mark.parametrize("eval_only", (False, True))
+def test_ap_is_read_from_a_training_and_from_an_evaluation(folder, eval_only):
+    result = run(folder, eval_only=eval_only)
+    assert result["AP"] == 10.5 and "detections" not in result
+    assert (result["seconds_per_step"] is None) == eval_only
+
+
+@pytest.mark.parametrize("eval_only", (False, True))
+def test_nothing_detected_is_an_ap_of_zero_that_says_so(folder, eval_only, capsys):
+    (folder / "ap.json").write_text("[NaN, []]")
+    result = run(folder, eval_only=eval_only)
+    assert (result["AP"], result["AP75"], result["APm"]) == (0.0, 0.0, None)
+    assert result["detections"] == 0
+    assert "x: nothing was detected on the test set, so AP is 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eval_only", (False, True))
+def test_an_ap_that_is_not_a_number_beside_detections_is_an_error(folder, eval_only):
+    (folder / "ap.json").write_text('[NaN, [{"score": 0.5}]]')
+    with pytest.raises(RunError, match="not a number, although there are 1 detections: no box"):
+        run(folder, eval_only=eval_only)
+    assert not (folder / "run" / "done.json").exists()
+
+
+def test_a_run_without_an_evaluation_is_an_error(folder):
+    (folder / "train_net.py").write_text(CHILD.replace('"bbox/', '"other/'))
+    with pytest.raises(RunError, match="has no AP of boxes. Name one test set in DATASETS.TEST"):
+        run(folder)
 
 
 def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
@@ -93,16 +118,16 @@ def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
 
 
 def test_other_settings_are_refused_by_name_and_nothing_is_lost(folder):
-    run(folder, reads=folder / "teacher.pth")
+    run(folder, checkpoint=folder / "teacher.pth")
     with pytest.raises(RunError, match="SEED was 7, is 8"):
-        run(folder, "SEED", "8", reads=folder / "teacher.pth")
+        run(folder, "SEED", "8", checkpoint=folder / "teacher.pth")
     (folder / "teacher.pth").write_bytes(b"another teacher")
     with pytest.raises(RunError, match="sha256 of the checkpoint"):
-        run(folder, reads=folder / "teacher.pth")
+        run(folder, checkpoint=folder / "teacher.pth")
     assert len(calls(folder)) == 1 and (folder / "run" / "done.json").is_file()
 
 
-def test_data_that_changed_under_one_name_are_refused_where_the_folder_knows(folder, coco):
+def test_data_that_changed_under_one_name_are_refused(folder, coco):
     data = folder / "train.json"
     opts = ["DATASETS.TRAIN_JSON", str(data)]
     data.write_text(Path(coco[0]).read_text())
@@ -110,9 +135,7 @@ def test_data_that_changed_under_one_name_are_refused_where_the_folder_knows(fol
     data.write_text(data.read_text() + " ")
     with pytest.raises(RunError, match="sha256 of DATASETS.TRAIN_JSON was"):
         run(folder, *opts)
-    kept = folder / "run" / "settings.json"
-    old = {k: v for k, v in json.loads(kept.read_text()).items() if "sha256" not in k}
-    kept.write_text(json.dumps(old))  # a folder of before there were hashes
+    data.unlink()  # a run that is done stays so
     run(folder, *opts)
     assert len(calls(folder)) == 1
 
@@ -152,25 +175,14 @@ def test_a_run_that_goes_on_under_another_commit_names_both(folder, monkeypatch)
     assert run(folder)["commit"] == "aaa, bbb+"
 
 
-def test_a_key_that_is_new_since_is_no_difference_at_its_default(folder):
-    run(folder)
-    kept = folder / "run" / "settings.json"
-    old = json.loads(kept.read_text())
-    del old["SOLVER.OPTIMIZER"]
-    kept.write_text(json.dumps(old))
-    run(folder)
-    with pytest.raises(RunError, match="SOLVER.OPTIMIZER was 'SGD', is 'AdamW'"):
-        run(folder, "SOLVER.OPTIMIZER", "AdamW")
+def test_keys_that_only_one_version_of_the_package_has_are_compared_with_their_defaults():
+    assert changes({}, {"SOLVER.OPTIMIZER": "SGD"}) == []
+    assert changes({}, {"SOLVER.OPTIMIZER": "AdamW"}) == ["SOLVER.OPTIMIZER was 'SGD', is 'AdamW'"]
+    assert changes({"SOLVER.OPTIMIZER": "AdamW"}, {}) == ["SOLVER.OPTIMIZER was 'AdamW', is 'SGD'"]
+    assert changes({"GONE": 1}, {}) == ["GONE was 1, is None"]
 
 
-def test_a_folder_of_before_the_gate_had_a_key_for_its_quality_is_of_boxes():
-    key = "MODEL.KD.GATE_QUALITY"
-    assert changes({}, {key: "score"}) == [f"{key} was 'box', is 'score'"]
-    assert changes({}, {key: "box"}) == changes({}, {"MODEL.KD.GATE": "cell"}) == []
-    assert changes({"MODEL.KD.GATE": "off"}, {"MODEL.KD.GATE": "off", key: "score"}) == []
-
-
-def test_a_seed_left_open_and_other_data_under_one_name_are_no_obstacle(folder, coco):
+def test_an_open_seed_and_other_images_in_another_folder_are_no_obstacle(folder, coco):
     run(folder, "SEED", "-1")
     run(folder, "SEED", "-1")
     assert len(calls(folder)) == 1
@@ -184,12 +196,12 @@ def test_settings_are_those_that_the_run_reads(folder):
         return settings_of(read_config(str(folder / "c.yaml"), list(opts)))
 
     kd = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD"]
-    other_pkd, other_ours = ("MODEL.KD.PKD.WEIGHT", "3.0"), ("MODEL.KD.FG_WEIGHT", "9.0")
-    assert settings() == settings(*other_pkd, *other_ours, "OUTPUT_DIR", "elsewhere")
-    assert settings(*kd, "PKD") == settings(*kd, "PKD", *other_ours)
+    other_pkd, other_fgbg = ("MODEL.KD.PKD.WEIGHT", "3.0"), ("MODEL.KD.FGBG.FG_WEIGHT", "9.0")
+    assert settings() == settings(*other_pkd, *other_fgbg, "OUTPUT_DIR", "elsewhere")
+    assert settings(*kd, "PKD") == settings(*kd, "PKD", *other_fgbg)
     assert settings(*kd, "PKD") != settings(*kd, "PKD", *other_pkd)
     assert settings(*kd, "FgBg") == settings(*kd, "FgBg", *other_pkd)
-    assert settings(*kd, "FgBg") != settings(*kd, "FgBg", *other_ours)
+    assert settings(*kd, "FgBg") != settings(*kd, "FgBg", *other_fgbg)
 
 
 def test_a_run_by_a_python_config_has_its_file_and_overrides_for_settings(folder):
@@ -222,11 +234,10 @@ def test_a_folder_is_run_by_one_process_at_a_time(folder):
 
 
 def wait_for(condition):
-    for _ in range(600):
-        if condition():
-            return
+    until = time.monotonic() + 120  # other tests may keep the machine busy
+    while not condition():
+        assert time.monotonic() < until, "waited for two minutes"
         time.sleep(0.05)
-    raise AssertionError("waited for 30 seconds")
 
 
 PARENT = """
@@ -246,10 +257,13 @@ except KeyboardInterrupt:
 def test_ctrl_c_ends_the_children_and_their_children_without_a_trace(folder):
     (folder / "run" / "hang").touch()
     command = [sys.executable, "-c", PARENT, str(folder)]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for((folder / "run" / "started").exists)
-    parent.send_signal(signal.SIGINT)
-    _, errors = parent.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
+        try:
+            wait_for((folder / "run" / "started").exists)
+            parent.send_signal(signal.SIGINT)
+            _, errors = parent.communicate(timeout=60)
+        finally:
+            parent.kill()
     assert parent.returncode == 1 and "Traceback" not in errors and "stopped" in errors
 
     def all_are_gone():  # child and grandchild hold one lock

@@ -1,15 +1,16 @@
-"""Kinds of errors: tidecv on boxes without masks, by hand, and in the table of a comparison; the
-score of an image."""
+"""Kinds of errors, computed by hand and in the table of a comparison; the score of an image."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import answers
+from conftest import answers, row
 
-from fgbg_kd.experiments.tables import group, markdown
+from fgbg_kd.experiments.result_rows import group
+from fgbg_kd.experiments.tables import comparison_tables
 from fgbg_kd.experiments.tide import KINDS, detection_errors, image_scores, run_errors, tide
+from fgbg_kd.utils.errors import RunError
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def write(path, *detections):
 
 def test_errors_by_hand(truth, tmp_path):
     right = (2, 80, 0.8)
-    # The object of class 1 taken for one of class 2, surer than what is right: AP50 is 0 and 50.
+    # The object of class 1 is taken for class 2, with a higher score than the right detection has.
+    # AP50 is 0 for class 1 and 50 for class 2.
     wrong_class = detection_errors(truth, write(tmp_path / "a.json", (2, 40, 0.9), right))
     assert wrong_class == {
         **dict.fromkeys(KINDS, 0.0),
@@ -66,15 +68,13 @@ def test_errors_of_a_run_are_found_once_on_its_own_test_set(truth, tmp_path):
     assert run_errors(tmp_path) == first
 
 
-def test_without_tidecv_the_mend_is_named(monkeypatch):
+def test_without_tidecv_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tidecv", None)
-    with pytest.raises(ValueError, match="pip install --no-deps tidecv"):
+    with pytest.raises(RunError, match="pip install --no-deps tidecv"):
         tide()
 
 
 def test_the_table_has_means_and_paired_differences_to_plain():
-    from conftest import row
-
     def errors(miss):
         return {**dict.fromkeys(KINDS, 1.0), "Miss": miss}
 
@@ -84,12 +84,15 @@ def test_the_table_has_means_and_paired_differences_to_plain():
         for seed, miss in enumerate(misses)
     ]
     rows += [row("teacher", None, 10.0, errors=errors(1.0)), row("PKD", 0, 10.0)]
-    lines = markdown(group(rows)["c.yaml"]).splitlines()
-    table = lines[lines.index("| dAP50 | " + " | ".join(KINDS) + " |") :]
-    assert table[2].split(" | ")[6] == "5.0"
-    assert table[3].split(" | ")[6] == "4.0 (-1.00 ± 0.00)"
-    assert table[4] == "| teacher |" + " 1.0 |" * 8
-    assert not any(line.startswith("| PKD") for line in table)
+    text = comparison_tables(group(rows)["c.yaml"], ["errors"])
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert table[0] == ["dAP50", *KINDS]
+    by_method = {cells[0]: dict(zip(KINDS, cells[1:])) for cells in table[2:]}
+    assert list(by_method) == ["teacher", "plain", "FgBg"]  # PKD's were not measured
+    assert set(by_method["teacher"].values()) == {"1.0"}
+    assert by_method["plain"]["Miss"] == "5.0"
+    assert by_method["FgBg"]["Miss"] == "4.0 (-1.00 ± 0.00)"
 
 
 def test_the_score_of_an_image_by_hand(coco, tmp_path):

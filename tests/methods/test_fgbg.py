@@ -1,4 +1,4 @@
-"""FgBg: values by hand, and a scale that batch, map and number of workers do not change."""
+"""FgBg: values by hand, and a scale that batch, map and number of processes do not change."""
 
 import math
 
@@ -8,46 +8,41 @@ import torch.multiprocessing as mp
 from torch import distributed
 
 from fgbg_kd import Batch, DenseOutput, FgBg
+from fgbg_kd.config import method_defaults
+from fgbg_kd.methods import build_method
 from fgbg_kd.ops import Comparison, kl_divergence
-
-
-class Classes:
-    """All that the loss reads of a detector while the gate is off."""
-
-    num_classes = 1
 
 
 def outputs(size, seed):
     generator = torch.Generator().manual_seed(seed)
     features, logits = (torch.randn(1, 3, 1, 1, generator=generator) for _ in range(2))
     expand = (2, -1, size, size)
-    return DenseOutput([features.expand(expand)], [logits.expand(expand)], [None])
+    return DenseOutput([features.expand(expand)], [logits.expand(expand)])
 
 
 def terms(student, teacher, boxes, size, **options):
-    loss = FgBg([3], [3], gate="off", **options)
+    loss = build_method("FgBg", [3], [3], gate="off", **options)
     n = len(boxes)
-    first = [DenseOutput(*([x[:n] if x is not None else None for x in f] for f in o))
-             for o in (student, teacher)]  # fmt: skip
+    first = [DenseOutput(*([x[:n] for x in f] for f in o[:2])) for o in (student, teacher)]
     batch = Batch(
         *first,
-        (Classes, Classes),
         [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes],
         [torch.zeros(len(b), dtype=torch.long) for b in boxes],
         [(size * 8, size * 8)] * n,
         [8],
+        num_classes=1,
     )
     return loss(batch)[0]
 
 
 def test_by_hand():
-    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)], [None])
+    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
-    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits], [None])
-    loss = FgBg([1], [1], gate="off", fg_weight=2.0, bg_weight=0.5)
+    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits])
+    loss = build_method("FgBg", [1], [1], gate="off", fg_weight=2.0, bg_weight=0.5)
     box = torch.tensor([[0.0, 0, 8, 8]])
     one = torch.zeros(1, dtype=torch.long)
-    batch = Batch(student, teacher, (Classes, Classes), [box], [one], [(16, 16)], [8])
+    batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(2.0 * 2)  # opposite vectors: 1 - cos = 2
@@ -56,9 +51,9 @@ def test_by_hand():
 
 
 def test_the_gate_shuts_cells_of_both_terms_and_leaves_the_divisors(monkeypatch):
-    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)], [None])
+    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
-    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits], [None])
+    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits])
     # Above a box of two cells, below the background; the teacher is better in one of each.
     better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
 
@@ -69,8 +64,8 @@ def test_the_gate_shuts_cells_of_both_terms_and_leaves_the_divisors(monkeypatch)
     monkeypatch.setattr(Batch, "compare", found)
     one = torch.zeros(1, dtype=torch.long)
     box = torch.tensor([[0.0, 0, 16, 8]])
-    batch = Batch(student, teacher, (Classes, Classes), [box], [one], [(16, 16)], [8])
-    losses, shares = FgBg([1], [1], fg_weight=1.0, gate_margin=0.0)(batch)
+    batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
+    losses, shares = build_method("FgBg", [1], [1], fg_weight=1.0, gate_margin=0.0)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(2 / 2)  # one cell of the box's two
     assert losses["loss_kd_bg"].item() == pytest.approx(kl / 2, rel=1e-5)  # over two cells of it
@@ -79,16 +74,13 @@ def test_the_gate_shuts_cells_of_both_terms_and_leaves_the_divisors(monkeypatch)
     }
 
 
-@pytest.mark.parametrize("bg_normalizer", ["fg", "bg"])
-@pytest.mark.parametrize("normalize", ["object", "cell"])
-def test_more_images_or_larger_maps_do_not_change_the_scale(bg_normalizer, normalize):
-    options = {"bg_normalizer": bg_normalizer, "normalize": normalize}
+def test_more_images_or_larger_maps_do_not_change_the_scale():
     half = (0, 0, 32, 16)  # half of a 4 x 4 map; of a larger map the same share
     small = outputs(4, 0), outputs(4, 1)
     large = outputs(8, 0), outputs(8, 1)
-    one = terms(*small, [[half]], 4, **options)
-    two = terms(*small, [[half], [half]], 4, **options)
-    big = terms(*large, [[tuple(2 * v for v in half)]], 8, **options)
+    one = terms(*small, [[half]], 4)
+    two = terms(*small, [[half], [half]], 4)
+    big = terms(*large, [[tuple(2 * v for v in half)]], 8)
     for name, value in one.items():
         assert value > 0
         torch.testing.assert_close(two[name], value)
@@ -105,7 +97,7 @@ def _worker(rank, folder, boxes):
     distributed.destroy_process_group()
 
 
-def test_two_workers_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
+def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
     mp.spawn(_worker, (str(tmp_path), boxes), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
@@ -118,16 +110,45 @@ def test_two_workers_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_pat
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kl": "gauss"}, "MODEL.KD.KL is 'gauss'"),
+        ({"kl": "gauss"}, "MODEL.KD.FGBG.KL is 'gauss'"),
         ({"fg_weight": -1}, "FG_WEIGHT is -1"),
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
-        ({"adapter": "none", "teacher_channels": [4]}, "use 'auto'"),
+        ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
+        ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        FgBg(**{"student_channels": [3], "teacher_channels": [3], **options})
+        build_method("FgBg", [3], [3], **options)
+
+
+def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps():
+    """Both terms fall when the student's maps follow their gradients."""
+    torch.manual_seed(0)
+    maps = [torch.randn(1, c, 4, 4) for c in (3, 5, 6, 6)]  # features, logits of two anchors
+    s_features, t_features, s_logits, t_logits = maps
+    leaves = [s_features.requires_grad_(), s_logits.requires_grad_()]
+    method = build_method("FgBg", [3], [5], gate_margin=-1.0)
+    optimizer = torch.optim.Adam([*leaves, *method.parameters()], lr=0.1)
+    batch = Batch(
+        DenseOutput([s_features], [s_logits]),
+        DenseOutput([t_features], [t_logits]),
+        [torch.tensor([[0.0, 0, 16, 16]])],
+        [torch.zeros(1, dtype=torch.long)],
+        [(32, 32)],
+        [8],
+        num_classes=3,
+    )
+    steps = []
+    for _ in range(30):
+        losses, _ = method(batch)
+        steps.append({name: loss.item() for name, loss in losses.items()})
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    for name, first in steps[0].items():
+        assert steps[-1][name] < 0.2 * first, name
 
 
 def test_a_subclass_may_have_options_of_its_own():
@@ -136,7 +157,8 @@ def test_a_subclass_may_have_options_of_its_own():
             super().__init__(*channels, **options)
             self.extra = extra
 
-    mine = Mine([3], [3], extra="no", assign="all")
-    assert mine.extra == "no" and mine.option == {**FgBg.options(), "assign": "all"}
-    with pytest.raises(ValueError, match="MODEL.KD.FG_WEIGHT is -1"):
-        Mine([3], [3], fg_weight=-1)
+    options = method_defaults("FgBg")
+    mine = Mine([3], [3], extra="no", **{**options, "assign": "all"})
+    assert mine.extra == "no" and mine.assign == "all"
+    with pytest.raises(ValueError, match="MODEL.KD.FGBG.FG_WEIGHT is -1"):
+        Mine([3], [3], **{**options, "fg_weight": -1})

@@ -8,14 +8,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import METHOD_REGISTRY, Batch, DenseOutput
+from fgbg_kd.config import method_defaults
+from fgbg_kd.methods import build_method
 
 PEERS = sorted(name for name, _ in METHOD_REGISTRY if name != "FgBg")
-
-
-class Detector:
-    """All that peers read of a detector."""
-
-    loss_normalizer = 4.0
 
 
 def batch_of(student, teacher, boxes=((),), stride=8, logits=(None, None)):
@@ -26,11 +22,12 @@ def batch_of(student, teacher, boxes=((),), stride=8, logits=(None, None)):
     return Batch(
         DenseOutput(student, logits[0]),
         DenseOutput(teacher, logits[1]),
-        (Detector, Detector),
         boxes,
         [torch.zeros(len(b), dtype=torch.long) for b in boxes],
         [(h * stride, w * stride)] * n,
         [stride * 2**i for i in range(len(student))],
+        num_classes=2,
+        loss_normalizer=4.0,
     )
 
 
@@ -42,7 +39,7 @@ def maps(seed, n=2, c=3, sizes=((4, 4), (2, 2))):
 def loss_of(name, batch, edit=None, **options):
     student, teacher = ([f.shape[1] for f in x.features] for x in (batch.student, batch.teacher))
     torch.manual_seed(0)
-    method = METHOD_REGISTRY.get(name)(student, teacher, **options)
+    method = build_method(name, student, teacher, **options)
     if edit:
         edit(method)
     losses, _ = method(batch)
@@ -83,7 +80,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_defaults_are_the_published_options_for_one_stage_detectors(name):
-    options = METHOD_REGISTRY.get(name).options()
+    options = method_defaults(name)
     assert {k: options[k] for k in PUBLISHED[name]} == PUBLISHED[name]
 
 
@@ -281,7 +278,7 @@ def test_a_step_through_the_config(distil_cfg, name, boxes):
     batch = make_batch(boxes=boxes) if boxes else make_batch()
     values = []
     for weight in (node.WEIGHT, 2 * node.WEIGHT):
-        model.kd.weight = weight
+        model.method.weight = weight
         with EventStorage(0):
             torch.manual_seed(0)  # the same mask
             losses = model(batch)
@@ -294,7 +291,7 @@ def test_a_step_through_the_config(distil_cfg, name, boxes):
     assert through.weight.grad.abs().sum() > 0
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert all(p.grad is None for p in model.teacher.parameters())
+    assert all(p.grad is None for p in model.teacher.detector.parameters())
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -305,7 +302,7 @@ def test_autocast_keeps_the_loss_in_fp32(distil_cfg, name):
         loss = model(make_batch())["loss_kd"]
     assert loss.dtype == torch.float32 and loss.isfinite()
     loss.backward()
-    assert all(p.grad.isfinite().all() for p in model.kd.parameters())
+    assert all(p.grad.isfinite().all() for p in model.method.parameters())
 
 
 def test_only_qfl_runs_the_teachers_head(distil_cfg):
@@ -313,7 +310,7 @@ def test_only_qfl_runs_the_teachers_head(distil_cfg):
     distil_cfg.MODEL.KD.METHOD = "PKD"
     model = build_model(distil_cfg).train()
     calls = []
-    model.teacher.head.register_forward_hook(lambda *_: calls.append(1))
+    model.teacher.detector.head.register_forward_hook(lambda *_: calls.append(1))
     with EventStorage(0):
         model(make_batch())
     assert not calls
@@ -321,21 +318,21 @@ def test_only_qfl_runs_the_teachers_head(distil_cfg):
 
 def test_options_of_a_peer_stand_in_its_node(distil_cfg):
     distil_cfg.merge_from_list(["MODEL.KD.METHOD", "PKD", "MODEL.KD.PKD.WEIGHT", "0.5"])
-    assert build_model(distil_cfg).kd.weight == 0.5
+    assert build_model(distil_cfg).method.weight == 0.5
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_negative_weight_is_named(name):
     with pytest.raises(ValueError, match=f"MODEL.KD.{name.upper()}.WEIGHT is -1.0: .* >= 0"):
-        METHOD_REGISTRY.get(name)([3], [3], weight=-1.0)
+        build_method(name, [3], [3], weight=-1.0)
 
 
 def test_a_share_over_1_is_named():
-    with pytest.raises(ValueError, match="MGD.MASK_RATIO is 65: a share, at most 1"):
-        METHOD_REGISTRY.get("MGD")([3], [3], mask_ratio=65)
+    with pytest.raises(ValueError, match="MGD.MASK_RATIO is 65: it must be at most 1"):
+        build_method("MGD", [3], [3], mask_ratio=65)
 
 
 @pytest.mark.parametrize("name, option", [("CWD", "temperature"), ("PKD", "num_levels")])
 def test_an_option_that_cannot_be_0_is_named(name, option):
     with pytest.raises(ValueError, match=f"{name}.{option.upper()} is 0: it must be over 0"):
-        METHOD_REGISTRY.get(name)([3], [3], **{option: 0})
+        build_method(name, [3], [3], **{option: 0})

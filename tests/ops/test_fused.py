@@ -1,17 +1,12 @@
 """The fused operators against a float64 reference, on a GPU or in Triton's interpreter."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from torch.autograd import gradcheck
 
 from fgbg_kd.ops import (
     BACKGROUND,
     PADDING,
-    DenseOutput,
     Split,
     compare_predictions,
     cosine_loss,
@@ -26,8 +21,6 @@ SHAPES = [
     (2, 37, [(7, 11), (3, 5)]),
     (1, 96, [(13, 10)]),
 ]
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-WEIGHTS = ["mixed", "all", "none"]
 
 
 def randn(*shape, seed, scale=1.0):
@@ -52,12 +45,11 @@ def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.
     index = torch.where(weight != 0, BACKGROUND, PADDING).int()
     boxes = torch.zeros(len(weight), 1, 4, device=weight.device)
     found = compare_predictions(
-        DenseOutput([], student),
-        DenseOutput([], teacher),
-        (SimpleNamespace(num_classes=num_classes),) * 2,
+        student,
+        teacher,
         Split(index, weight, boxes, shapes),
         torch.zeros(len(weight), 1, dtype=torch.long, device=weight.device),
-        [8] * len(student),
+        num_classes,
         kl=kind,
         temperature=temperature,
         quality=False,
@@ -89,11 +81,26 @@ def check(function, student, reference_inputs):
         assert (f.double() - e).abs().max() <= bound
 
 
-@pytest.mark.parametrize("n, c, shapes", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_cosine(n, c, shapes, dtype, weights, channels_last):
+# Every pair of values of two parameters occurs (for cosine and KL: shape, dtype, weights, layout).
+COSINE_CASES = [
+    (0, torch.float64, "mixed", False),
+    (0, torch.float32, "all", True),
+    (0, torch.float16, "none", False),
+    (0, torch.bfloat16, "mixed", True),
+    (1, torch.float64, "all", True),
+    (1, torch.float32, "mixed", False),
+    (1, torch.float16, "mixed", True),
+    (1, torch.bfloat16, "none", False),
+    (2, torch.float64, "none", True),
+    (2, torch.float32, "none", False),
+    (2, torch.float16, "all", False),
+    (2, torch.bfloat16, "all", True),
+]
+
+
+@pytest.mark.parametrize("shape, dtype, weights, channels_last", COSINE_CASES)
+def test_cosine_equals_a_float64_reference(shape, dtype, weights, channels_last):
+    n, c, shapes = SHAPES[shape]
     student, teacher = (
         [layout(randn(n, c, h, w, seed=10 * i + j).to(dtype), channels_last)
          for j, (h, w) in enumerate(shapes)]
@@ -108,13 +115,14 @@ def test_cosine(n, c, shapes, dtype, weights, channels_last):
     check(function, student, [s.double() for s in student])
 
 
+@pytest.mark.slow
 def test_cosine_gradcheck_through_the_kernels():
     student = [
-        randn(2, 3, 2, 3, seed=1).requires_grad_(),
-        randn(2, 3, 1, 1, seed=2).requires_grad_(),
+        randn(1, 3, 2, 2, seed=1).requires_grad_(),
+        randn(1, 3, 1, 1, seed=2).requires_grad_(),
     ]
-    teacher = [randn(2, 3, 2, 3, seed=3), randn(2, 3, 1, 1, seed=4)]
-    weight = make_weight("mixed", 2, 7).double()
+    teacher = [randn(1, 3, 2, 2, seed=3), randn(1, 3, 1, 1, seed=4)]
+    weight = make_weight("mixed", 1, 5).double()
     assert gradcheck(lambda *s: cosine_loss(s, teacher, weight, "triton"), student)
 
 
@@ -149,15 +157,27 @@ def test_cosine_operator_is_registered_soundly():
     torch.library.opcheck(weighted_cosine, arguments)
 
 
-@pytest.mark.parametrize(
-    "n, c, shapes", [(1, 1, SHAPES[0][2]), (2, 5, SHAPES[1][2]), (1, 33, [(4, 3)])]
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("temperature, channels_last", [(1.0, False), (2.5, True)])
-def test_kl(n, c, shapes, dtype, weights, kind, temperature, channels_last):
+KL_SHAPES = [(1, 1, SHAPES[0][2]), (2, 5, SHAPES[1][2]), (1, 33, [(4, 3)])]
+KL_CASES = [
+    (0, torch.float64, "mixed", "sigmoid", 1.0, False),
+    (0, torch.float32, "all", "softmax", 2.5, True),
+    (0, torch.float16, "none", "sigmoid", 2.5, True),
+    (0, torch.bfloat16, "mixed", "softmax", 1.0, False),
+    (1, torch.float64, "all", "softmax", 2.5, True),
+    (1, torch.float32, "mixed", "sigmoid", 1.0, False),
+    (1, torch.float16, "mixed", "softmax", 2.5, True),
+    (1, torch.bfloat16, "none", "sigmoid", 2.5, True),
+    (2, torch.float64, "none", "softmax", 1.0, False),
+    (2, torch.float32, "none", "sigmoid", 2.5, True),
+    (2, torch.float16, "all", "softmax", 1.0, False),
+    (2, torch.bfloat16, "all", "sigmoid", 2.5, True),
+]
+
+
+@pytest.mark.parametrize("shape, dtype, weights, kind, temperature, channels_last", KL_CASES)
+def test_kl_equals_a_float64_reference(shape, dtype, weights, kind, temperature, channels_last):
     """c classes, three anchors, logits around the background's usual -5."""
+    n, c, shapes = KL_SHAPES[shape]
     student, teacher = (
         [layout((randn(n, 3 * c, h, w, seed=10 * i + j, scale=3) - 5).to(dtype), channels_last)
          for j, (h, w) in enumerate(shapes)]
@@ -196,15 +216,17 @@ def test_maps_may_be_cut_out_or_transposed(loss, cut):
     assert torch.equal(own, cut(grad))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_kl_gradcheck_through_the_kernels(kind):
+    """Two anchors of two classes; two levels, one cell of weight 0."""
     student = [
-        randn(2, 6, 2, 1, seed=1).requires_grad_(),
-        randn(2, 6, 1, 1, seed=2).requires_grad_(),
+        randn(1, 4, 2, 1, seed=1).requires_grad_(),
+        randn(1, 4, 1, 1, seed=2).requires_grad_(),
     ]
-    teacher = [randn(2, 6, 2, 1, seed=3), randn(2, 6, 1, 1, seed=4)]
-    weight = make_weight("mixed", 2, 3).double()
-    assert gradcheck(lambda *s: kl_sum(s, teacher, weight, 3, kind, 2.0, "triton"), student)
+    teacher = [randn(1, 4, 2, 1, seed=3), randn(1, 4, 1, 1, seed=4)]
+    weight = make_weight("mixed", 1, 3).double()
+    assert gradcheck(lambda *s: kl_sum(s, teacher, weight, 2, kind, 2.0, "triton"), student)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
@@ -216,32 +238,32 @@ def test_fused_kl_of_huge_logits_and_unread_nan_stays_finite(kind):
     assert loss.isfinite() and grad.isfinite().all() and grad[..., 3] == 0
 
 
-def detector(kind, sizes, num_classes):
-    """What the comparison reads of a DenseDetector."""
-    if kind == "RetinaNet":
-        aspect, transform = [0.5, 1.0, 2.0], Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
-    else:  # FCOS
-        aspect, transform = [1.0], Box2BoxTransformLinear(normalize_by_size=kind == "FCOS")
-    generator = DefaultAnchorGenerator(
-        sizes=[[s] for s in sizes], aspect_ratios=[aspect], strides=[8, 16], offset=0.5
-    )
-    return SimpleNamespace(
-        num_classes=num_classes,
-        box2box_transform=transform,
-        anchor_generator=generator.to(DEVICE),
-        num_anchors=len(aspect),
-    )
+SHAPES_2 = [(7, 9), (4, 5)]  # of strides 8 and 16
 
 
-def predictions(like, shapes, channels_last, dtype, seed):
-    """Random outputs; deltas that make boxes near the anchors."""
-    a, k = like.num_anchors, like.num_classes
-    maps = [
-        [layout(randn(2, c, h, w, seed=seed + i + c, scale=2).to(dtype), channels_last)
-         for i, (h, w) in enumerate(shapes)]
-        for c in (1, a * k, a * 4)
-    ]  # fmt: skip
-    return DenseOutput(*maps)
+def predictions(
+    anchors, classes, shapes=SHAPES_2, channels_last=False, dtype=torch.float32, seed=0
+):
+    """Random logits, and boxes of about 24 pixels near each cell, per level; N = 2.
+
+    Args:
+        anchors: a cell, per level.
+    """
+    logits, boxes = [], []
+    for i, ((h, w), a, stride) in enumerate(zip(shapes, anchors, (8, 16))):
+        logits.append(randn(2, a * classes, h, w, seed=seed + i, scale=2))
+        y, x = torch.meshgrid(*(stride * (torch.arange(n) + 0.5) for n in (h, w)), indexing="ij")
+        centre = torch.stack([x, y, x, y]).to(DEVICE) + torch.tensor(
+            [-12.0, -12, 12, 12], device=DEVICE
+        ).reshape(4, 1, 1)
+        noise = randn(2, a * 4, h, w, seed=seed + 50 + i, scale=4)
+        boxes.append(centre.repeat(a, 1, 1) + noise)
+    return tuple([layout(m.to(dtype), channels_last) for m in maps] for maps in (logits, boxes))
+
+
+def compare(student, teacher, *args, boxes=False, **options):
+    pair = (student[1], teacher[1]) if boxes else None
+    return compare_predictions(student[0], teacher[0], *args, boxes=pair, **options)
 
 
 SCENE = {
@@ -251,30 +273,36 @@ SCENE = {
 }
 
 
-@pytest.mark.parametrize("kinds", [("RetinaNet", "RetinaNet"), ("FCOS", "FCOS of pixels")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("scene", SCENE)
-@pytest.mark.parametrize("kl", ["sigmoid", "softmax", None])
-@pytest.mark.parametrize("with_boxes", [True, False])
+# Pairwise: scene, dtype, layout, KL, boxes, anchors a cell on each level.
+PASS_CASES = [
+    ("boxes", torch.float32, False, "sigmoid", True, (3, 3)),
+    ("boxes", torch.bfloat16, True, "softmax", False, (3, 2)),
+    ("boxes", torch.float32, True, None, True, (1, 1)),
+    ("boxes", torch.float32, False, None, False, (3, 2)),
+    ("all foreground", torch.bfloat16, False, "sigmoid", False, (1, 1)),
+    ("all foreground", torch.float32, True, "softmax", True, (3, 2)),
+    ("all foreground", torch.bfloat16, True, None, True, (3, 3)),
+    ("nothing", torch.float32, True, "sigmoid", False, (3, 2)),
+    ("nothing", torch.bfloat16, False, "softmax", True, (1, 1)),
+    ("nothing", torch.bfloat16, False, None, False, (3, 3)),
+]
+
+
+@pytest.mark.parametrize("scene, dtype, channels_last, kl, with_boxes, anchors", PASS_CASES)
 def test_one_pass_gives_the_qualities_and_the_kl(
-    kinds, dtype, channels_last, scene, kl, with_boxes
+    scene, dtype, channels_last, kl, with_boxes, anchors
 ):
-    """The second image is smaller than the batch: it has padding."""
-    shapes, sizes = [(7, 9), (4, 5)], [(56, 72), (37, 50)]
-    detectors = [detector(kind, [32, 64], 5) for kind in kinds]
-    boxes = [
-        torch.tensor(b, dtype=torch.float32, device=DEVICE).reshape(-1, 4) for b in SCENE[scene]
-    ]
-    cells = split(boxes, sizes, shapes, [8, 16], impl="torch")
+    """The second image is smaller than the batch, so it has padding."""
+    boxes = [torch.tensor(b, dtype=torch.float32, device=DEVICE).reshape(-1, 4)
+             for b in SCENE[scene]]  # fmt: skip
+    cells = split(boxes, [(56, 72), (37, 50)], SHAPES_2, [8, 16], assign="all", impl="torch")
     classes = torch.tensor([[0, 4, 2], [1, 0, 0]], device=DEVICE)[:, : cells.boxes.shape[1]]
-    outputs = [
-        predictions(d, shapes, channels_last, dtype, 100 * i) for i, d in enumerate(detectors)
+    both = [
+        predictions(anchors, 5, channels_last=channels_last, dtype=dtype, seed=100 * i)
+        for i in range(2)
     ]
     plain, fused = (
-        compare_predictions(
-            *outputs, detectors, cells, classes, [8, 16], kl=kl, boxes=with_boxes, impl=impl
-        )
+        compare(*both, cells, classes, 5, kl=kl, boxes=with_boxes, impl=impl)
         for impl in ("torch", "triton")
     )
     for name, expected in plain._asdict().items():
@@ -284,137 +312,69 @@ def test_one_pass_gives_the_qualities_and_the_kl(
             continue
         assert got.dtype == torch.float32 and got.isfinite().all()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert (fused.student_quality[cells.box_index == -2] == 0).all()
+    assert (fused.student_quality[cells.box_index == PADDING] == 0).all()
 
 
-@pytest.mark.parametrize("kinds", [("RetinaNet", "FCOS"), ("FCOS", "RetinaNet")])
-@pytest.mark.parametrize("kl", ["sigmoid", None])
-def test_qualities_by_score_alone_need_no_boxes(kinds, kl):
-    shapes, detectors = [(5, 6), (3, 3)], [detector(kind, [32, 64], 5) for kind in kinds]
+@pytest.mark.parametrize("with_boxes", [True, False])
+def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
+    """Three anchors against one: qualities by their own, the KL by the largest logit."""
     boxes = [torch.tensor([[3.0, 3, 30, 40], [20, 20, 29, 29]], device=DEVICE)] * 2
-    cells = split(boxes, [(40, 48), (33, 48)], shapes, [8, 16], impl="torch")
-    classes = torch.tensor([[4, 0], [1, 2]], device=DEVICE)
-    outputs = [
-        predictions(d, shapes, False, torch.float32, 50 * i)._replace(features=(), deltas=None)
-        for i, d in enumerate(detectors)
-    ]
-    options = {"same_anchors": False, "kl": kl, "boxes": False}
-    plain, fused = (
-        compare_predictions(*outputs, detectors, cells, classes, [8, 16], impl=impl, **options)
-        for impl in ("torch", "triton")
-    )
-    for d, output, quality in zip(detectors, outputs, plain[1:]):
-        scores = [x.sigmoid().unflatten(1, (d.num_anchors, 5)).amax(1) for x in output.logits]
-        scores = torch.cat([x.flatten(2) for x in scores], dim=2)  # (N, K, R), of the best anchor
-        own = scores.gather(1, cells.owner(classes)[:, None])[:, 0]
-        expected = torch.where(cells.foreground, own, (1 - scores.amax(1)) * cells.background)
-        torch.testing.assert_close(quality, expected)
-    assert cells.foreground.any() and (cells.box_index == PADDING).any()
-    for expected, got in zip(plain, fused):
-        if expected is not None:
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_heads_that_differ_are_compared_by_the_best_anchor_of_each_class():
     shapes = [(5, 6), (3, 3)]
-    detectors = [detector(kind, [32, 64], 5) for kind in ("RetinaNet", "FCOS")]
-    box = torch.tensor([[3.0, 3, 30, 40]], device=DEVICE)
-    cells = split([box, box], [(40, 48)] * 2, shapes, [8, 16], impl="torch")
-    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    outputs = [
-        predictions(d, shapes, False, torch.float32, 50 * i) for i, d in enumerate(detectors)
-    ]
+    cells = split(boxes, [(40, 48), (33, 48)], shapes, [8, 16], assign="all", impl="torch")
+    classes = torch.tensor([[4, 0], [1, 2]], device=DEVICE)
+    both = [predictions((a, a), 5, shapes, seed=50 * a) for a in (3, 1)]
     plain, fused = (
-        compare_predictions(
-            *outputs, detectors, cells, classes, [8, 16], same_anchors=False, impl=impl
-        )
-        for impl in ("torch", "triton")
-    )
-    best = outputs[0].logits[0].unflatten(1, (3, 5)).amax(1)
-    by_hand = kl_divergence(best, outputs[1].logits[0], 5, "sigmoid").flatten(1)
-    inside = cells.background[:, :30]
-    assert plain.student_quality.max() > 0 and inside.any()
-    torch.testing.assert_close(plain.kl[:, :30], torch.where(inside, by_hand, 0))
-    for expected, got in zip(plain, fused):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_detector_may_have_more_levels_than_are_compared():
-    one = detector("RetinaNet", [32, 64], 5)
-    box = torch.tensor([[3.0, 3, 30, 40]], device=DEVICE)
-    cells = split([box, box], [(40, 48)] * 2, [(3, 3)], [16], impl="torch")
-    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    outputs = [predictions(one, [(3, 3)], False, torch.float32, seed) for seed in (0, 50)]
-    plain, fused = (
-        compare_predictions(*outputs, (one, one), cells, classes, [16], impl=impl)
-        for impl in ("torch", "triton")
-    )
-    assert plain.student_quality[cells.foreground].max() > 0
-    for expected, got in zip(plain, fused):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_box_coding_that_the_kernel_does_not_know_is_decoded_by_the_detector():
-    class Halved:
-        def apply_deltas(self, deltas, boxes):
-            return boxes + deltas / 2
-
-    shapes, known = [(2, 3), (1, 2)], detector("RetinaNet", [32, 64], 3)
-    unknown = SimpleNamespace(**{**vars(known), "box2box_transform": Halved()})
-    box = torch.tensor([[3.0, 3, 20, 14]], device=DEVICE)
-    cells = split([box, box], [(16, 24)] * 2, shapes, [8, 16], impl="torch")
-    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    outputs = [predictions(known, shapes, False, torch.float32, seed) for seed in (0, 50)]
-    plain, fused = (
-        compare_predictions(*outputs, (unknown, known), cells, classes, [8, 16], impl=impl)
+        compare(*both, cells, classes, 5, same_anchors=False, boxes=with_boxes, impl=impl)
         for impl in ("torch", "triton")
     )
     for expected, got in zip(plain, fused):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    best = [[x.unflatten(1, (-1, 5)).amax(1) for x in logits] for logits, _ in both]
+    apart = [kl_divergence(s, t, 5, "sigmoid").flatten(1) for s, t in zip(*best)]
+    apart = torch.where(cells.background, torch.cat(apart, dim=1), 0)
+    torch.testing.assert_close(plain.kl, apart)
+    if not with_boxes:
+        for maps, quality in zip(best, plain[1:]):
+            score = torch.cat([x.sigmoid().flatten(2) for x in maps], dim=2)  # (N, K, R)
+            own = score.gather(1, cells.owner(classes)[:, None])[:, 0]
+            expected = torch.where(cells.foreground, own, (1 - score.amax(1)) * cells.background)
+            torch.testing.assert_close(quality, expected)
+    assert cells.foreground.any() and (cells.box_index == PADDING).any()
 
 
-def test_only_the_kl_on_background_has_a_gradient():
-    shapes, one = [(2, 3), (1, 2)], detector("FCOS", [8, 16], 3)
+def one_box_scene():
+    shapes = [(2, 3), (1, 2)]
     box = torch.tensor([[0.0, 0, 12, 16]], device=DEVICE)
-    cells = split([box, box], [(16, 24)] * 2, shapes, [8, 16], impl="torch")
-    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    outputs = [predictions(one, shapes, False, torch.float32, seed) for seed in (0, 50)]
-    for impl in ("torch", "triton"):
-        leaf = outputs[0].logits[0].clone().requires_grad_()
-        student = outputs[0]._replace(logits=[leaf, outputs[0].logits[1]])
-        found = compare_predictions(
-            student, outputs[1], (one, one), cells, classes, [8, 16], impl=impl
-        )
-        assert not found.student_quality.requires_grad and not found.teacher_quality.requires_grad
-        found.kl.sum().backward()  # weight 1 also where the KL is masked
-        touched = (leaf.grad != 0).any(1).flatten(1)
-        assert torch.equal(touched, cells.background[:, :6])
+    sizes = [(16, 24)] * 2
+    cells = split([box, box], sizes, shapes, [8, 16], assign="all", impl="torch")
+    both = [predictions((3, 3), 3, shapes, seed=seed) for seed in (0, 50)]
+    return cells, torch.zeros(2, 1, dtype=torch.long, device=DEVICE), both
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_only_the_kl_on_background_has_a_gradient(impl):
+    cells, classes, ((logits, boxes), teacher) = one_box_scene()
+    leaf = logits[0].clone().requires_grad_()
+    student = ([leaf, logits[1]], boxes)
+    found = compare(student, teacher, cells, classes, 3, boxes=True, impl=impl)
+    assert not found.student_quality.requires_grad and not found.teacher_quality.requires_grad
+    found.kl.sum().backward()  # weight 1 also where the KL is masked
+    touched = (leaf.grad != 0).any(1).flatten(1)
+    assert torch.equal(touched, cells.background[:, :6])
 
 
 def test_the_losses_compile_without_a_graph_break():
-    shapes, one = [(2, 3), (1, 2)], detector("RetinaNet", [8, 16], 3)
-    box = torch.tensor([[0.0, 0, 12, 16]], device=DEVICE)
-    cells = split([box, box], [(16, 24)] * 2, shapes, [8, 16], impl="torch")
-    classes = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    student, teacher = (predictions(one, shapes, False, torch.float32, seed) for seed in (0, 50))
+    cells, classes, ((logits, boxes), teacher) = one_box_scene()
 
     def loss(maps):
-        cosine = cosine_loss(maps, teacher.logits, cells.weight, "triton")
-        found = compare_predictions(
-            student._replace(logits=maps),
-            teacher,
-            (one, one),
-            cells,
-            classes,
-            [8, 16],
-            impl="triton",
-        )
+        cosine = cosine_loss(maps, teacher[0], cells.weight, "triton")
+        found = compare((maps, boxes), teacher, cells, classes, 3, boxes=True, impl="triton")
         gate = (found.teacher_quality > found.student_quality).float()
         return cosine + (gate * found.kl).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    expected, grads = run(loss, student.logits)
-    got, compiled_grads = run(compiled, student.logits)
+    expected, grads = run(loss, logits)
+    got, compiled_grads = run(compiled, logits)
     torch.testing.assert_close(got, expected)
     for a, b in zip(compiled_grads, grads):
         assert b.abs().sum() > 0
@@ -422,17 +382,15 @@ def test_the_losses_compile_without_a_graph_break():
 
 
 def test_the_comparison_is_registered_soundly():
+    """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
     from fgbg_kd.ops import predictions_triton
 
-    shapes, one = [(2, 2), (1, 1)], detector("RetinaNet", [8, 16], 3)
-    student, teacher = (predictions(one, shapes, False, torch.float32, seed) for seed in (0, 50))
+    shapes = [(2, 2), (1, 1)]
+    (logits, boxes), (target, decoded) = (predictions((3, 3), 3, shapes, seed=s) for s in (0, 50))
     arguments = (
-        [s.requires_grad_() for s in student.logits],
-        teacher.logits,
-        [*student.deltas, *teacher.deltas],
-        [*one.anchor_generator.cell_anchors] * 2,
-        *(predictions_triton.box_coding(one),) * 2,
-        [8, 16],
+        [s.requires_grad_() for s in logits],
+        target,
+        [*boxes, *decoded],
         torch.full((2, 5), BACKGROUND, dtype=torch.int32, device=DEVICE),
         torch.zeros(2, 1, 4, device=DEVICE),
         torch.zeros(2, 1, dtype=torch.long, device=DEVICE),

@@ -1,20 +1,22 @@
+"""The gate and the quality that it compares, against values by hand."""
+
 import pytest
 import torch
 from conftest import make_batch, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
 
-from fgbg_kd.ops import DenseOutput, prediction_quality, split
-from fgbg_kd.ops.gate import teacher_gate
+from fgbg_kd.detectors.dense import view
+from fgbg_kd.ops import prediction_quality, split, teacher_gate
 
 
 def cells():
     """2 x 2 cells of stride 8; box 0 owns the upper row, the lower left is background."""
-    return split([torch.tensor([[0.0, 0, 16, 8]])], [(16, 8)], [(2, 2)], [8])
+    return split([torch.tensor([[0.0, 0, 16, 8]])], [(16, 8)], [(2, 2)], [8], assign="all")
 
 
 def upper_row():
-    return split([torch.tensor([[0.0, 0, 16, 8]])], [(16, 16)], [(2, 2)], [8])
+    return split([torch.tensor([[0.0, 0, 16, 8]])], [(16, 16)], [(2, 2)], [8], assign="all")
 
 
 def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
@@ -31,11 +33,12 @@ def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
         gt = [x["instances"] for x in batch]
         boxes = [x.gt_boxes.tensor for x in gt]
         shapes = [f.shape[-2:] for f in features]
-        owned = split(boxes, images.image_sizes, shapes, [8, 16, 32])
+        owned = split(boxes, images.image_sizes, shapes, [8, 16, 32], assign="all")
         classes = torch.nn.utils.rnn.pad_sequence([x.gt_classes for x in gt], batch_first=True)
-        got = prediction_quality(
-            model, DenseOutput(features, logits, deltas), owned, classes, [8, 16, 32]
-        )
+        of = view(model)
+        decoded = of.decode(features, (logits, deltas))
+        got = prediction_quality(logits, owned, classes, 2, decoded)
+        by_score = prediction_quality(logits, owned, classes, 2)
 
         anchors = Boxes.cat(model.anchor_generator(features)).tensor
         flat_logits, flat_deltas = (
@@ -54,54 +57,49 @@ def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
     assert owned.foreground.any(1).all() and owned.background.any(1).all()
     assert (owned.box_index == -2).any()
     torch.testing.assert_close(got, expected)
+    assert (by_score >= got).all() and (by_score[owned.foreground] > got[owned.foreground]).all()
 
 
 def test_cell_gate_opens_where_the_teacher_is_better_by_the_margin():
     student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.9]]), torch.tensor([[0.3, 0.5, 0.55, 0.2]])
-    assert teacher_gate(student, teacher, upper_row()).tolist() == [[1, 0, 1, 0]]
-    gate = teacher_gate(student, teacher, upper_row(), margin=0.1)
+    assert teacher_gate(student, teacher, upper_row(), mode="cell", margin=0.0).tolist() == [
+        [1, 0, 1, 0]
+    ]
+    gate = teacher_gate(student, teacher, upper_row(), mode="cell", margin=0.1)
     assert gate.tolist() == [[1, 0, 0, 0]]
 
 
 def test_object_gate_averages_over_the_cells_of_the_box():
     student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.1]]), torch.tensor([[0.6, 0.2, 0.4, 0.2]])
-    gate = teacher_gate(student, teacher, upper_row(), mode="object")
+    gate = teacher_gate(student, teacher, upper_row(), mode="object", margin=0.0)
     assert gate.tolist() == [[1, 1, 0, 1]]  # +0.5 and -0.3 average to +0.1; background by cell
 
 
 def test_image_gate_averages_foreground_and_background_apart():
     student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.1]]), torch.tensor([[0.6, 0.2, 0.3, 0.2]])
-    gate = teacher_gate(student, teacher, upper_row(), mode="image")
+    gate = teacher_gate(student, teacher, upper_row(), mode="image", margin=0.0)
     assert gate.tolist() == [[1, 1, 0, 0]]
 
 
-def test_soft_gate_is_a_sigmoid_of_the_advantage():
-    student, teacher = torch.zeros(1, 4), torch.tensor([[0.2, 0.0, -0.2, 0.1]])
-    gate = teacher_gate(student, teacher, upper_row(), softness=0.1, margin=0.1)
-    expected = torch.tensor([[0.1, -0.1, -0.3, 0.0]]).div(0.1).sigmoid()
-    torch.testing.assert_close(gate, expected)
-
-
 @pytest.mark.parametrize("mode", ["cell", "object", "image"])
-@pytest.mark.parametrize("softness", [0.0, 0.1])
-def test_padding_is_never_taught_and_no_gradient_flows(mode, softness):
+def test_the_gate_is_shut_on_padding_and_carries_no_gradient(mode):
     owned = cells()
     student = torch.zeros(1, 4, requires_grad=True)
-    gate = teacher_gate(student, torch.ones(1, 4), owned, mode=mode, softness=softness)
+    gate = teacher_gate(student, torch.ones(1, 4), owned, mode=mode, margin=0.0)
     padding = owned.box_index == -2
-    assert padding.sum() == 2 and (gate[padding] == 0).all() and (gate[~padding] > 0.9).all()
+    assert padding.sum() == 2 and (gate[padding] == 0).all() and (gate[~padding] == 1).all()
     assert not gate.requires_grad
 
 
 def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="'maybe'"):
-        teacher_gate(torch.zeros(1, 4), torch.zeros(1, 4), cells(), mode="maybe")
+        teacher_gate(torch.zeros(1, 4), torch.zeros(1, 4), cells(), mode="maybe", margin=0.0)
 
 
 def test_an_image_may_have_more_objects_than_cells():
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(30, 2, generator=generator) * 12
-    owned = split([torch.cat([corner, corner + 3], 1)], [(16, 16)], [(2, 2)], [8])
+    owned = split([torch.cat([corner, corner + 3], 1)], [(16, 16)], [(2, 2)], [8], assign="all")
     assert owned.box_index.max() >= 4
-    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned, mode="object")
+    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned, mode="object", margin=0.0)
     assert gate.tolist() == [[1, 1, 1, 1]]

@@ -2,10 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fgbg_kd.ops import split
@@ -56,14 +55,15 @@ def owner_by_definition(boxes, image_size, shape, stride, here):
 
 
 # Quarter pixels are exact in fp32, so that both sides compare the same numbers.
-coordinate = st.integers(-80, 400).map(lambda v: v / 4)
+quarter = st.integers(-80, 400).map(lambda v: v / 4)
+coordinate = st.one_of(quarter, st.sampled_from([math.nan, -math.inf, math.inf]))
 box = st.tuples(coordinate, coordinate, coordinate, coordinate)
 image = st.tuples(st.integers(1, 64), st.integers(1, 64), st.lists(box, max_size=20))
 # On the second, images of 64 pixels hold boxes of every level: from 28 and from 42 pixels on.
 strides = st.sampled_from([(8, 16, 32), (2, 3, 8)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]), strides)
 def test_split_is_its_definition(images, assign, strides):
     sizes = [(h, w) for h, w, _ in images]
@@ -92,8 +92,9 @@ def home(box, size, strides):
     return next((i for i, s in enumerate(strides) if side < 14 * s), len(strides) - 1)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]), strides)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(st.lists(image, min_size=1, max_size=2), st.sampled_from(["all", "scale"]), strides)
 def test_the_kernel_is_the_definition(images, assign, strides):
     sizes = [(h, w) for h, w, _ in images]
     tensors = [torch.tensor(b, device=DEVICE).reshape(-1, 4) for *_, b in images]
@@ -103,16 +104,16 @@ def test_the_kernel_is_the_definition(images, assign, strides):
     assert torch.equal(plain.weight, fused.weight)
 
 
-def test_the_kernel_takes_nan_hundreds_of_boxes_and_odd_shapes():
+def test_the_kernel_takes_nan_many_boxes_and_odd_shapes():
     generator = torch.Generator().manual_seed(0)
-    corner = torch.randint(-20, 200, (400, 2), generator=generator).float()
-    boxes = torch.cat([corner, corner + torch.randint(-5, 60, (400, 2), generator=generator)], 1)
+    corner = torch.randint(-20, 200, (150, 2), generator=generator).float()
+    boxes = torch.cat([corner, corner + torch.randint(-5, 60, (150, 2), generator=generator)], 1)
     boxes[::7, 1] = math.nan
     boxes = boxes.to(DEVICE)
     arguments = ([boxes, boxes[:0]], [(97, 131), (50, 60)], [(13, 17), (7, 9)], (8, 16))
-    plain, fused = (split(*arguments, impl=i) for i in ("torch", "triton"))
+    plain, fused = (split(*arguments, assign="all", impl=i) for i in ("torch", "triton"))
     assert torch.equal(plain.box_index, fused.box_index)
-    assert plain.box_index.max() > 300
+    assert plain.box_index.max() > 100
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,7 +121,7 @@ def test_the_kernel_takes_nan_hundreds_of_boxes_and_odd_shapes():
 def test_each_object_weighs_one_on_each_level_it_owns(images):
     sizes = [(h, w) for h, w, _ in images]
     tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
-    result = split(tensors, sizes, [(8, 8), (4, 4)], (8, 16))
+    result = split(tensors, sizes, [(8, 8), (4, 4)], (8, 16), assign="all")
     assert result.weight.dtype == torch.float32
     assert (result.weight[~result.foreground] == 0).all()
     for n in range(len(images)):
@@ -133,7 +134,7 @@ def test_each_object_weighs_one_on_each_level_it_owns(images):
 def test_by_hand_two_images_of_different_size_in_one_batch():
     # One level of stride 8, padded to 4 x 4 cells; the second image is 16 x 20 pixels.
     boxes = [torch.tensor([[0.0, 0, 32, 32], [4, 4, 12, 12]]), torch.tensor([[9.0, 1, 11, 3]])]
-    got = split(boxes, [(32, 32), (16, 20)], [(4, 4)], [8])
+    got = split(boxes, [(32, 32), (16, 20)], [(4, 4)], [8], assign="all")
     assert got.box_index[0].reshape(4, 4).tolist() == [
         [1, 0, 0, 0],  # centre (4, 4) is in [4, 12): the small box wins it, and not (12, 12)
         [0, 0, 0, 0],
@@ -151,7 +152,9 @@ def test_by_hand_two_images_of_different_size_in_one_batch():
 
 def test_of_equal_boxes_the_first_owns_the_cells():
     boxes = [torch.tensor([[0.0, 0, 16, 16], [0, 0, 16, 16]])]
-    assert split(boxes, [(16, 16)], [(2, 2)], [8]).box_index.tolist() == [[0, 0, 0, 0]]
+    assert split(boxes, [(16, 16)], [(2, 2)], [8], assign="all").box_index.tolist() == [
+        [0, 0, 0, 0]
+    ]
 
 
 def test_degenerate_outside_and_nan_boxes_own_nothing():
@@ -165,13 +168,13 @@ def test_degenerate_outside_and_nan_boxes_own_nothing():
         [0, 0, nan, 9],
     ]
     boxes = [torch.tensor(rows, dtype=torch.float32)]
-    assert (split(boxes, [(32, 32)], [(4, 4)], [8]).box_index == BACKGROUND).all()
+    assert (split(boxes, [(32, 32)], [(4, 4)], [8], assign="all").box_index == BACKGROUND).all()
     everything = [torch.tensor([[-inf, -inf, inf, inf]])]
-    assert (split(everything, [(32, 32)], [(4, 4)], [8]).box_index == 0).all()
+    assert (split(everything, [(32, 32)], [(4, 4)], [8], assign="all").box_index == 0).all()
 
 
 def test_no_boxes_is_a_normal_input():
-    got = split([torch.zeros(0, 4)] * 2, [(32, 32), (16, 16)], [(4, 4)], [8])
+    got = split([torch.zeros(0, 4)] * 2, [(32, 32), (16, 16)], [(4, 4)], [8], assign="all")
     assert not got.foreground.any() and got.weight.sum() == 0
     assert got.background.sum() == 16 + 4
 
@@ -181,19 +184,18 @@ def test_a_thousand_boxes_an_image_are_chunked_to_the_same_result():
     corner = torch.randint(0, 200, (1000, 2), generator=generator).float()
     size = torch.randint(1, 60, (1000, 2), generator=generator).float()
     boxes = torch.cat([corner, corner + size], dim=1)
-    got = split([boxes], [(200, 256)], [(25, 32)], [8]).box_index[0].reshape(25, 32).tolist()
+    got = (
+        split([boxes], [(200, 256)], [(25, 32)], [8], assign="all")
+        .box_index[0]
+        .reshape(25, 32)
+        .tolist()
+    )
     assert got == owner_by_definition(boxes.tolist(), (200, 256), (25, 32), 8, [True] * 1000)
-
-
-def test_cell_weights_are_one_if_asked_for():
-    boxes = [torch.tensor([[0.0, 0, 20, 20]])]
-    got = split(boxes, [(32, 32)], [(4, 4)], [8], normalize="cell")
-    assert torch.equal(got.weight, got.foreground.float())
 
 
 def test_owner_spreads_boxes_and_classes_to_their_cells():
     boxes = [torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16]])]
-    got = split(boxes, [(16, 16)], [(2, 2)], [8])
+    got = split(boxes, [(16, 16)], [(2, 2)], [8], assign="all")
     assert got.owner(torch.tensor([[7, 9]]))[0, [0, 3]].tolist() == [7, 9]
     assert torch.equal(got.owner(got.boxes)[0, 3], boxes[0][1])
 
@@ -204,7 +206,6 @@ def test_owner_spreads_boxes_and_classes_to_their_cells():
         ({"gt_boxes": []}, "0 box lists for 1 images"),
         ({"strides": [8, 16]}, "1 feature levels but 2 strides"),
         ({"assign": "some"}, "'all' or 'scale'"),
-        ({"normalize": "box"}, "'object' or 'cell'"),
         ({"gt_boxes": [torch.zeros(3, 5)]}, r"shape \(3, 5\)"),
     ],
 )
@@ -214,74 +215,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         "image_sizes": [(8, 8)],
         "level_shapes": [(1, 1)],
         "strides": [8],
+        "assign": "all",
     }
     with pytest.raises(ValueError, match=message):
         split(**{**good, **change})
-
-
-# Quarter pixels as above, and what is no number.
-odd = st.one_of(
-    st.integers(-80, 400).map(lambda v: v / 4), st.sampled_from([math.nan, -math.inf, math.inf])
-)
-odd_images = st.lists(
-    st.tuples(
-        st.integers(1, 64), st.integers(1, 64), st.lists(st.tuples(odd, odd, odd, odd), max_size=6)
-    ),
-    min_size=50,
-    max_size=50,
-)
-
-
-def owners_by_comparing_all(boxes, sizes, shape, stride, here):
-    """(N, h, w) from boxes (N, B, 4), sizes (N, 2), here (N, B): every box with every cell."""
-    limit = np.concatenate([sizes[:, ::-1]] * 2, 1)[:, None]  # (N, 1, 4) width, height, ...
-    x0, y0, x1, y1 = np.moveaxis(np.clip(boxes, 0, limit), 2, 0)[..., None, None]
-    y, x = ((np.arange(n) + 0.5) * stride for n in shape)
-    y, x = y[:, None], x[None]
-    real = (y < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])  # (N, h, w)
-    exists = (x1 > x0) & (y1 > y0) & here[..., None, None]
-    inside = exists & (x >= x0) & (x < x1) & (y >= y0) & (y < y1) & real[:, None]
-    for n, b in zip(*np.nonzero(exists[..., 0, 0] & ~inside.any((2, 3)))):
-        rows, columns = np.nonzero(real[n])
-        if len(rows):
-            row, column = (
-                min(int((lo[n, b] + hi[n, b]).item() / 2 // stride), cells.max())
-                for lo, hi, cells in ((y0, y1, rows), (x0, x1, columns))
-            )
-            inside[n, b, row, column] = True
-    area = np.where(inside, (x1 - x0) * (y1 - y0), np.inf)
-    owner = np.where(inside.any(1), area.argmin(1), BACKGROUND)
-    return np.where(real, owner, PADDING)
-
-
-def test_ten_thousand_fuzzed_images_are_split_as_comparing_all_cells_says():
-    seen, used, counted = set(), set(), []
-
-    @settings(
-        max_examples=200, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
-    )
-    @given(odd_images, st.sampled_from(["all", "scale"]), strides)
-    def fuzz(images, assign, strides):
-        sizes = np.array([(h, w) for h, w, _ in images])
-        most = max(1, *(len(b) for *_, b in images))
-        boxes = np.full((len(images), most, 4), np.nan)
-        for n, (*_, b) in enumerate(images):
-            boxes[n, : len(b)] = np.reshape(b, (-1, 4))
-        shapes = [(64 // s, 64 // s) for s in strides]
-        tensors = [torch.tensor(b).reshape(-1, 4) for *_, b in images]
-        got = split(tensors, sizes.tolist(), shapes, strides, assign=assign)
-        per_level = got.box_index.split([h * w for h, w in shapes], 1)
-        for level, (shape, stride, index) in enumerate(zip(shapes, strides, per_level)):
-            own = [[home(b, sizes[n], strides) for b in boxes[n]] for n in range(len(boxes))]
-            here = (np.array(own) == level) | (assign == "all")
-            used.update(np.array(own).ravel().tolist())
-            expected = owners_by_comparing_all(boxes, sizes, shape, stride, here)
-            assert np.array_equal(index.reshape(-1, *shape).numpy(), expected)
-        assert got.weight.isfinite().all() and bool((got.weight[got.foreground] > 0).all())
-        assert not got.weight[~got.foreground].any()
-        seen.update(got.box_index.unique().tolist())
-        counted.append(len(images))
-
-    with np.errstate(invalid="ignore"):
-        fuzz()
-    assert sum(counted) >= 10_000 and {PADDING, BACKGROUND, 0, 5} <= seen and used == {0, 1, 2}

@@ -1,4 +1,4 @@
-"""Files of others: the numbers in them arrive, code in them never runs."""
+"""Checkpoints of any origin: their numbers are read, and code in them never runs."""
 
 import collections
 import os
@@ -15,9 +15,10 @@ from torch import nn
 
 from fgbg_kd import build_teacher
 from fgbg_kd.engine import load_config
+from fgbg_kd.utils import safe_checkpoint
 from fgbg_kd.utils.errors import CheckpointError, TeacherError
 from fgbg_kd.utils.files import sha256_of
-from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer
+from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer, load_tensors
 
 
 class Payload:
@@ -60,7 +61,7 @@ def test_the_payload_runs_where_a_reader_obeys(tmp_path):
 def test_a_torch_file_cannot_run_code(tmp_path, marker, name):
     content = {"model": model().state_dict(), "model_state": {}, "note": Payload(marker)}
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=name != "old_format.pth")
-    with pytest.raises(CheckpointError, match=r"more than numbers.*mkdir.*save its state dict"):
+    with pytest.raises(CheckpointError, match=r"more than numbers .*mkdir.*torch.save"):
         SafeCheckpointer(model()).load(str(tmp_path / name))
 
 
@@ -103,7 +104,8 @@ def test_the_zoos_own_expressions_are_read_and_a_changed_copy_is_not(tmp_path, m
 
     text = open(model_zoo.get_config_file("Base-RetinaNet.yaml")).read()
     assert "!!python" in text
-    (tmp_path / "Base-RetinaNet.yaml").write_text(text)
+    # As a checkout on Windows would have it.
+    (tmp_path / "Base-RetinaNet.yaml").write_bytes(text.replace("\n", "\r\n").encode())
     leaf = tmp_path / "leaf.yaml"
     leaf.write_text("_BASE_: Base-RetinaNet.yaml\nMODEL: {DEVICE: cpu}\n")
     assert load_config(str(leaf)).MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 32
@@ -114,7 +116,90 @@ def test_the_zoos_own_expressions_are_read_and_a_changed_copy_is_not(tmp_path, m
         load_config(str(leaf))
 
 
-# --- what is harmless arrives ---
+class _Pickle:
+    """A pickle that is written opcode by opcode: a global, a state for it, and BUILD."""
+
+    def __init__(self, module, name, state):
+        body = pickle.dumps(state, 2)[2:-1]
+        self.data = b"\x80\x02" + f"c{module}\n{name}\n".encode() + body + b"b."
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy", "dtype"),
+        ("collections", "OrderedDict"),
+    ],
+)
+def test_a_pickle_cannot_change_the_readers_own_functions(tmp_path, module, name):
+    helper = safe_checkpoint._ADMITTED[module, name]
+    before = getattr(helper, "__defaults__", None), dict(vars(helper))
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(_Pickle(module, name, (None, {"__defaults__": ("rot13",), "x": 1})).data)
+    with pytest.raises(CheckpointError, match="it sets attributes of an object"):
+        SafeCheckpointer(model()).load(str(path))
+    assert before == (getattr(helper, "__defaults__", None), dict(vars(helper)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
+def test_weights_that_are_not_floating_point_are_refused(tmp_path, name, dtype):
+    """torch would round them without a word."""
+    weights = model().state_dict()
+    weights["conv.weight"] = weights["conv.weight"].to(dtype)
+    if name == "a.pkl":
+        write_pickle(
+            tmp_path / name,
+            {"model": {k: v.numpy() for k, v in weights.items()}, "__author__": "somebody"},
+        )
+    else:
+        torch.save({"model": weights}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"{name} holds .* conv.weight \({str(dtype)[6:]}\)"):
+        SafeCheckpointer(model()).load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_other_floating_point_weights_are_read(tmp_path, dtype):
+    torch.save({"model": model().to(dtype).state_dict()}, tmp_path / "a.pth")
+    SafeCheckpointer(model()).load(str(tmp_path / "a.pth"))
+
+
+def test_a_state_dict_alone_is_read_with_errors_that_name_the_key(tmp_path, marker):
+    path = tmp_path / "timm.pth"
+    source = model().state_dict()
+    for content in (source, {"model": source}, {"state_dict": source}):
+        torch.save(content, path)
+        assert load_tensors(str(path), "MODEL.TIMM.WEIGHTS").keys() == source.keys()
+    source["conv.bias"][0] = float("nan")
+    for content, message in (
+        (source, "1 tensors of .*timm.pth contain NaN or infinity, such as conv.bias"),
+        ([1], "timm.pth is not a state dict"),
+        ({"a": 1}, "timm.pth is not a state dict"),
+        ({"a": Payload(marker)}, "timm.pth was not read: it holds more than numbers .*mkdir"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=f"MODEL.TIMM.WEIGHTS: .*{message}"):
+            load_tensors(str(path), "MODEL.TIMM.WEIGHTS")
+    path.write_text("<html>not found</html>")
+    with pytest.raises(CheckpointError, match="MODEL.TIMM.WEIGHTS: .*timm.pth is damaged or not a"):
+        load_tensors(str(path), "MODEL.TIMM.WEIGHTS")
+    with pytest.raises(CheckpointError, match="MODEL.TIMM.WEIGHTS: .*No such file"):
+        load_tensors(str(tmp_path / "nowhere.pth"), "MODEL.TIMM.WEIGHTS")
+
+
+# --- what is harmless is read ---
+
+
+def test_a_pickle_without_an_author_is_read(tmp_path):
+    source, target = model(), model()
+    state = collections.OrderedDict(arrays(source))
+    state._metadata = {"version": 1}  # as PyTorch's state dicts have it
+    SafeCheckpointer(target).load(write_pickle(tmp_path / "own.pkl", {"model": state}))
+    assert all(torch.equal(target.state_dict()[k], v) for k, v in source.state_dict().items())
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

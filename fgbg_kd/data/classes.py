@@ -1,0 +1,156 @@
+"""Names of classes. Sets, detectors and files agree on a class by its name, not by its number."""
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+
+from ..config import student_config
+from ..utils.errors import ConfigError, DataError
+
+
+def class_names(path: str) -> list[str]:
+    """The names of the categories in a COCO file, in the order of their ids.
+
+    Raises:
+        DataError: the file has no list of named categories.
+    """
+    return list(_class_names(path, os.path.getmtime(path)))
+
+
+@functools.lru_cache
+def _class_names(path: str, _modified: float) -> tuple[str, ...]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return tuple(names_of(json.load(file)["categories"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is not a COCO file with named categories ({error!r}).") from error
+
+
+def names_of(categories: list[dict]) -> list[str]:
+    """The names of a COCO file's categories, in the order of their ids.
+
+    This is the order of a detector's classes 0, 1, ... that is trained on the file.
+    """
+    return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+
+
+def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
+    """The names of the classes of a config's training set, in the order of their numbers.
+
+    They are read from DATASETS.TRAIN_JSON, or from the metadata of a registered set.
+
+    Returns:
+        None if neither gives names.
+
+    Raises:
+        DataError: DATASETS.TRAIN_JSON is not a COCO file.
+    """
+    if isinstance(cfg, CfgNode):
+        if cfg.DATASETS.TRAIN_JSON:
+            path = cfg.DATASETS.TRAIN_JSON
+            return class_names(path) if os.path.isfile(path) else None
+        names = cfg.DATASETS.TRAIN
+    else:
+        names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
+        names = (names,) if isinstance(names, str) else names
+    known = (MetadataCatalog.get(name).get("thing_classes") for name in names)
+    return next((list(classes) for classes in known if classes), None)
+
+
+def match_categories(classes: Sequence[str], categories: list[dict], path: str) -> dict[int, int]:
+    """The category ids of a COCO file, matched by name to the classes of a detector.
+
+    Args:
+        classes: names of the detector's classes 0, 1, ...
+        categories: of the file: dicts with "id" and "name", in any order and numbering.
+        path: of the file, for the message.
+
+    Returns:
+        Class number by category id: {1: 1, 2: 0} if the file has the detector's two classes in the
+        other order.
+
+    Raises:
+        DataError: the names differ. The message lists both.
+
+    Example::
+
+        numbers = match_categories(["cat", "dog"], content["categories"], "val.json")
+        category_ids = {number: id for id, number in numbers.items()}
+    """
+    ids = {c["name"]: c["id"] for c in categories}
+    if set(ids) != set(classes):
+        absent = sorted(set(classes) - set(ids))
+        hints = {x: difflib.get_close_matches(x, set(ids) - set(classes), 1) for x in absent}
+        renamed = [f"rename {near[0]!r} to {name!r}" for name, near in hints.items() if near]
+        lacking = [name for name, near in hints.items() if not near]
+        extra = sorted(set(ids) - set(classes) - {near[0] for near in hints.values() if near})
+        fixes = [*renamed]
+        if lacking:
+            fixes.append(f'add {_listed(lacking)} to its list "categories" (annotations of them '
+                         "are not needed)")  # fmt: skip
+        if extra:
+            fixes.append(f"remove {_listed(extra)} with their annotations")
+        raise DataError(
+            f"{path} and the training set have different classes.\n"
+            f"  {path}: {_listed(names_of(categories))}\n"
+            f"  training: {_listed(classes)}\n"
+            f"Change {path}: {'; '.join(fixes)}."
+        )
+    return {ids[name]: number for number, name in enumerate(classes)}
+
+
+def check_num_classes(cfg: CfgNode, num_classes: int) -> None:
+    """Checks that a detector and the registered sets of a config have the same classes.
+
+    Otherwise it would be trained on, or evaluated as, other classes without an error.
+
+    Args:
+        num_classes: of the detector.
+
+    Raises:
+        DataError: two sets have different classes.
+        ConfigError: the detector has another number of classes than the sets.
+    """
+    sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    check_same_classes(sets)
+    detector = student_config(cfg).MODEL.META_ARCHITECTURE
+    for name in sets:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            raise ConfigError(
+                f"The set {name} has {len(classes)} classes ({_listed(classes)}), but the detector "
+                f"has {num_classes}: set MODEL.{detector.upper()}.NUM_CLASSES {len(classes)}."
+            )
+
+
+def check_same_classes(sets: Sequence[str]) -> None:
+    """Checks that registered sets have the same names of classes in the same order.
+
+    Args:
+        sets: names in Detectron2's MetadataCatalog. Those without ``thing_classes`` are skipped.
+
+    Raises:
+        DataError: two sets differ. The message lists the classes of both.
+    """
+    known = [(name, MetadataCatalog.get(name).get("thing_classes")) for name in sets]
+    known = [(name, list(classes)) for name, classes in known if classes]
+    for name, classes in known[1:]:
+        first, expected = known[0]
+        if classes != expected:
+            same = set(classes) == set(expected)
+            raise DataError(
+                f"The sets {first} and {name} have {'another order of' if same else 'different'} "
+                f"classes.\n  {first}: {_listed(expected)}\n  {name}: {_listed(classes)}\n"
+                "Give both the same classes in the same order (thing_classes of their metadata)."
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more

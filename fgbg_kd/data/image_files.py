@@ -1,0 +1,81 @@
+"""Checks of image files before training starts on them."""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from ..utils.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_ORIENTATION = 0x0112  # EXIF's tag; for values over 4, height and width are exchanged
+
+
+def check_images(images: list[dict], folder: str) -> None:
+    """Reads the header of every image file and compares it with the file's entry.
+
+    Args:
+        images: the entries of a COCO file's list "images".
+        folder: where the files are.
+
+    Raises:
+        DataError: files are missing, empty, not images, have more than 8 bits per channel, or have
+            another size than their entry says.
+    """
+    turned = 0
+    faults = []
+    with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, but many at once
+        for entry, (fault, orientation) in zip(
+            images, pool.map(lambda entry: _image_fault(entry, folder), images)
+        ):
+            turned += orientation != 1
+            if fault:
+                faults.append(f"{entry['file_name']}: {fault}")
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise DataError(
+            f"{len(faults)} of {len(images)} images in {folder} cannot be used:\n  "
+            + "\n  ".join(faults[:5])
+            + more
+            + "\nFix these files, or remove their entries from the JSON file."
+        )
+    if turned:
+        logger.warning(
+            f"{turned} of {len(images)} images in {folder} have an EXIF orientation and are turned "
+            "upright. Their boxes must refer to the upright image."
+        )
+
+
+def _image_fault(entry: dict, folder: str) -> tuple[str, int]:
+    """What is wrong with an image file ("" = nothing), and its EXIF orientation (1 = upright)."""
+    try:
+        with Image.open(os.path.join(folder, entry["file_name"])) as image:
+            size, mode, orientation = image.size, image.mode, _orientation(image)
+    except FileNotFoundError:
+        return "there is no such file", 1
+    except Exception as error:  # PIL has many
+        return str(error), 1
+    if mode[0] in "IF":  # Detectron2 would clip values at 255
+        fix = "convert it to 8 bits per channel"
+        return f"it has more than 8 bits per channel (PIL's mode {mode}): {fix}", orientation
+    upright = size[::-1] if orientation > 4 else size
+    recorded = entry["width"], entry["height"]
+    if upright != recorded:
+        how = " after turning it as its EXIF orientation says" if orientation > 4 else ""
+        return (
+            f"the JSON file says {recorded} (width, height), but it is {upright}{how}",
+            orientation,
+        )
+    return "", orientation
+
+
+def _orientation(image: Image.Image) -> int:
+    if "exif" not in image.info and image.format != "TIFF":
+        return 1  # getexif() would decode the whole image if it is a PNG
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # Detectron2 does not turn such an image either
+        return 1
+    return value if value in range(1, 9) else 1

@@ -1,0 +1,250 @@
+"""Comparison of methods: one student, trained by each method, over several seeds."""
+
+import datetime
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import method_options
+from ..engine import load_config, read_config
+from ..methods import build_method
+from ..utils.errors import RunError
+from ..utils.files import read_rows, sha256_of_text, write_whole
+from .method_specs import PLAIN, TEACHER, method_overrides
+from .result_rows import add_result, group
+from .runner import Runner, surroundings
+from .settings import RUN_KEYS, flat, task_of
+from .tables import PARTS, comparison_tables, fill, plot, without_folders
+from .teacher_runs import teacher_evaluation, train_or_find_teacher
+from .tide import has_objects, run_errors, tide, truth_of
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The methods, seeds and settings of a comparison.
+
+    Attributes:
+        config_file: a config that distils.
+        methods: such as "plain", "FgBg" or "PKD WEIGHT=2" (:func:`.method_overrides`).
+        output: folder of all runs, results.jsonl and results.md.
+        seeds: seeds 0 to seeds - 1 are run.
+        overrides: [key, value, ...] for all methods.
+        jobs: runs at a time; they share the processor's cores.
+        errors: whether kinds of errors are measured as well (:mod:`.tide`).
+        imports: modules of the user that register methods or detectors.
+    """
+
+    config_file: str
+    methods: Sequence[str]
+    output: Path
+    seeds: int = 5
+    overrides: Sequence[str] = ()
+    jobs: int = 1
+    errors: bool = False
+    imports: Sequence[str] = ()
+
+    @property
+    def results(self) -> Path:
+        return self.output / "results.jsonl"
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of these overrides lie."""
+        name = folder_name(" ".join(self.overrides)) if self.overrides else "as_configured"
+        return self.output / name
+
+
+def compare_methods(comparison: Comparison, train_net: Path) -> None:
+    """Trains and evaluates the student by each method and seed, and writes rows, tables and plots.
+
+    Runs that are done are not run again; interrupted ones go on. Each run adds a row to
+    results.jsonl as soon as it is done, and results.md is made from all rows.
+
+    Args:
+        train_net: path of tools/train_net.py.
+
+    Raises:
+        ConfigError: a method or a key that does not exist.
+        RunError: the comparison would mean nothing, or runs failed (after all others are done).
+    """
+    cfg = load_config(comparison.config_file, list(comparison.overrides))
+    overrides, options = _method_settings(comparison, cfg)
+    _check(comparison, cfg)
+    comparison.output.mkdir(parents=True, exist_ok=True)
+    cores = max(1, (os.cpu_count() or 1) // comparison.jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
+    runner = Runner(train_net, threads, comparison.imports)
+    with runner, ThreadPoolExecutor(comparison.jobs) as pool:
+        try:
+            teacher = train_or_find_teacher(runner, cfg)
+            shared = {"task": task_of(cfg, teacher), **surroundings(threads, comparison.jobs)}
+            _evaluate_teacher(comparison, runner, cfg, teacher, shared)
+            jobs: dict[Future, tuple] = {}
+            for seed in range(comparison.seeds):  # seed by seed: the first pairs are done early
+                for spec, opts in overrides.items():
+                    run = _Run(comparison, spec, seed, opts)
+                    checkpoint = None if spec.split()[0] == PLAIN else teacher
+                    jobs[pool.submit(run, runner, checkpoint)] = run, options[spec]
+            failures = _record_as_they_end(jobs, comparison, runner, shared)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runner.stop()
+            raise
+    if failures:
+        raise RunError("\n\n".join([*failures, f"{len(failures)} of {len(jobs)} runs failed"]))
+
+
+def _method_settings(comparison: Comparison, cfg) -> tuple[dict[str, list], dict[str, dict]]:
+    """Overrides and options of each method. A value that a method refuses is an error here, not
+    after hours of other runs."""
+    overrides, options = {}, {}
+    for spec in comparison.methods:
+        overrides[spec] = [*comparison.overrides, *method_overrides(cfg, spec)]
+        options[spec] = {}
+        if spec.split()[0] != PLAIN:
+            changed = read_config(comparison.config_file, overrides[spec])
+            options[spec] = method_options(changed)
+            build_method(changed.MODEL.KD.METHOD, [1], [1], **options[spec])
+    return overrides, options
+
+
+def _check(comparison: Comparison, cfg) -> None:
+    """Refuses a comparison whose table would mean nothing."""
+    if len(cfg.DATASETS.TEST) != 1:
+        raise RunError(
+            f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets: name the one to compare on."
+        )
+    if taken := sorted({*comparison.overrides[::2]} & {*RUN_KEYS}):
+        raise RunError(
+            f"--set {' '.join(taken)}: compare.py sets it for each run. Use --seeds and --output."
+        )
+    truth = truth_of(flat(cfg))
+    if truth and truth.is_file() and not has_objects(truth):
+        raise RunError(f"{truth} has no box that counts, so there is no AP: name another test set.")
+    if comparison.errors:
+        tide()
+        if truth is None:
+            raise RunError(
+                f"--errors: the COCO file of {cfg.DATASETS.TEST[0]} is not known. Name it in "
+                "DATASETS.TEST_JSON."
+            )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a student; calling it trains and evaluates."""
+
+    comparison: Comparison
+    spec: str
+    seed: int
+    overrides: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.comparison.folder / folder_name(self.spec) / f"seed{self.seed}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.spec}, seed {self.seed}"
+
+    def __call__(self, runner: Runner, checkpoint: Path | None) -> dict:
+        opts = [*self.overrides, "SEED", str(self.seed), "TEST.EVAL_PERIOD", "0"]
+        config = self.comparison.config_file
+        result = runner.run(self.title, config, self.folder, opts, checkpoint)
+        return _with_errors(self.comparison, result, self.folder)
+
+
+def _with_errors(comparison: Comparison, result: dict, folder: Path) -> dict:
+    return {**result, "errors": run_errors(folder)} if comparison.errors else result
+
+
+def _evaluate_teacher(comparison: Comparison, runner: Runner, cfg, teacher, shared: dict) -> None:
+    """The teacher's row. Without it (other classes, for example) the students are compared."""
+    folder = comparison.folder / TEACHER
+    try:
+        config, opts = teacher_evaluation(cfg, teacher)
+        result = runner.run(TEACHER, config, folder, opts, teacher, eval_only=True)
+        result = _with_errors(comparison, result, folder) | {"seconds_per_step": None}
+        _add_row(comparison, shared, TEACHER, None, {}, result, folder)
+    except RunError as error:
+        runner.say(f"The teacher is not evaluated: {str(error).splitlines()[-1]}")
+
+
+def _record_as_they_end(jobs: dict, comparison: Comparison, runner: Runner, shared) -> list[str]:
+    """Adds the row of each run when it ends; returns a message for each run that failed."""
+    failures = []
+    for number, job in enumerate(as_completed(jobs), 1):
+        run, options = jobs[job]
+        try:
+            result = job.result()
+            row = _add_row(comparison, shared, run.spec, run.seed, options, result, run.folder)
+            outcome = f"{row['AP']:.2f} AP"
+        except RunError as error:
+            failures.append(f"{run.title}: {error}")
+            outcome = "FAILED"
+        runner.say(f"{number}/{len(jobs)} {run.title}: {outcome} ({run.folder})")
+    return failures
+
+
+def _add_row(comparison, shared: dict, method: str, seed, options: dict, result, folder) -> dict:
+    row = {
+        "method": method,
+        "seed": seed,
+        "config": comparison.config_file,
+        "overrides": list(comparison.overrides),
+        "options": options,
+        **result,
+        "folder": str(folder),
+        "finished": datetime.datetime.now().isoformat(timespec="seconds"),
+        **shared,
+    }
+    row = add_result(comparison.results, row)
+    text = tables_of([comparison.results], pictures=comparison.output)
+    write_whole(comparison.output / "results.md", text)
+    return row
+
+
+def tables_of(
+    files: Sequence[Path], parts: Sequence[str] = PARTS, pictures: Path | None = None
+) -> str:
+    """The tables of all comparisons in files of rows, in Markdown.
+
+    Args:
+        files: results.jsonl; a file that is missing has no rows.
+        parts: of :func:`.comparison_tables`.
+        pictures: a folder for a plot of each comparison; None: no plots.
+    """
+    texts = []
+    rows = [row for file in files for row in read_rows(file)]
+    for title, methods in group(rows).items():
+        texts.append(f"`{without_folders(title)}`\n\n{comparison_tables(methods, parts)}\n")
+        if pictures:
+            picture = pictures / f"{folder_name(title)}.png"
+            plot(methods, picture)
+            texts.append(f"![AP of every seed]({picture.name})\n")
+    return "\n".join(texts)
+
+
+def fill_document(file: Path, say) -> None:
+    """Makes the tables of a document anew, from the files of rows that it names (as seen from the
+    current folder). Tables whose file has no rows stay.
+
+    Args:
+        say: gets a line about each table.
+    """
+
+    def tables(name: str, parts: list[str]) -> str:
+        made = tables_of([Path(name)], parts)
+        say(f"{name}: {'made anew' if made else 'no rows here, the table stays'}")
+        return made
+
+    write_whole(file, fill(file.read_text(), tables))
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of a folder; other texts have other names."""
+    name = re.sub(r"[^\w.=+-]+", "_", text)
+    return name if name == text else f"{name[:60]}-{sha256_of_text(text)[:6]}"

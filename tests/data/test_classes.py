@@ -1,0 +1,187 @@
+"""Training set, test set and detector agree on classes by name; the evaluator says what AP is."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from conftest import CLASSES, tiny_cfg, write_coco
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+
+from fgbg_kd.data import BoxEvaluator, check_num_classes, match_categories, register_datasets
+from fgbg_kd.utils.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Training and test set of the same images, each with its own JSON file."""
+    train = write_coco(tmp_path / "train", 4, seed=3)
+    test = write_coco(tmp_path / "test", 4, seed=3)
+    return tiny_cfg_of(train, test, str(tmp_path))
+
+
+def tiny_cfg_of(train, test, name):
+    cfg = tiny_cfg()
+    for part, (path, images) in (("TRAIN", train), ("TEST", test)):
+        cfg.DATASETS[part] = (f"{name}_{part}",)
+        cfg.DATASETS[f"{part}_JSON"], cfg.DATASETS[f"{part}_IMAGES"] = path, images
+    return cfg
+
+
+def edit(path, change):
+    with open(path) as file:
+        content = json.load(file)
+    change(content)
+    with open(path, "w") as file:
+        json.dump(content, file)
+
+
+def renumber(content):
+    """stripe = 1, square = 2, the other way round than in the training set."""
+    for category in content["categories"]:
+        category["id"] = 3 - category["id"]
+    for a in content["annotations"]:
+        a["category_id"] = 3 - a["category_id"]
+
+
+def perfect(name, folder=None):
+    """Results where every object is detected: classes as the detector numbers them."""
+    evaluator = BoxEvaluator(name, str(folder) if folder else None)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        found = Instances((record["height"], record["width"]))
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]], dtype=torch.float)
+        boxes = boxes.reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        found.pred_boxes, found.scores = Boxes(boxes), torch.ones(len(boxes))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        evaluator.process([record], [{"instances": found}])
+    return evaluator.evaluate()["bbox"]
+
+
+def test_a_test_set_that_numbers_its_classes_otherwise_is_matched_by_name(cfg, caplog, tmp_path):
+    edit(cfg.DATASETS.TEST_JSON, renumber)
+    register_datasets(cfg)
+    assert "numbers its classes differently" in caplog.text
+    train, test = (DatasetCatalog.get(cfg.DATASETS[x][0]) for x in ("TRAIN", "TEST"))
+    for a, b in zip(train, test):
+        assert [x["category_id"] for x in a["annotations"]] == [
+            x["category_id"] for x in b["annotations"]
+        ]
+    results = perfect(cfg.DATASETS.TEST[0], tmp_path / "out")
+    assert results["AP"] == pytest.approx(100)
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    truth = json.loads(open(cfg.DATASETS.TEST_JSON).read())["annotations"]
+    assert sorted(x["category_id"] for x in written) == sorted(x["category_id"] for x in truth)
+
+
+def test_the_ap_of_a_class_has_its_name_also_in_another_numbering(cfg):
+    edit(cfg.DATASETS.TEST_JSON, renumber)
+    edit(
+        cfg.DATASETS.TEST_JSON,
+        lambda content: content.update(
+            annotations=[a for a in content["annotations"] if a["category_id"] == 1]  # stripe
+        ),
+    )
+    register_datasets(cfg)
+    results = perfect(cfg.DATASETS.TEST[0])
+    assert results["AP-stripe"] == pytest.approx(100) and math.isnan(results["AP-square"])
+
+
+def test_evaluation_alone_matches_the_classes_as_well(cfg):
+    """The training images need not be there, only the JSON file with the names."""
+    edit(cfg.DATASETS.TEST_JSON, renumber)
+    cfg.DATASETS.TRAIN_IMAGES = "nowhere"
+    register_datasets(cfg, training=False)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    assert metadata.thing_classes == list(CLASSES)
+    assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 1: 1}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c[0].update(name="squares"), "rename 'squares' to 'square'"),
+        (lambda c: c[0].update(name="zebra"), 'add square to its list "categories".*remove zebra'),
+        (lambda c: c.append({"id": 9, "name": "zebra"}), "remove zebra with their annotations"),
+    ],
+)
+def test_other_classes_in_the_test_set_are_refused_with_both_lists(cfg, change, message):
+    edit(cfg.DATASETS.TEST_JSON, lambda content: change(content["categories"]))
+    with pytest.raises(DataError, match=f"(?s)  training: square, stripe\n.*{message}"):
+        register_datasets(cfg)
+
+
+def test_a_test_set_with_fewer_classes_is_told_what_to_add(cfg):
+    def drop(content):
+        content["categories"].pop()
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
+
+    edit(cfg.DATASETS.TEST_JSON, drop)
+    with pytest.raises(DataError, match=r'add stripe to its list "categories" \(annotations of'):
+        register_datasets(cfg)
+
+
+def test_sets_that_are_registered_in_python_are_compared_too():
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("python_train",), ("python_test",)
+    MetadataCatalog.get("python_train").thing_classes = ["square", "stripe"]
+    MetadataCatalog.get("python_test").thing_classes = ["stripe", "square"]
+    with pytest.raises(DataError, match="python_train and python_test have another order"):
+        check_num_classes(cfg, 2)
+    cfg.DATASETS.TEST = ()
+    check_num_classes(cfg, 2)
+    with pytest.raises(ConfigError, match="2 classes .* has 80: set MODEL.RETINANET.NUM_CLASSES 2"):
+        check_num_classes(cfg, 80)
+
+
+def test_one_set_may_be_training_and_test_set_and_be_registered_again(cfg):
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    cfg.DATASETS.TEST_JSON, cfg.DATASETS.TEST_IMAGES = (
+        cfg.DATASETS.TRAIN_JSON,
+        cfg.DATASETS.TRAIN_IMAGES,
+    )
+    for _ in range(2):
+        register_datasets(cfg)
+    register_datasets(cfg, training=False)
+
+
+def test_categories_are_matched_to_the_detectors_classes():
+    categories = [{"id": 7, "name": "dog"}, {"id": 90, "name": "cat"}]
+    assert match_categories(["cat", "dog"], categories, "ids.json") == {90: 0, 7: 1}
+
+
+def test_a_file_without_info_is_evaluated_by_every_pycocotools(cfg, monkeypatch):
+    """Versions 2.0.9 and 2.0.10 read dataset["info"] without a default."""
+    from pycocotools.coco import COCO
+
+    load = COCO.loadRes
+
+    def older(self, results):
+        self.dataset["info"]
+        return load(self, results)
+
+    monkeypatch.setattr(COCO, "loadRes", older)
+    register_datasets(cfg)
+    assert "info" not in json.loads(open(cfg.DATASETS.TEST_JSON).read())
+    assert perfect(cfg.DATASETS.TEST[0])["AP"] == pytest.approx(100)
+
+
+def test_nothing_detected_is_0_ap_and_nothing_to_detect_is_nan_with_its_reason(cfg, caplog):
+    register_datasets(cfg)
+    evaluator = BoxEvaluator(cfg.DATASETS.TEST[0])
+
+    def of_nothing():
+        evaluator.reset()
+        empty = Instances((9, 9))
+        empty.pred_boxes, empty.scores = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+        empty.pred_classes = torch.zeros(0, dtype=torch.long)
+        evaluator.process([{"image_id": 0}], [{"instances": empty}])
+        with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+            return evaluator.evaluate()["bbox"]["AP"]
+
+    assert of_nothing() == 0 and "AP is 0: the detector detected nothing" in caplog.text
+    evaluator._objects = 0
+    assert math.isnan(of_nothing()) and "AP cannot be computed: the test set has no" in caplog.text

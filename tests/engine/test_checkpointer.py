@@ -1,0 +1,118 @@
+"""Checkpoints are written whole or not at all, and a damaged one is passed over."""
+
+import os
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from fgbg_kd.engine.checkpointer import PARTIAL, RunCheckpointer, last_checkpoint
+from fgbg_kd.utils.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpointer with three checkpoints, whose one weight is the iteration."""
+    model = torch.nn.Linear(1, 1)
+    checkpointer = RunCheckpointer(model, str(tmp_path))
+    for i in (9, 19, 29):
+        torch.nn.init.constant_(model.weight, i)
+        checkpointer.save(f"model_{i:07d}", iteration=i)
+        os.utime(tmp_path / f"model_{i:07d}.pth", (i, i))
+    return checkpointer
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    at = data.index(torch.tensor(29.0).numpy().tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, remove])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved, tmp_path, caplog, damage):
+    damage(tmp_path / "model_0000029.pth")
+    assert saved.resume_or_load("", resume=True)["iteration"] == 19
+    assert saved.model.weight.item() == 19
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "model_0000019.pth")
+    assert "model_0000029.pth is damaged" in caplog.text
+
+
+def test_a_damaged_mark_of_the_last_checkpoint_does_no_harm(saved, tmp_path):
+    (tmp_path / "last_checkpoint").write_bytes(b"")
+    assert saved.resume_or_load("", resume=True)["iteration"] == 29
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_run(saved, tmp_path):
+    for path in tmp_path.glob("*.pth"):
+        cut(path)
+    with pytest.raises(CheckpointError, match="All checkpoints .* are damaged"):
+        saved.resume_or_load("", resume=True)
+
+
+def test_old_checkpoints_go_and_the_newest_stay(saved, tmp_path):
+    """By their age: a new run in the folder of a longer one counts from 0 again."""
+    saved.max_to_keep = 2
+    saved.save("model_0000004", iteration=4)
+    assert {x.name for x in tmp_path.glob("*.pth")} == {"model_0000004.pth", "model_0000029.pth"}
+    saved.save("model_final", iteration=5)
+    assert len(list(tmp_path.glob("*.pth"))) == 3
+    with pytest.raises(ConfigError, match="CHECKPOINT_MAX_TO_KEEP is 1"):
+        RunCheckpointer(saved.model, max_to_keep=1)
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(saved, tmp_path):
+    class Torn:
+        def state_dict(self):
+            return {"x": 1}
+
+        def __reduce__(self):
+            raise OSError("No space left on device")
+
+    before = sorted(x.name for x in tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space"):
+        saved.save("model_0000029", torn=Torn())
+    assert sorted(x.name for x in tmp_path.iterdir()) == before
+    assert saved.resume_or_load("", resume=True)["iteration"] == 29
+
+
+def test_what_a_killed_save_leaves_is_overwritten_by_the_next(saved, tmp_path):
+    (tmp_path / PARTIAL).write_bytes(b"half a checkpoint")
+    assert saved.resume_or_load("", resume=True)["iteration"] == 29
+    saved.save("model_0000039", iteration=39)
+    assert saved.resume_or_load("", resume=True)["iteration"] == 39
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before_it(tmp_path):
+    """A limit on the size of files stands for the disk: the write fails in the middle."""
+    model = nn.Linear(1000, 1000)  # 4 MB
+    checkpointer = RunCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    whole = {k: v.clone() for k, v in model.state_dict().items()}
+    nn.init.zeros_(model.weight)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, old[1]))
+    try:
+        with pytest.raises(
+            OSError, match="model_0000003.pth could not be written .*too large.*--resume"
+        ):
+            checkpointer.save("model_0000003")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    RunCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert all(torch.equal(v, whole[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,90 @@
+"""The training data can start at any iteration, and is that of Detectron2's own loader."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_cfg
+from detectron2.data import build_detection_train_loader
+from detectron2.utils import comm
+
+from fgbg_kd.data import register_datasets
+from fgbg_kd.engine import FgBgTrainer
+from fgbg_kd.engine.loader import ResumableLoader
+from fgbg_kd.utils.errors import ConfigError
+
+
+def ids(loader, count):
+    return [[x["image_id"] for x in batch] for batch in itertools.islice(iter(loader), count)]
+
+
+@pytest.fixture
+def data_cfg(coco):
+    cfg = tiny_cfg(coco)
+    register_datasets(cfg)
+    return cfg
+
+
+def resumable_loader(cfg):
+    return FgBgTrainer.build_train_loader(cfg)
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_the_loader_gives_detectron2s_batches(data_cfg, grouping, monkeypatch):
+    data_cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: 5)
+    assert ids(resumable_loader(data_cfg), 20) == ids(build_detection_train_loader(data_cfg), 20)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_starts_anywhere_with_the_same_images_and_augmentation(
+    data_cfg, workers, monkeypatch
+):
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: 5)
+    data_cfg.INPUT.MIN_SIZE_TRAIN = (48, 56, 64, 72)
+    whole = list(itertools.islice(iter(resumable_loader(data_cfg)), 15))
+    assert len({x["image"].shape for batch in whole for x in batch}) > 2
+    data_cfg.DATALOADER.NUM_WORKERS = workers
+    loader = resumable_loader(data_cfg)
+    batches = iter(loader)
+    loader.start = 11
+    for batch, expected in zip(batches, whole[11:]):
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(batch, expected))
+
+
+def test_loading_leaves_the_trainings_random_numbers_alone(data_cfg):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    dataset = resumable_loader(data_cfg).dataset
+    dataset[0, 0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_more_processes_share_the_batch_of_one(data_cfg, monkeypatch):
+    monkeypatch.setattr(comm, "shared_random_seed", lambda: 5)
+    data_cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    data_cfg.SOLVER.IMS_PER_BATCH = 4
+    one = list(itertools.islice(iter(resumable_loader(data_cfg)), 5))
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        shares.append(list(itertools.islice(iter(resumable_loader(data_cfg)), 5)))
+    for batch, a, b in zip(one, *shares):
+        both = [x for pair in zip(a, b) for x in pair]
+        assert all(torch.equal(x["image"], y["image"]) for x, y in zip(batch, both))
+
+
+def test_a_batch_that_cannot_be_shared_is_named(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 16, .* among 3 processes equally"):
+        ResumableLoader([], mapper=None, sampler=None, total_batch_size=16, seed=0)
+
+
+def test_the_order_of_images_is_the_seeds_whatever_was_drawn_before(data_cfg):
+    def order():
+        np.random.seed(None)
+        return list(itertools.islice(FgBgTrainer.build_train_loader(data_cfg).sampler, 24))
+
+    assert order() == order()

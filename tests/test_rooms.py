@@ -1,0 +1,99 @@
+"""The core stands alone: what it imports, and how its files depend on each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "fgbg_kd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+CORE = [f for f in FILES if "experiments" not in f.parts]
+# "x and x_triton": the one pair of files that may refer to each other.
+LARGEST_KERNEL = "predictions_triton.py"
+
+
+def test_the_core_never_imports_experiments():
+    """A process that builds a distiller loads nothing of them."""
+    code = (
+        "import sys, fgbg_kd, fgbg_kd.engine, fgbg_kd.deploy\n"
+        "from detectron2.modeling import build_model\n"
+        "cfg = fgbg_kd.get_fgbg_kd_cfg()\n"
+        "cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = 'cpu', 'FgBgDistiller'\n"
+        "cfg.MODEL.BACKBONE.NAME = 'build_retinanet_resnet_fpn_backbone'\n"
+        "cfg.MODEL.FPN.IN_FEATURES = ['res3', 'res4', 'res5']\n"
+        "cfg.MODEL.RESNETS.OUT_FEATURES = ['res3', 'res4', 'res5']\n"
+        "build_model(cfg)\n"
+        "assert not [m for m in sys.modules if m.startswith('fgbg_kd.experiments')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def imported(file: Path, everywhere: bool) -> set[Path]:
+    """Files of this package that a file imports.
+
+    Args:
+        everywhere: also inside functions.
+    """
+    tree = ast.parse(file.read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        folder = file.parent
+        for _ in range(node.level - 1):
+            folder = folder.parent
+        base = folder.joinpath(*(node.module or "").split(".")) if node.module else folder
+        names = [base.with_suffix(".py")] if node.module else []
+        names += [base / f"{a.name}.py" for a in node.names]
+        real = [n for n in names if n.is_file()]
+        found.update(real or ([base / "__init__.py"] if (base / "__init__.py").is_file() else []))
+    return found - {file}
+
+
+def test_there_is_no_circle_of_imports_between_files():
+    """A package's __init__ stands for the files that it imports."""
+    graph = {f: imported(f, everywhere=True) for f in FILES}
+    done: set[Path] = set()
+
+    def visit(file: Path, path: tuple[Path, ...]) -> None:
+        if file in path:
+            circle = [str(f.relative_to(PACKAGE)) for f in path[path.index(file) :]]
+            pytest.fail(f"circle: {' -> '.join(circle)}")
+        if file not in done:
+            for other in graph[file]:
+                visit(other, (*path, file))
+            done.add(file)
+
+    for file in FILES:
+        visit(file, ())
+
+
+def test_no_function_of_the_core_is_over_60_lines_and_no_file_over_350():
+    long = []
+    for file in CORE:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and file.name[-10:] != "_triton.py":
+                if node.end_lineno - node.lineno + 1 > 60:
+                    long.append(f"{file.relative_to(PACKAGE)}: {node.name}")
+        lines = len(file.read_text().splitlines())
+        if lines > 350 and file.name != LARGEST_KERNEL:
+            long.append(f"{file.relative_to(PACKAGE)}: {lines} lines")
+    assert not long
+
+
+@pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
+def test_one_file_knows_the_detectors_by_name(name):
+    """Code outside detectors/ never asks for one of them; texts may name them."""
+    known = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            used = isinstance(node, ast.Name) and node.id == name
+            named = isinstance(node, ast.Constant) and node.value == name
+            if (used or named) and file.parent.name != "detectors":
+                known.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
+    assert [k for k in known if not k.startswith("config.py")] == []
