@@ -6,6 +6,7 @@ from conftest import tiny_cfg
 from PIL import ExifTags, Image
 
 from fgbg_kd.data import NamingMapper
+from fgbg_kd.data.image_files import check_images
 from fgbg_kd.data.images import pick, read_image
 from fgbg_kd.utils.errors import DataError
 
@@ -64,6 +65,8 @@ def test_every_reader_sees_the_same_upright_pixels_in_all_orientations(kind, tmp
         image = read_image(path, "BGR")
         seen = mapper({"file_name": str(path)})["image"].permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(image, seen)
+        entry = {"file_name": path.name, "height": image.shape[0], "width": image.shape[1]}
+        check_images([entry], str(tmp_path))  # which reads the header alone
         if stores_it:
             expected = view(np.asarray(picture()).astype(int))
             assert image.shape == expected.shape
