@@ -1,4 +1,4 @@
-"""What only a GPU shows: the same losses there, mixed precision, no waiting, a whole training."""
+"""Tests that need a GPU: equal losses, mixed precision, no waiting, a whole training."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ METHODS = sorted(name for name, _ in METHOD_REGISTRY)
 
 @pytest.fixture(autouse=True)
 def full_fp32():
-    """By hand: pytest's monkeypatch cannot undo what these modules keep in C++."""
+    """TF32 off. pytest's monkeypatch cannot restore these switches, which C++ keeps."""
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [x.allow_tf32 for x in switches]
     for x in switches:
@@ -35,7 +35,7 @@ def build(cfg, method):
 
 
 def step(model, iteration=1):
-    """Losses, and the gradients of distillation alone. Iteration 1 logs nothing."""
+    """Losses, and the gradients of the distillation losses alone. Iteration 1 logs nothing."""
     with EventStorage(iteration):
         losses = model(make_batch())
     sum(v for k, v in losses.items() if "kd" in k).backward()
@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(distil_cfg, method):
         torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-4, atol=1e-6)
     scales = {name: value.abs().max() for name, value in expected_grads.items()}
     for name, value in gradients.items():
-        # Those of biases that PKD and CWD do not see are rounding alone.
+        # The gradients of biases that PKD and CWD do not see are rounding errors.
         tolerance = 1e-3 * scales[name] + 1e-6 * max(scales.values())
         assert (value.cpu() - expected_grads[name]).abs().max() <= tolerance, name
 
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(distil_cfg, method):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_gives_finite_losses_near_those_of_fp32(distil_cfg, method, dtype):
     model = build(distil_cfg, method).cuda()
-    torch.manual_seed(0)  # of the mask of MGD
+    torch.manual_seed(0)  # for the mask of MGD
     exact, _ = step(model)
     model.zero_grad()
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_mixed_precision_gives_finite_losses_near_those_of_fp32(distil_cfg, meth
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("boxes", ["some", "none"])
-def test_no_line_of_ours_waits_for_the_device(distil_cfg, method, boxes):
+def test_no_line_of_this_package_waits_for_the_device(distil_cfg, method, boxes):
     """Detectron2's own losses do, and its copies of images and ground truth."""
     model = build(distil_cfg, method).cuda()
     batch = make_batch() if boxes == "some" else make_batch(boxes=((), ()))
@@ -99,8 +99,8 @@ def test_no_line_of_ours_waits_for_the_device(distil_cfg, method, boxes):
             torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "synchroniz" in str(w.message)]
     assert waits  # Detectron2's: the mode works
-    ours = [f"{w.filename}:{w.lineno}" for w in waits if "fgbg_kd" in w.filename]
-    assert not ours
+    waiting = [f"{w.filename}:{w.lineno}" for w in waits if "fgbg_kd" in w.filename]
+    assert not waiting
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -109,7 +109,7 @@ def test_a_training_on_the_gpu_ends_in_a_checkpoint_of_the_student(distil_cfg, t
     distil_cfg.MODEL.KD.TEACHER.CACHE = cache
     distil_cfg.INPUT.RANDOM_FLIP = "none" if cache else "horizontal"
     trainer = train(FgBgTrainer, distil_cfg, tmp_path / "out", 25)
-    assert trainer.model.teacher.device.type == "cuda"
+    assert trainer.model.teacher.detector.device.type == "cuda"
     found = weights(tmp_path / "out")
     assert found and all(v.isfinite().all() for v in found.values() if v.is_floating_point())
     assert not any("teacher" in name for name in found)

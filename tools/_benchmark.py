@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, random boxes, and a table of rows."""
+"""What the benchmarks share: timing, random boxes, a table of rows."""
 
 import csv
 import math
@@ -7,20 +7,26 @@ from pathlib import Path
 
 import torch
 
+from fgbg_kd.utils.markdown import table
+
 
 def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, float, float]:
-    """p20, p50, p80 in milliseconds, after warming up.
+    """20 %, 50 % and 80 % quantile of the time of a call in milliseconds, after three to warm up.
 
     Args:
-        ahead: on a GPU, how many seconds it sleeps before each run, so that it does not wait for
-            the host in between.
+        device: "cuda": the time of the GPU's own work; "cpu": the wall clock.
+        seconds: that are measured.
+        ahead: seconds that a GPU sleeps before each call, so that the host can issue all work
+            before the GPU starts.
     """
     return quantiles_in_turn({"": function}, device, seconds, ahead)[""]
 
 
 def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0.0) -> dict:
-    """:func:`quantiles` of several functions by name, called in turn: what else the machine does
-    meets all of them alike."""
+    """:func:`quantiles` of several functions by name.
+
+    They are called in turn, so that other work on the machine slows all of them alike.
+    """
     for function in calls.values():
         for _ in range(3):
             function()
@@ -38,7 +44,7 @@ def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0
 
 
 def host_seconds(function) -> float:
-    """Median of five: how long the host takes to issue the work of a function to the GPU."""
+    """Median of five: seconds that the host needs to issue the work of a function to the GPU."""
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -47,10 +53,11 @@ def host_seconds(function) -> float:
 
 
 def milliseconds(function, device: str, ahead: float = 0.0) -> float:
+    """Time of one call; see :func:`quantiles`."""
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if ahead:
-            torch.cuda._sleep(int(ahead * 2e9))  # cycles, of at most 2 GHz
+            torch.cuda._sleep(int(ahead * 2e9))  # in cycles, at 2 GHz
         begin.record()
         function()
         end.record()
@@ -69,11 +76,10 @@ def random_boxes(count: int, height: int, width: int, generator) -> torch.Tensor
 
 
 def show(rows: list[dict], path: Path | None) -> None:
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(c, "")) for c in columns) + " |")
+    """Prints rows as a table, and writes them as CSV if there is a path."""
+    print(f"\n{table(rows)}")
     if path:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
@@ -81,11 +87,12 @@ def show(rows: list[dict], path: Path | None) -> None:
 
 
 def rounded(row: dict) -> dict:
+    """The row with its numbers rounded to three digits after the point."""
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def describe(device: str) -> None:
-    """Prints what the times depend on."""
+    """Prints the device and versions on which the times depend."""
     if device == "cuda":
         print(torch.cuda.get_device_name())
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads")

@@ -5,8 +5,8 @@ Example:
     tools/analyze.py configs/COCO-Detection/retinanet_R50_3x_to_MobileNetV3_1x.yaml
     tools/analyze.py COCO-Detection/retinanet_R_101_FPN_3x.yaml my_student.yaml --size 480 640
 
-A config is a zoo name, or a local .yaml or .py file. Weights are random, so nothing is fetched, and
-NMS has little to do.
+A config is a name of the model zoo, or a local .yaml or .py file. Weights are random: nothing is
+downloaded, and NMS has little to do.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import sys
 
 import _quiet  # noqa: F401
 import torch
+from _arguments import add_import_flag
 
-from fgbg_kd.experiments.cost import cost, detectors_of, table
-from fgbg_kd.utils.errors import ConfigError
+from fgbg_kd.experiments.cost import costs_of, table
+from fgbg_kd.utils.errors import FgBgError
 
 
 def main() -> None:
@@ -25,26 +26,25 @@ def main() -> None:
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
-    parser.add_argument("--runs", type=int, default=10, help="of which the latency is the median")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=10, help="latency is the median of them; default: %(default)s"
+    )
+    add_import_flag(parser)
     args = parser.parse_args()
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA in it
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    example = {"image": torch.randint(256, (3, *args.size)).float()}
-    rows, two_stage = [], False
-    for config in args.configs:
-        detectors = detectors_of(config)
-        for role, detector in detectors.items():
-            two_stage |= not hasattr(detector, "head_in_features")
-            name = f"{role} of {config}" if len(detectors) > 1 else config
-            print(f"{name} ...", file=sys.stderr)
-            rows.append({"name": name, **cost(detector.to(args.device), example, args.runs)})
-        if len(detectors) > 1:
-            teacher, student = rows[-2:]
-            ratio = {k: f"{student[k] / teacher[k]:.2f}" for k in student if k != "name"}
-            rows.append({"name": "student / teacher", **ratio})
+    rows, two_stage = costs_of(
+        args.configs,
+        tuple(args.size),
+        args.device,
+        args.runs,
+        say=lambda name: print(f"{name} ...", file=sys.stderr),
+    )
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(f"one image of {args.size[0]}x{args.size[1]}, {device}, fp32\n\n{table(rows)}")
     if two_stage:
@@ -54,5 +54,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ConfigError as error:
+    except FgBgError as error:
         sys.exit(f"analyze: {error}")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Times the operators, split, cosine and comparison, and counts what they must read and write.
+"""Times the operators (split, cosine, comparison) and counts the bytes that they read and write.
 
 Example:
-    tools/benchmark_ops.py --plot ops.png         times on FPN shapes, on a GPU
-    tools/benchmark_ops.py --counts-only          what needs no GPU: bytes, launches, memory
+    tools/benchmark_ops.py --plot ops.png         times on the shapes of an FPN; needs a GPU
+    tools/benchmark_ops.py --counts-only          bytes, launches and memory; needs no GPU
     tools/benchmark_ops.py --impls torch triton   without torch.compile, which compiles for minutes
 
-Times are p20 / p50 / p80 over runs, of CUDA events: the GPU's own, with the host ahead of it as in
-a training step, however long the host takes to issue the work ("host ms").
+Times are the 20 %, 50 % and 80 % quantiles of the GPU's own time by CUDA events. As in a training
+step, the host issues the work before the GPU needs it; "host ms" is the time that this takes.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import _quiet  # noqa: F401
 import torch
@@ -34,10 +33,8 @@ from _benchmark import (  # noqa: E402
     rounded,
     show,
 )
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator  # noqa: E402
-from detectron2.modeling.box_regression import Box2BoxTransform  # noqa: E402
 
-from fgbg_kd.ops import DenseOutput, compare_predictions, cosine_loss, split  # noqa: E402
+from fgbg_kd.ops import compare_predictions, cosine_loss, split  # noqa: E402
 
 CASES = {  # images of 800x1333, anchors a cell
     "RetinaNet, 16 images": (16, 9),
@@ -61,17 +58,6 @@ class Scene:
         self.boxes = [random_boxes(BOXES, *size, generator).to(at) for _ in range(images)]
         self.classes = torch.randint(CLASSES, (images, BOXES), generator=generator).to(at)
         self.cells = self.split("torch")
-        self.detector = SimpleNamespace(
-            num_classes=CLASSES,
-            box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
-            anchor_generator=DefaultAnchorGenerator(
-                sizes=[[4 * s * 1.26**i for i in range(3)] for s in STRIDES]
-                if anchors == 9
-                else [[4 * s] for s in STRIDES],
-                aspect_ratios=[[0.5, 1.0, 2.0] if anchors == 9 else [1.0]],
-                strides=STRIDES,
-            ).to(device),
-        )
 
         def maps(channels):
             return [
@@ -79,51 +65,49 @@ class Scene:
                 for h, w in self.shapes
             ]
 
-        self.student, self.teacher = (
-            DenseOutput(maps(CHANNELS), maps(anchors * CLASSES), maps(anchors * 4)) for _ in "st"
-        )
+        self.features, self.teacher_features = maps(CHANNELS), maps(CHANNELS)
+        self.logits, self.teacher_logits = maps(anchors * CLASSES), maps(anchors * CLASSES)
 
     def split(self, impl):
-        return split(self.boxes, self.sizes, self.shapes, STRIDES, impl=impl)
+        return split(self.boxes, self.sizes, self.shapes, STRIDES, assign="scale", impl=impl)
 
     def cosine(self, features, impl):
-        return cosine_loss(features, self.teacher.features, self.cells.weight, impl)
+        return cosine_loss(features, self.teacher_features, self.cells.weight, impl)
 
     def compare(self, logits, impl):
+        """As FgBg has it by default: no boxes."""
         found = compare_predictions(
-            self.student._replace(logits=logits),
-            self.teacher,
-            (self.detector, self.detector),
-            self.cells,
-            self.classes,
-            STRIDES,
-            boxes=False,  # as the gate has it by default
-            impl=impl,
+            logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
         )
         gate = (found.teacher_quality > found.student_quality).float()
         return (gate * found.kl).sum()
 
     def counts(self) -> dict[str, tuple[float, float, int]]:
-        """Per operator: the least bytes that forward and backward can move, those that the kernels
-        move, and launches of kernels. Every background cell counts as open in the gate."""
+        """Memory traffic of forward and backward by operator, with the gate open everywhere.
+
+        Returns:
+            The smallest possible number of bytes, the bytes that the kernels move, and the number
+            of kernel launches.
+        """
         cells = self.cells.box_index.numel()
         fg, bg = (x.sum().item() for x in (self.cells.foreground, self.cells.background))
         feature, logit = CHANNELS * self.itemsize, self.anchors * CLASSES * self.itemsize
-        # Foreground cells: both maps in, twice; all cells: the gradient out.
+        # Read: both maps on foreground cells, forward and backward. Written: the whole gradient.
         cosine = 4 * fg * feature + cells * feature
-        # Background cells likewise; of foreground cells the own class of each anchor.
+        # Read: both maps on background cells, forward and backward, and on foreground cells the
+        # class of the owner for each anchor. Written: the whole gradient.
         compare = 4 * bg * logit + 2 * fg * self.anchors * self.itemsize + cells * logit
         return {
             "split": (4 * cells, 4 * cells, 1),
-            # weight in, 3 sums out; 2 factors in
+            # The kernels also read a weight and write 3 sums; backward, they read 2 factors.
             "cosine": (cosine, cosine + cells * 4 * (4 + 2), 2 * len(STRIDES)),
-            # owner in, KL and qualities out; weight in
+            # The kernels also read the owner, write KL and qualities; backward, they read a weight.
             "compare": (compare, compare + cells * 4 * (4 + 1), 2 * len(STRIDES)),
         }
 
 
 def peak_memory(function) -> int:
-    """Bytes that a call on the CPU holds at most, beside what was there before."""
+    """Largest number of bytes that a call on the CPU allocates at one time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     events = profiled.profiler.kineto_results.events()
@@ -133,7 +117,7 @@ def peak_memory(function) -> int:
 
 
 def operators(args) -> list[dict]:
-    """Rows of the operators' table; times only where there is a GPU."""
+    """Rows of the table; with times where there is a GPU."""
     rows, copy = [], copy_bandwidth(args) if TIMED else None
     for case in args.cases:
         images, anchors = CASES[case]
@@ -157,10 +141,10 @@ def gradient(function, leaves: list, impl: str) -> tuple:
 
 
 def extra_memory(args) -> list[dict]:
-    """Peak memory of forward and backward beside inputs and gradient, on small maps on the CPU."""
+    """Peak memory of forward and backward beyond inputs and gradient, for small maps on the CPU."""
     scene = Scene(1, 9, (64, 96), args.dtype, "cpu")
     rows = []
-    for operator, maps in (("cosine", scene.student.features), ("compare", scene.student.logits)):
+    for operator, maps in (("cosine", scene.features), ("compare", scene.logits)):
         whole = sum(x.numel() * x.element_size() for x in maps)
         leaves = [x.requires_grad_() for x in maps]
         for impl in ("torch", "triton"):
@@ -173,7 +157,7 @@ def extra_memory(args) -> list[dict]:
 
 
 def copy_bandwidth(args) -> float:
-    """GB/s of a copy of 268 MB on the device, read and write together."""
+    """GB/s that the device reads and writes together when it copies 268 MB."""
     source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     copied = torch.empty_like(source)
     _, p50, _ = quantiles(lambda: copied.copy_(source), "cuda", args.seconds)
@@ -182,6 +166,11 @@ def copy_bandwidth(args) -> float:
 
 
 def timed(case: str, scene: Scene, args, copy: float) -> list[dict]:
+    """A row for each operator, implementation and mode of a case.
+
+    Args:
+        copy: the device's bandwidth in GB/s.
+    """
     rows = []
 
     def measure(operator, impl, mode, call, least=0.0, whole=0):
@@ -201,7 +190,7 @@ def timed(case: str, scene: Scene, args, copy: float) -> list[dict]:
     for impl in (i for i in args.impls if i != "compile"):
         measure("split", impl, "forward", lambda impl=impl: scene.split(impl))
     least = {operator: bytes_moved for operator, (bytes_moved, *_) in scene.counts().items()}
-    for operator, maps in (("cosine", scene.student.features), ("compare", scene.student.logits)):
+    for operator, maps in (("cosine", scene.features), ("compare", scene.logits)):
         function = getattr(scene, operator)
         leaves = [x.requires_grad_() for x in maps]
         whole = sum(x.numel() * x.element_size() for x in maps)
@@ -216,7 +205,7 @@ def timed(case: str, scene: Scene, args, copy: float) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Bars of p50 with p20 to p80, an axis for each operator and mode, of the first case."""
+    """Draws the times of the first case: a panel for each operator and mode, with error bars."""
     import matplotlib.pyplot as plt
 
     case = rows[0]["case"]
@@ -239,13 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the maps")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the maps")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))
-    parser.add_argument("--counts-only", action="store_true", help="no timing")
-    parser.add_argument("--plot", type=Path, help="of the times, a picture")
-    parser.add_argument("--csv", type=Path, help="write the rows there, too")
+    parser.add_argument("--counts-only", action="store_true", help="measure no times")
+    parser.add_argument("--plot", type=Path, help="draw the times into this file")
+    parser.add_argument("--csv", type=Path, help="also write the rows there")
     args = parser.parse_args()
     describe("cuda" if TIMED else "cpu")
     show(operators(args), args.csv)

@@ -4,16 +4,18 @@
 Example:
     tools/benchmark_step.py --images 2 --size 384 640 --methods FgBg "FgBg GATE=off" PKD
 
-The pair is RetinaNet R101 to R50 if no config is named, weights, images and boxes are random.
-Times are p20 / p50 / p80 over runs: of CUDA events on a GPU, of the wall clock on a CPU.
+Weights, images and boxes are random. Times are the 20 %, 50 % and 80 % quantiles, by CUDA events on
+a GPU and by the wall clock on a CPU.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 import _quiet  # noqa: F401
 import torch
+from _arguments import add_import_flag
 from _benchmark import describe, quantiles_in_turn, random_boxes, rounded, show
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -21,14 +23,15 @@ from detectron2.utils.events import EventStorage
 from fgbg_kd import FgBgDistiller
 from fgbg_kd.config import method_options
 from fgbg_kd.detectors.load import build_detector, read_detector_config
-from fgbg_kd.distiller import run_dense
 from fgbg_kd.engine import read_config
-from fgbg_kd.experiments.method_specs import PLAIN, method_overrides
-from fgbg_kd.teacher import PRECISIONS, precision
+from fgbg_kd.matching import dense_student
+from fgbg_kd.methods import get_method
+from fgbg_kd.teacher import PRECISIONS, Teacher
+from fgbg_kd.utils.errors import FgBgError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 R101_TO_R50 = str(CONFIGS / "COCO-Detection" / "retinanet_R101_3x_to_R50_1x.yaml")
-BOXES = 20  # an image
+BOXES = 20  # in each image
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -40,51 +43,67 @@ def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Modul
     return student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
 
 
-def options_of(config_file: str, spec: str) -> dict:
-    """Method and options of what compare.py would call `spec`."""
-    if spec.split()[:1] == [PLAIN]:
-        sys.exit(f"benchmark_step: {spec!r}: the plain step is timed in any case.")
-    try:
-        overrides = method_overrides(read_config(config_file), spec)
-    except ValueError as error:
-        sys.exit(f"benchmark_step: {error}")
-    options = method_options(read_config(config_file, overrides))
-    for key in overrides[4::2]:  # after the meta-architecture and the method
-        if key.rpartition(".")[2].lower() not in options:
-            sys.exit(f"benchmark_step: {spec!r}: {key} is no option of the method.")
-    return {"method": spec.split()[0], **options}
+def method_of(config_file: str, spec: str) -> dict:
+    """Name and options of a method, for FgBgDistiller.
+
+    Args:
+        spec: the name, and any number of KEY=VALUE with a key of the method: "PKD WEIGHT=2".
+
+    Raises:
+        ValueError: a wrong method or option.
+    """
+    name, *options = spec.split()
+    get_method(name)
+    overrides = []
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"{spec!r}: {option!r} is not KEY=VALUE.")
+        overrides += [f"MODEL.KD.{name.upper()}.{key}", value]
+    return {"name": name, **method_options(read_config(config_file, overrides), name)}
 
 
-def steps(args) -> list[dict]:
-    """Plain step, teacher's forward pass and step of each method, on random images and boxes."""
-    (height, width), device = args.size, args.device
-    student, teacher = pair(args.config_file, device)
-    distillers = {
-        spec: FgBgDistiller(
-            student=student,
-            teacher=teacher,
-            teacher_precision=args.precision,
-            kd=options_of(args.config_file, spec),
-        )
-        .to(device)
-        .train()
-        for spec in args.methods
-    }
-    boxes_too = any(distiller.kd.needs_boxes for distiller in distillers.values())
+def random_batch(images: int, height: int, width: int, channels: int, classes: int) -> list[dict]:
+    """Detectron2 inputs of random pixels and boxes."""
     generator = torch.Generator().manual_seed(0)
     batch = []
-    for _ in range(args.images):
+    for _ in range(images):
         instances = Instances((height, width))
         boxes = Boxes(random_boxes(BOXES, height, width, generator))
         boxes.clip((height, width))
         instances.gt_boxes = boxes
-        instances.gt_classes = torch.randint(student.num_classes, (BOXES,), generator=generator)
-        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        instances.gt_classes = torch.randint(classes, (BOXES,), generator=generator)
+        image = torch.randint(
+            256, (channels, height, width), generator=generator, dtype=torch.uint8
+        )
         batch.append({"image": image, "instances": instances[boxes.nonempty()]})
+    return batch
+
+
+def steps(args) -> list[dict]:
+    """Rows: the plain step, the teacher's forward pass, and the step of each method."""
+    student, detector = pair(args.config_file, args.device)
+    teacher = Teacher(detector, precision=args.precision)
+    distillers = {
+        spec: FgBgDistiller(
+            student=student, teacher=teacher, method=method_of(args.config_file, spec)
+        )
+        .to(args.device)
+        .train()
+        for spec in args.methods
+    }
+    of = dense_student(student)
+    channels = len(of.normalization[0])
+    batch = random_batch(args.images, *args.size, channels, of.num_classes)
+    methods = [distiller.method for distiller in distillers.values() if distiller.method]
+    needs = {
+        "logits": any(method.needs_logits for method in methods),
+        "boxes": any(method.needs_boxes for method in methods),
+    }
 
     def train(model):
         def step():
-            with EventStorage(1):  # the first iteration of a training logs
+            with EventStorage(1):  # iteration 1 logs no statistics
                 loss = sum(model(batch).values())
             loss.backward()
             model.zero_grad(set_to_none=True)
@@ -93,19 +112,17 @@ def steps(args) -> list[dict]:
 
     @torch.no_grad()
     def look():
-        images = teacher.preprocess_image(batch).tensor
-        with precision(args.precision, student.device):
-            run_dense(teacher, images, boxes=boxes_too)
+        teacher(of.preprocess(batch), batch, of, **needs)
 
     calls = {"plain student step": train(student), "teacher forward": look}
     calls |= {f"{spec} step": train(distiller) for spec, distiller in distillers.items()}
-    found = quantiles_in_turn(calls, device, args.seconds)
+    found = quantiles_in_turn(calls, args.device, args.seconds)
     rows = []
     _, plain, _ = next(iter(found.values()))
     for name, (p20, p50, p80) in found.items():
-        row = {"what": name, "p20 ms": p20, "p50 ms": p50, "p80 ms": p80}
+        row = {"step": name, "p20 ms": p20, "p50 ms": p50, "p80 ms": p80}
         if name != "teacher forward":
-            row["over plain"] = p50 / plain
+            row["relative to plain"] = p50 / plain
         rows.append(rounded(row))
     return rows
 
@@ -114,24 +131,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", default=R101_TO_R50, metavar="FILE")
+    parser.add_argument(
+        "--config-file",
+        default=R101_TO_R50,
+        metavar="FILE",
+        help="a config that distils; default: RetinaNet R101 to R50",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the teacher")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the teacher's pass"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
         default=["FgBg"],
         metavar="METHOD",
-        help='as compare.py names them: PKD "FgBg GATE=off"',
+        help='named as in compare.py: PKD "FgBg GATE=off"',
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--csv", type=Path, help="write the rows there, too")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    parser.add_argument("--csv", type=Path, help="also write the rows there")
+    add_import_flag(parser)
     args = parser.parse_args()
     describe(args.device)
     show(steps(args), args.csv)
 
 
 if __name__ == "__main__":
-    main()
+    logging.getLogger("fgbg_kd").setLevel(logging.ERROR)
+    try:
+        main()
+    except (FgBgError, ValueError, OSError) as error:
+        sys.exit(f"benchmark_step: {error}")

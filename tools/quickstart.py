@@ -19,16 +19,12 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog
 
+from fgbg_kd.data.images import pick
 from fgbg_kd.detectors.load import load_detector
 from fgbg_kd.engine import load_config
-from fgbg_kd.experiments.cost import (
-    cost,
-    draw_side_by_side,
-    pick,
-    read_input,
-    table,
-)
+from fgbg_kd.experiments.cost import cost, table
 from fgbg_kd.experiments.runner import Runner
+from fgbg_kd.experiments.side_by_side import draw_side_by_side, read_input
 from fgbg_kd.utils.errors import RunError
 
 TOOLS = Path(__file__).parent

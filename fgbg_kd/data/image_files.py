@@ -4,9 +4,10 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ..utils.errors import DataError
+from .images import too_large
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,11 @@ def _image_fault(entry: dict, folder: str) -> tuple[str, int]:
     """What is wrong with an image file ("" = nothing), and its EXIF orientation (1 = upright)."""
     try:
         with Image.open(os.path.join(folder, entry["file_name"])) as image:
-            size, mode, orientation = image.size, image.mode, _orientation(image)
+            size, mode, orientation = _stored_size(image), image.mode, _orientation(image)
     except FileNotFoundError:
         return "there is no such file", 1
+    except Image.DecompressionBombError as error:
+        return too_large(error), 1
     except Exception as error:  # PIL has many
         return str(error), 1
     if mode[0] in "IF":  # Detectron2 would clip values at 255
@@ -69,6 +72,13 @@ def _image_fault(entry: dict, folder: str) -> tuple[str, int]:
             orientation,
         )
     return "", orientation
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height before an image is turned; ``size`` of a TIFF may be that afterwards."""
+    if image.format == "TIFF":
+        return image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+    return image.size
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,12 +1,19 @@
-"""Detectron2's mapper, whose errors name the image."""
+"""Detectron2's mapper with this package's reader, and the image's name in what goes wrong."""
 
+import copy
+
+import numpy as np
+import torch
 from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data.transforms import AugInput
 
 from ..utils.errors import DataError
+from .images import read_image
 
 
 class NamingMapper(DatasetMapper):
-    """DatasetMapper whose errors name the image. The errors of PIL and NumPy do not."""
+    """DatasetMapper for boxes that reads by :func:`read_image`. Its errors name the image."""
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -14,9 +21,23 @@ class NamingMapper(DatasetMapper):
             DataError: the image cannot be read or prepared.
         """
         try:
-            return super().__call__(dataset_dict)
+            return self._map(copy.deepcopy(dataset_dict))
         except Exception as error:
             raise DataError(
                 f"The image {dataset_dict['file_name']} cannot be used ({error}): replace the file "
                 "and continue with --resume."
             ) from error
+
+    def _map(self, dataset_dict: dict) -> dict:
+        """DatasetMapper.__call__ without its masks of semantic segmentation and proposals."""
+        image = read_image(dataset_dict["file_name"], self.image_format)
+        utils.check_image_size(dataset_dict, image)
+        augmented = AugInput(image)
+        transforms = self.augmentations(augmented)
+        image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        dataset_dict["image"] = torch.as_tensor(image)
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, image.shape[1:])
+        return dataset_dict

@@ -1,4 +1,4 @@
-"""The student as a file of its own, ONNX or TorchScript, and any such file as a detector.
+"""The student as a file of its own, ONNX or TorchScript, and running such files.
 
 An exported detector takes one image of any size, uint8 RGB of shape (H, W, 3), and gives
 
@@ -6,19 +6,23 @@ An exported detector takes one image of any size, uint8 RGB of shape (H, W, 3), 
 - scores: (M,) float32,
 - classes: (M,) int64.
 
-With NMS inside, these are the detections, best first. With NMS outside they are candidates, at most
-``test_topk_candidates`` a level, to which the caller applies :func:`suppress`, or the like.
-Normalisation and padding are inside; resizing is the caller's. To what size, and what the classes
-are called, the metadata in the file says (:func:`describe`).
+With NMS inside, these are the detections, best first. With NMS outside, they are candidates, at
+most ``test_topk_candidates`` per level, and the caller applies :func:`suppress` or a similar
+function. Normalisation and padding are inside. Resizing is not: the metadata in the file say the
+size, and the names of the classes (:func:`describe`).
 """
 
 from ..utils.errors import DeployError
+from .checks import Agreement, agreement, export_checked
 from .deployable import Deployable, suppress
 from .export import FORMATS, describe, export, load_for_deployment, quantize
-from .run import ExportedDetector, agreement, coco_results, detect, draw, open_detector, resized
+from .export_config import export_config
+from .predict import predict
+from .run import ExportedDetector, coco_results, detect, draw, open_detector, resized
 
 __all__ = [
     "FORMATS",
+    "Agreement",
     "DeployError",
     "Deployable",
     "ExportedDetector",
@@ -28,8 +32,11 @@ __all__ = [
     "detect",
     "draw",
     "export",
+    "export_checked",
+    "export_config",
     "load_for_deployment",
     "open_detector",
+    "predict",
     "quantize",
     "resized",
     "suppress",

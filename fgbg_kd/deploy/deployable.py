@@ -10,6 +10,9 @@ from ..utils.errors import DeployError, DetectorError
 
 OUTPUTS = ["boxes", "scores", "classes"]
 
+# Number of channels of an image in each order that a deployed detector may take.
+_CHANNELS = {"RGB": 3, "BGR": 3, "L": 1}
+
 
 def suppress(
     boxes: Tensor, scores: Tensor, classes: Tensor, *, score: float, iou: float, limit: int
@@ -17,34 +20,50 @@ def suppress(
     """NMS within each class, as Detectron2's dense detectors do it.
 
     Args:
-        boxes, scores, classes: (M, 4), (M,), (M,), the candidates.
-        score: candidates up to this score are left out.
-        iou: of two that overlap by more than this, the better one stays.
-        limit: at most so many detections.
+        boxes, scores, classes: the candidates, (M, 4) XYXY, (M,) and (M,).
+        score: candidates of this score or less are left out.
+        iou: of two boxes that overlap by more than this, the better one stays.
+        limit: largest number of detections.
 
     Returns:
-        The same of the detections, best first.
+        Boxes, scores and classes of the detections, best first.
     """
     good = (scores > score).nonzero()[:, 0]
     boxes, scores, classes = boxes[good], scores[good], classes[good]
-    # Each class in a place of its own, so that one NMS does for all. The 0: there may be no box.
+    # Each class is moved to a place of its own, so that one NMS does for all. The 0 stands for an
+    # empty list of boxes.
     corners = torch.cat([boxes.flatten(), boxes.new_zeros(1)])
     offset = classes.to(boxes.dtype) * (corners.max() - corners.min() + 1)
     keep = nms(boxes + offset[:, None], scores, iou)[:limit]
     return boxes[keep], scores[keep], classes[keep]
 
 
+def in_order(pixels: Tensor, order: str) -> Tensor:
+    """(3, H, W) RGB in 0..255 -> the channels that a detector takes.
+
+    Args:
+        order: "RGB", "BGR", or "L": grey, (1, H, W), rounded as Pillow does.
+    """
+    if order == "BGR":
+        return pixels.flip(0)
+    if order == "L":
+        red, green, blue = pixels.float().unbind(0)
+        grey = 19595 * red + 38470 * green + 7471 * blue + 32768  # below 2^24: exact in float32
+        return (grey / 65536).floor()[None]
+    return pixels
+
+
 class Deployable(nn.Module):
-    """A dense detector from pixels to detections, with nothing that tracing cannot follow."""
+    """A dense detector from pixels to detections, by operations that tracing can follow."""
 
     def __init__(self, detector: nn.Module, nms_inside: bool = True):
         """
         Args:
             detector: a dense detector.
-            nms_inside: False: the output are candidates.
+            nms_inside: False: the outputs are candidates.
 
         Raises:
-            DeployError: the detector is not dense.
+            DeployError: the detector is not dense, or takes images that are neither RGB nor grey.
         """
         super().__init__()
         dense_view(detector)
@@ -52,57 +71,72 @@ class Deployable(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(H, W, 3) uint8, RGB, to boxes (M, 4), scores (M,), classes (M,)."""
+        """(H, W, 3) uint8 RGB -> boxes (M, 4) XYXY in pixels, scores (M,), classes (M,)."""
         of = dense_view(self.detector)
-        pixels = image.permute(2, 0, 1).float()
-        if of.channel_order == "BGR":
-            pixels = pixels.flip(0)
+        pixels = in_order(image.permute(2, 0, 1).float(), of.channel_order)
         mean, std = of.normalization
         pixels = (pixels - mean) / std
         height, width = pixels.shape[1:]
-        divisor = of.size_divisibility
-        more = (0, -width % divisor, 0, -height % divisor)
-        features = of.features(F.pad(pixels, more, value=of.pad_value)[None])
+        features = of.features(_padded(of, pixels)[None])
         raw = of.head(features)
-        levels = [self._candidates(of, *x) for x in zip(of.decode(features, raw), of.scores(raw))]
+        levels = [_candidates(of, *x) for x in zip(of.decode(features, raw), of.scores(raw))]
         boxes, scores, classes = (torch.cat(x) for x in zip(*levels))
         if not self.nms_inside:
             return boxes, scores, classes
         boxes, scores, classes = suppress(boxes, scores, classes, **of.suppression)
-        # Last, as in Detectron2: boxes are cut off at the image's border, empty ones left out.
+        # After NMS, as in Detectron2: boxes are cut at the image's border, empty ones left out.
         border = torch.stack([torch.as_tensor(x) for x in (width, height, width, height)])
         boxes = boxes.clamp(min=0).minimum(border.to(boxes))
         good = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
         return boxes[good], scores[good], classes[good]
 
-    def _candidates(self, of: DenseView, boxes: Tensor, scores: Tensor):
-        """The best predictions of one level.
 
-        Args:
-            boxes, scores: (1, A*4, H, W), (1, A*K, H, W).
+def _padded(of: DenseView, pixels: Tensor) -> Tensor:
+    """(C, H, W) with the padding of the detector's own preprocessing."""
+    height, width = pixels.shape[1:]
+    if of.square_size:
+        more = (0, of.square_size - width, 0, of.square_size - height)
+    else:
+        more = (0, -width % of.size_divisibility, 0, -height % of.size_divisibility)
+    return F.pad(pixels, more, value=of.pad_value)
 
-        Returns:
-            boxes (M, 4), scores (M,), classes (M,).
-        """
-        scores = scores[0].flatten(1).unflatten(0, (-1, of.num_classes))  # (A, K, HW)
-        scores = scores.permute(2, 0, 1).flatten()  # in Detectron2's order: cells, anchors, classes
-        boxes = boxes[0].flatten(1).unflatten(0, (-1, 4)).permute(2, 0, 1).reshape(-1, 4)
-        # A tensor, so that tracing sees the minimum.
-        count = torch.as_tensor(scores.shape[0]).clamp(max=of.candidates_per_level)
-        scores, index = scores.topk(count)
-        rows = torch.div(index, of.num_classes, rounding_mode="floor")
-        return boxes[rows], scores, index - rows * of.num_classes
+
+def _candidates(of: DenseView, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The predictions of one level with the highest scores.
+
+    Args:
+        boxes, scores: (1, A*4, H, W), (1, A*K, H, W).
+
+    Returns:
+        boxes (M, 4), scores (M,), classes (M,).
+    """
+    scores = scores[0].flatten(1).unflatten(0, (-1, of.num_classes))  # (A, K, HW)
+    scores = scores.permute(2, 0, 1).flatten()  # in Detectron2's order: cells, anchors, classes
+    boxes = boxes[0].flatten(1).unflatten(0, (-1, 4)).permute(2, 0, 1).reshape(-1, 4)
+    # A tensor, so that tracing sees the minimum.
+    count = torch.as_tensor(scores.shape[0]).clamp(max=of.candidates_per_level)
+    scores, index = scores.topk(count)
+    rows = torch.div(index, of.num_classes, rounding_mode="floor")
+    return boxes[rows], scores, index - rows * of.num_classes
 
 
 def dense_view(detector: nn.Module) -> DenseView:
-    """
+    """The view of a detector that can be deployed.
+
     Raises:
-        DeployError: the detector is not dense, or not known.
+        DeployError: it is not dense, not known, or takes images that are neither RGB nor grey.
     """
     try:
         found = view(detector)
     except DetectorError as error:
         raise DeployError(str(error)) from error
     if not isinstance(found, DenseView):
-        raise DeployError(f"A {found.name}: only one-stage detectors are exported.")
+        raise DeployError(f"A {found.name} is not exported: only one-stage detectors are.")
+    order, channels = found.channel_order, len(found.normalization[0])
+    if _CHANNELS.get(order) != channels:
+        raise DeployError(
+            f"The {found.name} takes images of {channels} channels in the format {order} "
+            "(MODEL.PIXEL_MEAN, INPUT.FORMAT). A deployed detector takes RGB or BGR with 3 "
+            "channels, or L with 1: correct these keys, and train with them."
+        )
     return found

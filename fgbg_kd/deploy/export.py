@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -20,47 +21,64 @@ from ..utils.files import whole
 from .deployable import OUTPUTS, Deployable, dense_view
 
 FORMATS = (".onnx", ".pt")
-METADATA = "fgbg_kd.json"  # its name in either kind of file
+METADATA = "fgbg_kd.json"  # name of the metadata in either kind of file
 
 logger = logging.getLogger(__name__)
 
 
 def load_for_deployment(config: str, weights: str, need_ids: bool = True) -> tuple[nn.Module, dict]:
-    """The (student's) detector of a YAML config, whole or not at all, and its :func:`describe`.
+    """The detector (of a config that distils: the student) of a YAML config, and its description.
+
+    Args:
+        config: path, or a name of the model zoo.
+        weights: its checkpoint; "": the one that the config names.
+        need_ids: see :func:`describe`.
 
     Raises:
-        DeployError: a config that is not YAML, not of a RetinaNet or FCOS, or as :func:`describe`.
-        ConfigError: no such config.
-        CheckpointError: weights that do not fill the detector exactly.
+        DeployError: the config is not YAML, or its detector cannot be deployed or described.
+        ConfigError: there is no such config.
+        CheckpointError: the weights do not fill the detector exactly.
     """
+    if config.endswith(".py"):
+        raise DeployError(
+            f"{config} is a Python config. Only a YAML config is deployed: write one with the "
+            "same detector. It loads the same checkpoint."
+        )
     cfg = read_detector_config(config)
-    if not isinstance(cfg, CfgNode):
-        raise DeployError(f"{config}: only a detector of a YAML config is exported.")
     detector = load_detector(cfg, weights or weights_of(config, cfg))
-    dense_view(detector)
     return detector, describe(cfg, detector, need_ids)
 
 
 def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
-    """What a user of a detector needs to know, in JSON's types.
+    """What a user of a detector needs to know, as values that JSON can hold.
 
     Args:
-        need_ids: False: where the data that the config names do not give the categories, the
-            classes are numbered, with a warning.
+        need_ids: False: classes are numbered, with a warning, where the data of the config do not
+            give the categories.
 
     Returns:
-        "categories": COCO's, [{"id", "name"}, ...] in the order of the classes' numbers;
-        "min_size", "max_size": the shorter side's length to resize to, and the longer's limit;
-        "suppression": keyword arguments of :func:`suppress`.
+        - "categories": COCO's [{"id", "name"}, ...] in the order of the classes' numbers.
+        - "min_size", "max_size": to resize an image, its shorter side to "min_size" unless the
+          longer one exceeds "max_size" (INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST).
+        - "input_size": [height, width] if the detector takes one size only; otherwise None.
+        - "suppression": keyword arguments of :func:`suppress`.
 
     Raises:
-        DeployError: the data that the config names do not give the categories.
+        DeployError: the detector cannot be deployed, or the data of the config do not give the
+            categories.
     """
+    of = dense_view(detector)
+    if of.square_size and cfg.INPUT.MAX_SIZE_TEST > of.square_size:
+        raise DeployError(
+            f"The {of.name} pads images to {of.square_size}x{of.square_size} pixels, and "
+            f"INPUT.MAX_SIZE_TEST is {cfg.INPUT.MAX_SIZE_TEST}: set it to {of.square_size}."
+        )
     return {
-        "categories": _categories(cfg, dense_view(detector).num_classes, need_ids),
+        "categories": _categories(cfg, of.num_classes, need_ids),
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
-        "suppression": dense_view(detector).suppression,
+        "input_size": list(of.input_size) if of.input_size else None,
+        "suppression": of.suppression,
     }
 
 
@@ -96,18 +114,21 @@ def export(
 
     Args:
         detector, about: of :func:`load_for_deployment`.
-        output: name.onnx or name.pt (TorchScript).
-        image: (H, W, 3) uint8, an example; the file takes other sizes as well.
+        output: name.onnx, or name.pt for TorchScript.
+        image: (H, W, 3) uint8, an example. The file takes other sizes too.
         nms_inside: False: the file gives candidates.
+
+    Raises:
+        DeployError: the name has another ending, or the package onnx is missing.
     """
     if Path(output).suffix not in FORMATS:
-        raise DeployError(f"{output}: give a name in .onnx, or in .pt for TorchScript.")
+        raise DeployError(f"{output}: give a name that ends in .onnx, or in .pt for TorchScript.")
     about = {**about, "nms_inside": nms_inside}
     model, example = Deployable(detector, nms_inside), torch.from_numpy(image.copy())
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings():
-        # That sizes are traced, which they are to be, and that the tracing exporter is the old one:
-        # Detectron2's detectors ask for the number of boxes too often for the new one.
+        # PyTorch warns that sizes are traced, which is intended, and that the exporter is the
+        # older one: the newer one cannot follow Detectron2's use of the number of boxes.
         warnings.simplefilter("ignore")
         if output.endswith(".pt"):
             extra = {METADATA: json.dumps(about)}
@@ -131,13 +152,17 @@ def export(
 
 
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:
-    """Writes an ONNX file with its convolutions in int8, by onnxruntime's own quantiser.
+    """Writes an ONNX file with convolutions in int8, by onnxruntime's quantiser.
 
-    The file is there whole, as it was before, or not at all.
+    If it fails or is interrupted, a file that was there before stays.
 
     Args:
-        images: (H, W, 3) uint8, RGB, from which the ranges of activations are taken (static);
-            None: they are taken anew in every image that the file is run on (dynamic).
+        source: an ONNX file of :func:`export`.
+        images: (H, W, 3) uint8 RGB, which give the ranges of activations (static quantisation).
+            None: the ranges are taken from each image when the file is run (dynamic).
+
+    Raises:
+        DeployError: the package onnxruntime is missing.
     """
     need("onnxruntime")
     from onnxruntime import quantization as q
@@ -147,26 +172,33 @@ def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = Non
         prepared = os.path.join(folder, "prepared.onnx")
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         if images is None:
-            # onnxruntime's integer convolution of a CPU knows unsigned weights only.
+            # onnxruntime's integer convolution on a CPU takes unsigned weights only.
             q.quantize_dynamic(
                 prepared, partial, op_types_to_quantize=["Conv"], weight_type=q.QuantType.QUInt8
             )
-        else:
+            return
 
-            class Reader(q.CalibrationDataReader):
-                rest = iter(images)
+        class Reader(q.CalibrationDataReader):
+            rest = iter(images)
 
-                def get_next(self):
-                    image = next(self.rest, None)
-                    return None if image is None else {"image": image}
+            def get_next(self):
+                image = next(self.rest, None)
+                return None if image is None else {"image": image}
 
-            q.quantize_static(
-                prepared, partial, Reader(), op_types_to_quantize=["Conv"], per_channel=True
-            )
+        q.quantize_static(
+            prepared, partial, Reader(), op_types_to_quantize=["Conv"], per_channel=True
+        )
 
 
-def need(name: str):
+def need(name: str) -> ModuleType:
+    """Imports a package that only exported files need.
+
+    Raises:
+        DeployError: it is not installed.
+    """
     try:
         return __import__(name)
     except ImportError as error:
-        raise DeployError(f"No {name} here: pip install -e '.[export]'.") from error
+        raise DeployError(
+            f"The package {name} is not installed: pip install -e '.[export]'."
+        ) from error

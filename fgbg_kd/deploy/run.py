@@ -1,32 +1,36 @@
 """Running an exported file, or a config with its weights, on images."""
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
-from torchvision.ops import box_iou
 
 from ..detectors.dense import channel_order
 from ..utils.errors import DeployError
-from .deployable import OUTPUTS, suppress
+from ..utils.fonts import readable
+from .deployable import OUTPUTS, in_order, suppress
 from .export import FORMATS, METADATA, load_for_deployment, need
+
+_DESCRIBED = {"categories", "min_size", "max_size", "input_size", "suppression", "nms_inside"}
 
 
 class ExportedDetector:
     """An exported file as a Detectron2 model: [{"image": (3, H, W), ...}] to [{"instances"}].
 
-    Images are RGB (``input_format``). A TorchScript file, unlike a checkpoint, is a program: run
-    only what you trust.
+    Images are RGB (``input_format``). A TorchScript file is a program: run only files you trust.
+
+    Attributes:
+        about: the description in the file, of :func:`describe`, with "nms_inside".
+        run: from an image (H, W, 3) uint8 RGB to boxes, scores and classes as arrays.
     """
 
     input_format = "RGB"
@@ -37,20 +41,23 @@ class ExportedDetector:
             file: .onnx or .pt, of :func:`export` or :func:`quantize`.
 
         Raises:
-            DeployError: no such file, or one of another origin.
+            DeployError: there is no such file, or another program wrote it.
         """
         if not os.path.isfile(file):
             raise DeployError(f"{file}: there is no such file.")
         try:
             read = self._open_onnx if file.endswith(".onnx") else self._open_torchscript
-            about = read(file)
+            about = json.loads(read(file) or "{}")
         except DeployError:
             raise
-        except Exception as error:  # a torn file can raise anything
+        except Exception as error:  # a damaged file can raise anything
             raise DeployError(f"{file} cannot be read: {error}") from error
-        if not about:
-            raise DeployError(f"{file} has not been written by tools/export.py.")
-        self.about = json.loads(about)
+        if lacking := sorted(_DESCRIBED - about.keys()):
+            raise DeployError(
+                f"{file} does not say {', '.join(lacking)}: it was not written by this version's "
+                "tools/export.py. Export the detector again."
+            )
+        self.about = about
 
     def _open_onnx(self, file: str) -> str:
         runtime = need("onnxruntime")
@@ -74,6 +81,8 @@ class ExportedDetector:
 
     def _detect(self, x: dict) -> Instances:
         image = x["image"].permute(1, 2, 0).to(torch.uint8).contiguous().numpy()
+        if self.about["input_size"]:  # an evaluation's mapper may give another size
+            image = resized(image, self.about)
         found = [torch.from_numpy(np.asarray(a)) for a in self.run(image)]
         if not self.about["nms_inside"]:
             found = suppress(*found, **self.about["suppression"])
@@ -81,17 +90,23 @@ class ExportedDetector:
         instances = Instances((height, width))
         instances.pred_boxes = Boxes(found[0])
         instances.scores, instances.pred_classes = found[1:]
-        return detector_postprocess(instances, x.get("height", height), x.get("width", width))
+        before = x["image"].shape[1:]
+        size = x.get("height", before[0]), x.get("width", before[1])
+        return detector_postprocess(instances, *size)
 
 
 def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[Callable, dict]:
-    """A detector to run, from an exported file, or a YAML config and its weights.
+    """A detector to run, from an exported file or from a YAML config and its weights.
 
     Args:
-        need_ids: as :func:`describe` takes it, of a config.
+        need_ids: of a config; see :func:`describe`.
 
     Returns:
-        A Detectron2 model, and its :func:`describe`.
+        A Detectron2 model, and its description (:func:`describe`).
+
+    Raises:
+        DeployError, ConfigError, CheckpointError: of :class:`ExportedDetector` and
+            :func:`load_for_deployment`.
     """
     if Path(path).suffix in FORMATS:
         model = ExportedDetector(path)
@@ -100,64 +115,46 @@ def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[
 
 
 def resized(image: np.ndarray, about: dict) -> np.ndarray:
-    """An image (H, W, 3) in the size that the detector is made for."""
+    """An image (H, W, 3) in the size that the detector takes."""
+    if about["input_size"]:
+        return ResizeTransform(*image.shape[:2], *about["input_size"]).apply_image(image)
     resize = ResizeShortestEdge(about["min_size"], about["max_size"])
     return resize.get_transform(image).apply_image(image)
 
 
 @torch.no_grad()
 def detect(model: Callable, about: dict, image: np.ndarray, score: float = 0.0) -> Instances:
-    """Detections over a score in an image (H, W, 3), uint8, RGB."""
-    small = resized(image, about)
-    if channel_order(model) == "BGR":
-        small = small[:, :, ::-1]
-    tensor = torch.as_tensor(np.ascontiguousarray(small.transpose(2, 0, 1)))
+    """Detections in an image.
+
+    Args:
+        model, about: of :func:`open_detector`.
+        image: (H, W, 3) uint8 RGB.
+        score: detections under it are left out, beside those that the detector leaves out itself.
+
+    Returns:
+        "pred_boxes" in pixels of the image, "scores", "pred_classes"; on the CPU.
+    """
+    small = torch.as_tensor(np.ascontiguousarray(resized(image, about).transpose(2, 0, 1)))
     height, width = image.shape[:2]
-    found = model([{"image": tensor, "height": height, "width": width}])[0]["instances"].to("cpu")
+    inputs = {"image": in_order(small, channel_order(model)), "height": height, "width": width}
+    found = model([inputs])[0]["instances"].to("cpu")
     return found[found.scores >= score]
 
 
-def coco_results(found: Instances, about: dict, image_id: int | str) -> list[dict]:
-    """Detections of an image in the format of COCO's results."""
+def coco_results(found: Instances, ids: list[int], image_id: int | str) -> list[dict]:
+    """Detections of an image in the format of COCO's results.
+
+    Args:
+        ids: COCO's category ids in the order of the classes' numbers.
+    """
     rows = instances_to_coco_json(found, image_id)
     for row in rows:
-        row["category_id"] = about["categories"][row["category_id"]]["id"]
+        row["category_id"] = ids[row["category_id"]]
     return rows
 
 
 def draw(found: Instances, about: dict, image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3), uint8, RGB, with the detections drawn into it."""
-    metadata = Metadata(name="detections", thing_classes=[c["name"] for c in about["categories"]])
-    return Visualizer(image, metadata).draw_instance_predictions(found).get_image()
-
-
-def agreement(
-    reference: Callable, other: Callable, about: dict, images: Iterable[np.ndarray]
-) -> dict[str, float]:
-    """How alike the detections of two detectors are.
-
-    A detection has a partner if the other has one of the same class and IoU over 0.9.
-
-    Returns:
-        "detections": of the reference; "partners": share of detections of either that have one,
-        NaN where neither has any;
-        "score": the largest difference of partners' scores; "pixels": of their corners.
-    """
-    total = paired = detections = 0
-    score = pixels = 0.0
-    for image in images:
-        a, b = (detect(model, about, image) for model in (reference, other))
-        detections, total = detections + len(a), total + len(a) + len(b)
-        if not len(a) or not len(b):
-            continue
-        same = a.pred_classes[:, None] == b.pred_classes
-        iou = box_iou(a.pred_boxes.tensor, b.pred_boxes.tensor) * same
-        best, partner = iou.max(1)
-        good = best > 0.9
-        paired += int(good.sum()) + int((iou.max(0)[0] > 0.9).sum())
-        a, b = a[good], b[partner[good]]
-        if len(a):
-            score = max(score, float((a.scores - b.scores).abs().max()))
-            pixels = max(pixels, float((a.pred_boxes.tensor - b.pred_boxes.tensor).abs().max()))
-    share = paired / total if total else math.nan
-    return {"detections": detections, "partners": share, "score": score, "pixels": pixels}
+    """An image (H, W, 3) uint8 RGB with the detections drawn into it."""
+    with readable([category["name"] for category in about["categories"]]) as names:
+        metadata = Metadata(name="detections", thing_classes=names)
+        return Visualizer(image, metadata).draw_instance_predictions(found).get_image()

@@ -1,4 +1,4 @@
-"""A detector by its config and its checkpoint: read, built, and filled exactly or not at all."""
+"""From a config and a checkpoint to a detector that has all of the weights, or to an error."""
 
 import logging
 import os
@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def find_config(config: str) -> str:
-    """Path of a config: a local one, or one of the model zoo by its name.
+    """Path of a config.
+
+    Args:
+        config: a local path, or a name of the model zoo.
 
     Raises:
         ConfigError: it is neither.
@@ -36,10 +39,13 @@ def find_config(config: str) -> str:
 
 
 def read_detector_config(config: str) -> CfgNode | DictConfig:
-    """The .yaml or .py config of :func:`find_config`; the device of a .yaml is the CPU.
+    """Reads a .yaml or .py config. A .yaml gets the CPU as its device.
+
+    Args:
+        config: see :func:`find_config`.
 
     Raises:
-        ConfigError: there is none, or it cannot be used.
+        ConfigError: there is no such config, or it cannot be used.
     """
     path = find_config(config)
     if path.endswith(".py"):
@@ -51,14 +57,17 @@ def read_detector_config(config: str) -> CfgNode | DictConfig:
 
 
 def weights_of(config: str, cfg: CfgNode | DictConfig) -> str:
-    """The checkpoint that belongs to a config: the zoo's own for a zoo name, else what the config
-    names (MODEL.WEIGHTS, train.init_checkpoint); "": none.
+    """Path or URL of the checkpoint that belongs to a config; "": it names none.
+
+    For a name of the model zoo this is the zoo's checkpoint. Otherwise the config names it
+    (MODEL.WEIGHTS, train.init_checkpoint).
 
     Args:
-        config, cfg: what :func:`read_detector_config` takes, and gives.
+        config: see :func:`find_config`.
+        cfg: the result of :func:`read_detector_config`.
 
     Raises:
-        CheckpointError: the zoo has none.
+        CheckpointError: the zoo has no checkpoint for this name.
     """
     if os.path.isfile(config):
         if isinstance(cfg, CfgNode):
@@ -74,8 +83,10 @@ def weights_of(config: str, cfg: CfgNode | DictConfig) -> str:
 
 
 def without_pretrained(cfg: CfgNode) -> CfgNode:
-    """The config of a model that a checkpoint fills: it holds what MODEL.TIMM.WEIGHTS, the start
-    of a training, would give, so that file need not be there."""
+    """The config without MODEL.TIMM.WEIGHTS, for a model that a checkpoint will fill.
+
+    The checkpoint replaces these weights, so their file need not exist.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.TIMM.WEIGHTS = ""
@@ -84,10 +95,9 @@ def without_pretrained(cfg: CfgNode) -> CfgNode:
 
 
 def build_detector(cfg: CfgNode | DictConfig) -> nn.Module:
-    """The (student's) detector of a config, with random weights, for a checkpoint to fill.
+    """Builds the detector of a config with random weights. Of a config that distils, the student.
 
-    The process's random numbers go on as if it had not been built: a student's must not depend on
-    what its teacher looks like.
+    The random state stays unchanged, so that the weights of a student do not depend on its teacher.
     """
     with torch.random.fork_rng(devices=[]):
         if isinstance(cfg, CfgNode):
@@ -96,10 +106,14 @@ def build_detector(cfg: CfgNode | DictConfig) -> nn.Module:
 
 
 def load_detector(cfg: CfgNode | DictConfig, weights: str, sha256: str = "") -> nn.Module:
-    """The (student's) detector of a config with a checkpoint's weights: :func:`load_exactly`.
+    """Builds the detector of a config and fills it by :func:`load_exactly`.
+
+    Args:
+        cfg: of a config that distils, the student is built.
+        weights, sha256: see :func:`load_exactly`.
 
     Returns:
-        It is in eval mode and without gradients.
+        The detector in eval mode, without gradients.
     """
     detector = build_detector(cfg)
     load_exactly(detector, weights, sha256)
@@ -107,17 +121,18 @@ def load_detector(cfg: CfgNode | DictConfig, weights: str, sha256: str = "") -> 
 
 
 def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
-    """Fills a detector from a checkpoint that has all of its tensors, no others, and finite values.
+    """Fills a detector from a checkpoint, which must have its tensors and no others.
 
     Args:
         weights: path or URL of the checkpoint.
-        sha256: hex digits of that file, or the first of them; "": not checked.
+        sha256: hex digits of the file's sum, or the first of them; "": not checked.
 
     Returns:
-        What else the checkpoint holds.
+        The other entries of the checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or is another detector's. The detector is spoilt then.
+        CheckpointError: the file cannot be read, belongs to another detector, or has values that
+            are not finite. Do not use the detector then: it may be partly filled.
     """
     if not weights:
         raise CheckpointError("no weights are given: name a checkpoint.")
@@ -128,14 +143,14 @@ def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
         raise
     except Exception as error:  # absent, unreachable: each kind of path has its own
         raise CheckpointError(
-            f"{weights} cannot be read ({error}). If it is on the network, fetch it where there is "
-            "one and give that file."
+            f"{weights} cannot be read ({error}). If this machine has no network, download the "
+            "file elsewhere and give its path."
         ) from error
     report = checkpointer.report
     shapes = {k: f"{k} {tuple(a)} in the file, {tuple(b)}" for k, a, b in report.incorrect_shapes}
     faults = {
         "missing in the file": [k for k in report.missing_keys if k not in shapes],
-        # Detectron2 kept these two in its checkpoints once; the config says them.
+        # Old checkpoints of Detectron2 hold these two; the config gives them.
         "not in the model": [
             k for k in report.unexpected_keys if k not in ("pixel_mean", "pixel_std")
         ],

@@ -1,4 +1,7 @@
-"""The thesis' observation on real features: a small KL of softmax does not mean one direction."""
+"""Angle and KL of real feature vectors: a small KL of their softmax is not a small angle.
+
+This is the observation of the thesis from which the foreground loss follows.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -15,9 +18,11 @@ from torch.nn import functional as F
 from ..detectors.dense import channel_order
 from ..distiller import FgBgDistiller
 from ..ops import cosine_similarity
-from .drawing import STUDENT_COLOR, TEACHER_COLOR, observe
+from ..utils.errors import DataError
+from .cell_maps import run_both
+from .drawing import STUDENT_COLOR, TEACHER_COLOR
 
-_SMALLEST = 0.02  # share of the cells, those of smallest KL, that count as "small KL"
+_SMALLEST = 0.02  # this share of the cells, with the smallest KL, has a "small KL"
 
 
 class Vectors(NamedTuple):
@@ -37,7 +42,7 @@ class Vectors(NamedTuple):
     place: list[tuple[int, int, int, int]]
 
     def most_telling(self) -> int:
-        """The cell of largest angle among the 2 % of smallest KL."""
+        """The cell with the largest angle among the 2 % of cells with the smallest KL."""
         few = max(1, round(_SMALLEST * len(self.kl)))
         small = self.kl.argsort()[:few]
         return int(small[self.angle[small].argmax()])
@@ -47,17 +52,18 @@ class Vectors(NamedTuple):
 def collect(
     distiller: FgBgDistiller, inputs: Iterable[dict], adapters: Sequence[nn.Module]
 ) -> Vectors:
-    """
+    """The vectors of the foreground cells of some images.
+
     Args:
-        inputs: "image" and "instances" each.
+        inputs: "image" and "instances" of each image.
         adapters: from the student's to the teacher's features, per level.
 
     Raises:
-        ValueError: the images have no objects.
+        DataError: the images have no objects.
     """
     vectors = Vectors([], [], [], [], [])
     for number, one in enumerate(inputs):
-        batch = observe(distiller, one)
+        batch = run_both(distiller, one)
         cells = batch.split("all")
         masks = cells.foreground.split([h * w for h, w in cells.level_shapes], dim=1)
         levels = zip(adapters, batch.student.features, batch.teacher.features)
@@ -74,58 +80,68 @@ def collect(
             vectors.angle.append(angle[0][mask].cpu())
             vectors.place.extend((number, stride, y, x) for y, x in mask.nonzero().tolist())
     if not vectors.place:
-        raise ValueError("None of the images has an object: take others.")
+        raise DataError("None of the images has an object: choose other images.")
     return vectors._replace(kl=torch.cat(vectors.kl), angle=torch.cat(vectors.angle))
 
 
-def draw_observation(distiller: FgBgDistiller, vectors: Vectors, inputs: dict) -> np.ndarray:
-    """The two vectors of the most telling cell, their softmax, and all cells' KL and angle.
+def draw_angle_and_kl(distiller: FgBgDistiller, vectors: Vectors, inputs: dict) -> np.ndarray:
+    """Draws the two vectors of the most telling cell, their softmax, and all cells' KL and angle.
 
     Args:
         inputs: the image of that cell.
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H, W, 3) uint8 RGB.
     """
     best = vectors.most_telling()
-    kl, angle = float(vectors.kl[best]), float(vectors.angle[best])
-    order = vectors.teacher[best].argsort(descending=True)
-    pair = {
-        "teacher": (vectors.teacher[best][order], TEACHER_COLOR),
-        "student": (vectors.student[best][order], STUDENT_COLOR),
-    }
     figure = Figure(figsize=(10.6, 3.9), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic(
         [["image", "features", "cells"], ["image", "softmax", "cells"]], width_ratios=[1, 1.6, 1.2]
     )
-    ax = axes["image"]
+    _, stride, y, x = vectors.place[best]
     image_format = channel_order(distiller.student)
     image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0).cpu(), image_format)
-    ax.imshow(image.clip(0, 255).astype(np.uint8))
-    _, stride, y, x = vectors.place[best]
+    _draw_cell(axes["image"], image.clip(0, 255).astype(np.uint8), stride, y, x)
+    _draw_vectors(axes["features"], axes["softmax"], vectors, best)
+    _draw_all_cells(axes["cells"], vectors, best)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _draw_cell(ax, image: np.ndarray, stride: int, y: int, x: int) -> None:
+    ax.imshow(image)
     corner = (x * stride - 0.5, y * stride - 0.5)
     ax.add_patch(Rectangle(corner, stride, stride, fill=False, color="white", linewidth=4))
     ax.add_patch(Rectangle(corner, stride, stride, fill=False, color="black", linewidth=2))
     ax.set(xticks=[], yticks=[], title=f"one cell of stride {stride}")
 
+
+def _draw_vectors(features, softmax, vectors: Vectors, cell: int) -> None:
+    order = vectors.teacher[cell].argsort(descending=True)
     channels = np.arange(len(order))
-    for name, (vector, color) in pair.items():
-        axes["features"].plot(channels, vector, ".-", color=color, linewidth=1, label=name)
-        softmax = F.softmax(vector, dim=0)
-        axes["softmax"].plot(channels, softmax, ".-", color=color, linewidth=1, label=name)
-    axes["features"].axhline(0, color="0.7", linewidth=0.8)
-    axes["features"].set_title(f"its feature vectors: angle {angle:.0f}°")
-    axes["features"].set_xticklabels([])
-    axes["features"].legend(loc="lower left", frameon=False)
-    axes["softmax"].set(
-        title=f"their softmax: KL {kl:.2f} nats",
+    for name, of, color in (
+        ("teacher", vectors.teacher, TEACHER_COLOR),
+        ("student", vectors.student, STUDENT_COLOR),
+    ):
+        vector = of[cell][order]
+        features.plot(channels, vector, ".-", color=color, linewidth=1, label=name)
+        softmax.plot(channels, F.softmax(vector, dim=0), ".-", color=color, linewidth=1)
+    features.axhline(0, color="0.7", linewidth=0.8)
+    features.set_title(f"its feature vectors: angle {float(vectors.angle[cell]):.0f}°")
+    features.set_xticklabels([])
+    features.legend(loc="lower left", frameon=False)
+    softmax.set(
+        title=f"their softmax: KL {float(vectors.kl[cell]):.2f} nats",
         ylim=(0, 0.1),
         xlabel="channels, ordered by the teacher's feature",
     )
-    ax = axes["cells"]
+
+
+def _draw_all_cells(ax, vectors: Vectors, cell: int) -> None:
     ax.scatter(vectors.kl, vectors.angle, s=3, color="0.6", linewidths=0)
-    ax.plot(kl, angle, "o", color="#D55E00", markersize=9)
+    marked = float(vectors.kl[cell]), float(vectors.angle[cell])
+    ax.plot(*marked, "o", color="#D55E00", markersize=9)
     ax.axhline(90, color="0.7", linewidth=0.8, linestyle="--")
     ax.set(
         xscale="log",
@@ -135,5 +151,3 @@ def draw_observation(distiller: FgBgDistiller, vectors: Vectors, inputs: dict) -
         ylabel="angle (degrees)",
         title=f"all {len(vectors.kl)} foreground cells",
     )
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()

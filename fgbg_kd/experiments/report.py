@@ -11,13 +11,14 @@ import jinja2
 import torch
 
 from ..utils.errors import DataError, FgBgError, RunError
-from .cost import cost, draw_side_by_side, read_input
+from .cost import cost
 from .method_specs import PLAIN, TEACHER
 from .paired_statistics import average, paired_difference
 from .report_figures import bars, colors_of, curves, jpeg
 from .run_folder import DISTILLED, Run, find_runs, load_run, versions
 from .runner import METRICS
 from .settings import keys_read
+from .side_by_side import draw_side_by_side, read_input
 from .tables import number, signed
 from .tide import KINDS, detection_errors, image_scores, tide, truth_of
 

@@ -1,4 +1,4 @@
-"""The quickstart's configs, what its table measures and what its picture shows."""
+"""The configs of the quickstart, the costs in its table, and its picture."""
 
 import sys
 
@@ -7,15 +7,17 @@ import torch
 from conftest import ROOT, make_batch, tiny_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
 from fgbg_kd import get_fgbg_kd_cfg, student_config
 from fgbg_kd.data import register_datasets
+from fgbg_kd.detectors import DenseView, register_view
 from fgbg_kd.detectors.load import load_detector
-from fgbg_kd.experiments.cost import cost, draw_side_by_side, read_input
+from fgbg_kd.experiments.cost import cost, table
+from fgbg_kd.experiments.side_by_side import draw_side_by_side, read_input
 from fgbg_kd.utils.errors import CheckpointError
 
 
@@ -49,48 +51,31 @@ def test_the_quickstarts_three_configs_fit_together(name, tmp_path, monkeypatch)
     assert all(v.isfinite() for v in losses.values()) and losses["loss_kd_fg"] > 0
 
 
+class TwoConvolutions(torch.nn.Module):
+    """Backbone: 1x1, 3 to 4 channels. Head: 1x1, 4 to 2 channels. Both on all pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 1)
+
+    def preprocess_image(self, inputs):
+        return ImageList.from_tensors([x["image"].float() for x in inputs])
+
+    def forward(self, inputs):
+        return self.head(self.backbone(self.preprocess_image(inputs).tensor))
+
+
+@register_view(TwoConvolutions)
+class TwoConvolutionsView(DenseView):
+    def features(self, images):
+        return [self.detector.backbone(images)]
+
+    def head(self, features):
+        return [self.detector.head(x) for x in features]
+
+
 def test_cost_counts_a_convolution_by_hand():
-    """backbone: 1x1, 3 to 4 channels on 64 x 64; head: 1x1, 4 to 2 channels."""
-
-    class Dense(torch.nn.Module):
-        head_in_features = ("p",)
-
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head_conv = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 2, 1)
-            self.backbone, self.head = self._backbone(), self._head()
-
-        def _backbone(self):
-            class Backbone(torch.nn.Module):
-                def __init__(self, conv):
-                    super().__init__()
-                    self.conv = conv
-
-                def forward(self, x):
-                    return {"p": self.conv(x)}
-
-            return Backbone(self.conv)
-
-        def _head(self):
-            class Head(torch.nn.Module):
-                def __init__(self, conv):
-                    super().__init__()
-                    self.conv = conv
-
-                def forward(self, features):
-                    return [self.conv(f) for f in features]
-
-            return Head(self.head_conv)
-
-        def preprocess_image(self, inputs):
-            from detectron2.structures import ImageList
-
-            return ImageList.from_tensors([inputs[0]["image"].float()])
-
-        def forward(self, inputs):
-            return self.head([self.backbone(self.preprocess_image(inputs).tensor)["p"]])
-
-    got = cost(Dense(), {"image": torch.zeros(3, 64, 64)}, runs=2)
+    got = cost(TwoConvolutions(), {"image": torch.zeros(3, 64, 64)}, runs=2)
     assert got["gflops"] == round((3 * 4 + 4 * 2) * 64 * 64 / 1e9, 4)
     assert got["parameters_m"] == round((3 * 4 + 4 + 4 * 2 + 2) / 1e6, 3)
     assert got["ms_per_image"] > 0
@@ -140,11 +125,11 @@ def test_the_picture_has_the_best_of_overlapping_detections(coco, monkeypatch):
     assert drawn[0].pred_classes.tolist() == [1, 0]
 
 
-def test_the_table_is_markdown_with_a_line_a_run():
-    import quickstart
-
-    lines = quickstart.table([{"name": "a", "AP": 1.0}, {"name": "b", "AP": 2.0}]).splitlines()
-    assert lines == ["| name | AP |", "|---|---|", "| a | 1.0 |", "| b | 2.0 |"]
+def test_the_table_is_markdown_with_a_line_a_row():
+    rows = [{"name": "a", "gflops": 1.0}, {"name": "b", "gflops": 2.0, "AP": 3}]
+    lines = table(rows).splitlines()
+    assert lines[:2] == ["| name | GFLOPs | AP |", "|---|---|---|"]
+    assert lines[2:] == ["| a | 1.0 |  |", "| b | 2.0 | 3 |"]
 
 
 def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, monkeypatch, capsys):

@@ -10,26 +10,20 @@ import pytest
 import torch
 from conftest import distiller, faster_rcnn, make_batch, tiny_cfg
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
-from fgbg_kd.experiments import drawing as visualization
+from fgbg_kd.experiments import cell_maps as cell_maps_module
+from fgbg_kd.experiments import drawing
 from fgbg_kd.experiments.angle_and_kl import Vectors, collect
-from fgbg_kd.experiments.drawing import (
-    cell_maps,
-    confident,
-    draw_panels,
-    fit_adapters,
-    load_student,
-    observe,
-)
-from fgbg_kd.matching import Level
+from fgbg_kd.experiments.cell_maps import cell_maps, fit_adapters, load_student, run_both
+from fgbg_kd.experiments.drawing import confident, draw_panels
+from fgbg_kd.matching import SharedLevel
 from fgbg_kd.methods import Batch, DenseOutput
-from fgbg_kd.utils.errors import CheckpointError
+from fgbg_kd.utils.errors import CheckpointError, FgBgError
 
 OPTIONS = [
     {"gate_margin": 0.0},
     {"kl": "softmax", "temperature": 2.0, "gate_margin": -0.02},
-    {"gate": "object", "gate_softness": 0.1, "assign": "scale"},
+    {"gate": "object", "assign": "all"},
     {"gate": "off"},
     {"gate_margin": 0.0, "gate_quality": "box"},
 ]
@@ -38,12 +32,12 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     for key, value in options.items():
-        distil_cfg.MODEL.KD[key.upper()] = value
+        distil_cfg.MODEL.KD.FGBG[key.upper()] = value
     torch.manual_seed(1)
     model = build_model(distil_cfg).eval()
     inputs = make_batch()[0]
     maps = cell_maps(model, inputs)
-    losses, shares = model.kd(observe(model, inputs))
+    losses, shares = model.method(run_both(model, inputs))
     foreground = maps.cells.foreground
     gate = torch.ones_like(maps.gate) if options.get("gate") == "off" else maps.gate
     fg = (maps.cells.weight * gate * (1 - maps.cosine)).sum() / maps.cells.weight.sum()
@@ -52,40 +46,15 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     torch.testing.assert_close(gate[foreground].mean(), shares["kd/fg_gate"])
     assert 0 < maps.gate.mean() < 1  # shown where it would be open, also when it is off
     titles = {0.0: "student", -0.02: "student - 0.02", -0.2: "student - 0.2"}
-    title = f"gate: teacher > {titles[distil_cfg.MODEL.KD.GATE_MARGIN]}"
-    assert title in visualization._columns({"student": maps})
+    title = f"gate: teacher > {titles[distil_cfg.MODEL.KD.FGBG.GATE_MARGIN]}"
+    assert title in drawing._columns({"student": maps})
 
 
 def test_a_teacher_without_predictions_has_split_and_cosine_only(distil_cfg):
     model = distiller(build_model(tiny_cfg()), faster_rcnn())
     maps = cell_maps(model, make_batch()[0])
     assert maps.gate is None and maps.kl is None and maps.cosine.abs().max() > 0
-    assert list(visualization._columns({"student": maps})) == ["split", "cosine, student"]
-
-
-def test_drawing_in_training_leaves_training_as_it_is(distil_cfg):
-    def step(vis_period):
-        torch.manual_seed(0)
-        distil_cfg.VIS_PERIOD = vis_period
-        model = build_model(distil_cfg).train()
-        np.random.seed(0)
-        with EventStorage(1) as storage:
-            losses = model(make_batch())
-        after = torch.get_rng_state(), np.random.get_state()[1], model.state_dict()
-        return storage._vis_data, losses, after, model
-
-    drawn, losses, (torch_state, numpy_state, weights), model = step(2)
-    none, plain_losses, (plain_torch, plain_numpy, plain_weights), _ = step(0)
-    assert none == [] and [name for name, _, _ in drawn] == ["kd"]
-    assert drawn[0][1].shape[0] == 3 and drawn[0][1].dtype == np.uint8
-    assert model.student.training and model.training
-    assert losses.keys() == plain_losses.keys()
-    assert all(torch.equal(losses[k], plain_losses[k]) for k in losses)
-    assert torch.equal(torch_state, plain_torch) and np.array_equal(numpy_state, plain_numpy)
-    assert all(torch.equal(weights[k], plain_weights[k]) for k in weights)  # batch norms too
-    with EventStorage(2) as storage:  # of another iteration
-        model(make_batch())
-    assert storage._vis_data == []
+    assert list(drawing._columns({"student": maps})) == ["split", "cosine, student"]
 
 
 def test_each_cell_is_drawn_where_it_is(distil_cfg):
@@ -123,16 +92,16 @@ def test_fitted_adapters_find_the_linear_map(monkeypatch):
         Batch(
             student=DenseOutput([f[None]]),
             teacher=DenseOutput([true(f[None])]),
-            detectors=(None, None),
             gt_boxes=[torch.tensor([[0.0, 0, 40, 64]])],
             gt_classes=[torch.tensor([0])],
             image_sizes=[(64, 64)],
             strides=[8],
+            num_classes=2,
         )
         for f in features
     ]
-    monkeypatch.setattr(visualization, "observe", lambda _, number: batches[number])
-    fake = SimpleNamespace(levels=[Level(8, (0, 0), (3, 5))], device=torch.device("cpu"))
+    monkeypatch.setattr(cell_maps_module, "run_both", lambda _, number: batches[number])
+    fake = SimpleNamespace(levels=[SharedLevel(8, (0, 0), (3, 5))], device=torch.device("cpu"))
     (phi,) = fit_adapters(fake, range(4))
     torch.testing.assert_close(phi.weight, true.weight, atol=0.01, rtol=0)
     torch.testing.assert_close(phi.bias, true.bias, atol=0.01, rtol=0)
@@ -142,12 +111,12 @@ def test_a_plain_student_gets_adapters_and_a_distilled_one_keeps_its_own(tmp_pat
     model = build_model(distil_cfg).eval()
     other = build_model(distil_cfg).eval()
     torch.save({"model": other.student.state_dict()}, tmp_path / "plain.pth")
-    kd = {k: v + 1 for k, v in other.kd.state_dict().items()}
-    torch.save({"model": other.student.state_dict(), "kd": kd}, tmp_path / "distilled.pth")
+    method = {k: v + 1 for k, v in other.method.state_dict().items()}
+    torch.save({"model": other.student.state_dict(), "method": method}, tmp_path / "distilled.pth")
     fitted = load_student(model, str(tmp_path / "plain.pth"), make_batch()[:1])
     plain = model.student
     own = load_student(model, str(tmp_path / "distilled.pth"), [])
-    assert torch.equal(own[0].weight, kd["adapters.0.weight"])
+    assert torch.equal(own[0].weight, method["adapters.0.weight"])
     assert not torch.equal(fitted[0].weight, own[0].weight)
     for key, value in other.student.state_dict().items():
         assert torch.equal(plain.state_dict()[key], value)
@@ -169,13 +138,13 @@ def test_a_detector_of_the_other_channel_order_gets_its_own():
     assert torch.equal(seen[0], image) and torch.equal(seen[1], image)
 
 
-def test_the_observation_is_the_largest_angle_of_the_smallest_kl(distil_cfg):
+def test_the_most_telling_cell_has_the_largest_angle_among_the_smallest_kl(distil_cfg):
     kl = torch.arange(100.0)
     angle = torch.zeros(100)
     angle[[1, 50]] = torch.tensor([80.0, 120.0])
     assert Vectors([], [], kl, angle, []).most_telling() == 1
     model = build_model(distil_cfg).eval()
-    vectors = collect(model, make_batch(), model.kd.adapters)
+    vectors = collect(model, make_batch(), model.method.adapters)
     i = vectors.most_telling()
     s, t = vectors.student[i].double(), vectors.teacher[i].double()
     expected = (t.softmax(0) * (t.softmax(0) / s.softmax(0)).log()).sum()
@@ -186,12 +155,12 @@ def test_the_observation_is_the_largest_angle_of_the_smallest_kl(distil_cfg):
     number, stride, y, x = vectors.place[i]
     assert number == 0  # image 1 has no object
     assert (
-        observe(model, make_batch()[0])
+        run_both(model, make_batch()[0])
         .teacher.features[int(np.log2(stride)) - 3][0, :, y, x]
         .allclose(vectors.teacher[i])
     )
     with pytest.raises(ValueError, match="None of the images has an object"):
-        collect(model, make_batch()[1:], model.kd.adapters)
+        collect(model, make_batch()[1:], model.method.adapters)
 
 
 def run_tool(monkeypatch, tmp_path, cfg, *arguments):
@@ -209,14 +178,14 @@ def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_
     weights, output = str(tmp_path / "plain.pth"), tmp_path / "out"
     distil_cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "not_here.pth")  # the checkpoints hold them
     also = ["--weights", weights, "--output", str(output)]
-    also_before = [*also, "--before", weights, "--image", "3.png", "MODEL.KD.GATE", "off"]
+    also_before = [*also, "--before", weights, "--image", "3.png", "MODEL.KD.FGBG.GATE", "off"]
     run_tool(monkeypatch, tmp_path, distil_cfg, *also_before)
     run_tool(monkeypatch, tmp_path, distil_cfg, *also, "--count", "1", "--set", "seen_train")
     assert sorted(p.name for p in output.iterdir()) == ["1.png", "3.png"]
     two, one = (cv2.imread(str(output / name)) for name in ("3.png", "1.png"))
     assert two.shape[1] > one.shape[1]  # a column for each student
-    file = tmp_path / "observation.png"
-    run_tool(monkeypatch, tmp_path, distil_cfg, "--weights", weights, "--observation", str(file))
+    file = tmp_path / "angle.png"
+    run_tool(monkeypatch, tmp_path, distil_cfg, "--weights", weights, "--angle-and-kl", str(file))
     assert cv2.imread(str(file)) is not None
     for arguments, message in (
         (["--image", "absent.png"], "absent.png is no image of the set seen_test"),
@@ -226,14 +195,14 @@ def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_
         (["--config-file", "absent.py"], "there is no such config"),
         (["--output", weights], "File exists"),
     ):
-        with pytest.raises((ValueError, FileExistsError), match=message):
+        with pytest.raises((FgBgError, FileExistsError), match=message):
             run_tool(monkeypatch, tmp_path, distil_cfg, *also, *arguments)
-    with pytest.raises(ValueError, match="ends in .png"):
-        run_tool(monkeypatch, tmp_path, distil_cfg, *also[:2], "--observation", "a.txt")
+    with pytest.raises(FgBgError, match="ends in .png"):
+        run_tool(monkeypatch, tmp_path, distil_cfg, *also[:2], "--angle-and-kl", "a.txt")
 
 
 def test_images_of_one_name_get_a_picture_each():
-    from visualize import path_of_its_own
+    from fgbg_kd.experiments.visualize import path_of_its_own
 
     folder, drawn = Path("out"), set()
     for file in ("a/1.png", "b/1.jpg", "c/1.png"):

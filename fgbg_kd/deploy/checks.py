@@ -1,0 +1,99 @@
+"""An exported file is kept only if it detects what PyTorch does."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+from torchvision.ops import box_iou
+
+from ..utils.errors import DeployError
+from ..utils.files import whole
+from .export import export
+from .run import ExportedDetector, detect
+
+_PARTNERS = 0.99  # smallest share of detections that must agree
+
+
+class Agreement(NamedTuple):
+    """How much the detections of two detectors agree.
+
+    A detection has a partner if the other detector has one of the same class with an IoU over 0.9.
+
+    Attributes:
+        detections: number of detections of the first detector.
+        partners: share of the detections of both that have a partner; NaN without detections.
+        score: largest difference between the scores of partners.
+        pixels: largest difference between the corners of partners, in pixels.
+    """
+
+    detections: int
+    partners: float
+    score: float
+    pixels: float
+
+
+def agreement(
+    reference: Callable, other: Callable, about: dict, images: Iterable[np.ndarray]
+) -> Agreement:
+    """Compares two detectors on images.
+
+    Args:
+        reference, other: Detectron2 models.
+        about: their description (:func:`describe`).
+        images: (H, W, 3) uint8 RGB.
+    """
+    total = paired = detections = 0
+    score = pixels = 0.0
+    for image in images:
+        a, b = (detect(model, about, image) for model in (reference, other))
+        detections, total = detections + len(a), total + len(a) + len(b)
+        if not len(a) or not len(b):
+            continue
+        same = a.pred_classes[:, None] == b.pred_classes
+        iou = box_iou(a.pred_boxes.tensor, b.pred_boxes.tensor) * same
+        best, partner = iou.max(1)
+        good = best > 0.9
+        paired += int(good.sum()) + int((iou.max(0)[0] > 0.9).sum())
+        a, b = a[good], b[partner[good]]
+        if len(a):
+            score = max(score, float((a.scores - b.scores).abs().max()))
+            pixels = max(pixels, float((a.pred_boxes.tensor - b.pred_boxes.tensor).abs().max()))
+    return Agreement(detections, paired / total if total else math.nan, score, pixels)
+
+
+def export_checked(
+    model: nn.Module, about: dict, output: Path, images: list[np.ndarray], nms_inside: bool = True
+) -> tuple[ExportedDetector, Agreement]:
+    """Writes a detector into a file and compares it with PyTorch. A bad file is not kept.
+
+    A file that is there already stays until the new one has passed.
+
+    Args:
+        model, about, nms_inside: see :func:`export`.
+        images: (H, W, 3) uint8 RGB, on which both are run.
+
+    Raises:
+        DeployError: the file detects something else than PyTorch, or nothing is detected.
+    """
+    if output.is_dir():
+        raise DeployError(f"{output} is a folder: give the name of a file.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole(output) as partial:
+        partial.touch()  # shows whether it can be written
+        export(model, about, str(partial), images[0], nms_inside)
+        exported = ExportedDetector(str(partial))
+        found = agreement(model, exported, about, images)
+        if math.isnan(found.partners):
+            raise DeployError(
+                f"{output} is not written: it cannot be checked, for nothing is detected in the "
+                "images. Give --images with objects, and trained weights."
+            )
+        if found.partners < _PARTNERS:
+            raise DeployError(
+                f"{output} is not written: only {found.partners:.2%} of its detections and "
+                f"PyTorch's agree. Please report this, with the versions of torch and onnxruntime."
+            )
+    return exported, found

@@ -1,0 +1,278 @@
+"""A detector on images, folders and videos: pictures of what it finds, and COCO's JSON."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ..data.classes import match_categories
+from ..data.images import read_image
+from ..data.validation import read_coco
+from ..utils.errors import DataError, DeployError
+from .run import coco_results, detect, draw, open_detector
+
+_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+class Summary(NamedTuple):
+    """Counts of :func:`predict`. A frame of a video counts as an image."""
+
+    images: int
+    detections: int
+
+
+def predict(
+    detector: str,
+    inputs: list[Path],
+    *,
+    weights: str = "",
+    output: Path | None = None,
+    results: Path | None = None,
+    ids: Path | None = None,
+    score: float = 0.5,
+    say: Callable[[str], None] = print,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Summary:
+    """Runs a detector on files and writes what it finds.
+
+    Args:
+        detector: name.onnx, name.pt, or a YAML config.
+        inputs: images, videos, and folders of images.
+        weights: of a config.
+        output: folder for pictures and videos with the detections drawn; None: nothing is drawn.
+        results: JSON file for COCO's results; None: not written.
+        ids: COCO file that gives the ids of images and categories in ``results``.
+        score: detections under it are left out.
+        say: gets warnings.
+        progress: gets the state after each image.
+
+    Raises:
+        DataError: some inputs could not be read, and the others are done. Or the file of ``ids`` is
+            damaged, and nothing is done.
+        DeployError, ConfigError, CheckpointError: nothing is done, or a file cannot be written.
+    """
+    found = find(inputs)
+    drawn_to = targets(found, output) if output else {}
+    written = [*drawn_to.values(), *filter(None, [results])]
+    check_not_overwritten(found, written)
+    model, about = open_detector(detector, weights, need_ids=bool(results))
+    image_ids, category_ids = {}, [c["id"] for c in about["categories"]]
+    if ids:
+        content = read_coco(str(ids), training=False)
+        image_ids = image_ids_in(ids, content, found)
+        category_ids = category_ids_in(ids, content, about)
+    if score < (lowest := about["suppression"]["score"]):
+        say(
+            f"--score {score:g}: the detector itself leaves out scores of {lowest:g} and less. For "
+            "more, lower SCORE_THRESH_TEST of the detector in its config, and export it again."
+        )
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if results:
+        results.open("a").close()  # shows whether it can be written
+    run = _Run(model, about, score, category_ids if results else None, drawn_to, say, progress)
+    try:
+        unread = run.all(found, image_ids)
+    finally:  # a damaged file or Ctrl-C does not lose what was found before
+        if results:
+            results.write_text(json.dumps(run.rows))
+    if unread:
+        raise DataError(f"{unread} of {len(found)} inputs could not be read, see above.")
+    return Summary(run.images, run.detections)
+
+
+class _Run:
+    """The state of one call of :func:`predict`."""
+
+    def __init__(self, model, about, score, category_ids, drawn_to, say, progress):
+        self.model, self.about, self.score = model, about, score
+        self.category_ids, self.drawn_to = category_ids, drawn_to
+        self.say, self.progress = say, progress
+        self.rows: list[dict] = []
+        self.images = self.detections = 0
+
+    def all(self, inputs: dict[Path, Path], ids: dict[Path, int]) -> int:
+        """Goes through the inputs of :func:`find`; returns how many could not be read."""
+        unread = 0
+        for place, file in inputs.items():
+            try:
+                if is_image(file):
+                    self.image(file, place, ids.get(place, place.as_posix()))
+                else:
+                    self.video(file, place)
+            except DataError as error:
+                unread += 1
+                self.say(str(error))
+        return unread
+
+    def see(self, image: np.ndarray, image_id: int | str) -> np.ndarray | None:
+        """(H, W, 3) RGB -> the picture with its detections, BGR; None: nothing is drawn."""
+        found = detect(self.model, self.about, image, self.score)
+        if self.category_ids is not None:
+            self.rows += coco_results(found, self.category_ids, image_id)
+        self.images, self.detections = self.images + 1, self.detections + len(found)
+        return draw(found, self.about, image)[:, :, ::-1] if self.drawn_to else None
+
+    def image(self, file: Path, place: Path, image_id: int | str) -> None:
+        try:
+            pixels = read_image(str(file), "RGB")
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+        drawn = self.see(pixels, image_id)
+        if drawn is not None and not cv2.imwrite(str(self.drawn_to[place]), drawn):
+            raise DeployError(f"{self.drawn_to[place]} cannot be written.")
+        self.progress(f"{self.images} images, {self.detections} detections: {file}")
+
+    def video(self, file: Path, place: Path) -> None:
+        video, writer, number = Video(file), None, -1
+        try:
+            for number, frame in enumerate(video):
+                drawn = self.see(frame, f"{place.as_posix()}:{number}")
+                if drawn is not None:
+                    height, width = drawn.shape[:2]
+                    writer = writer or video.writer(self.drawn_to[place], (width, height))
+                    writer.write(drawn)
+                self.progress(f"{file}: frame {number + 1} of {video.count}")
+        finally:
+            if writer:
+                writer.release()
+        if number < 0:
+            raise DataError(f"{file}: no frame of it can be read.")
+        if number + 1 < video.count:
+            self.say(
+                f"{file}: its header counts {video.count} frames, and only {number + 1} could be "
+                "read."
+            )
+
+
+def find(paths: list[Path]) -> dict[Path, Path]:
+    """Images, videos, and the images of folders.
+
+    Returns:
+        Files by their place in the output: the name, or the path below the folder that was given.
+
+    Raises:
+        DeployError: a path does not exist, or two files have one place.
+    """
+    found = {}
+    for path in paths:
+        if not path.exists():
+            raise DeployError(f"{path}: there is no such file or folder.")
+        inside = [path]
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_image(p)]
+        for file in inside:
+            place = file.relative_to(path if path.is_dir() else path.parent)
+            if place in found:
+                raise DeployError(
+                    f"{found[place]} and {file} would both be {place}: give the folder above them."
+                )
+            found[place] = file
+    return found
+
+
+def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
+    """Where each place is drawn.
+
+    An image keeps its name, but a format that OpenCV cannot write becomes PNG. A video becomes MP4.
+    """
+    found = {}
+    for place, file in inputs.items():
+        if not is_image(file):
+            place_drawn = place.with_suffix(".mp4")
+        elif cv2.haveImageWriter(place.name):
+            place_drawn = place
+        else:
+            place_drawn = place.with_suffix(".png")
+        found[place] = output / place_drawn
+    return found
+
+
+def check_not_overwritten(inputs: dict[Path, Path], written: list[Path]) -> None:
+    """
+    Raises:
+        DeployError: a file would be written that is an input, or that is written twice.
+    """
+    sources, seen = {file.resolve() for file in inputs.values()}, set()
+    for path in (p.resolve() for p in written):
+        if path in sources:
+            raise DeployError(f"{path} is an input: give another --output or --json.")
+        if path in seen:
+            raise DeployError(f"{path} would be written twice: give one of its inputs.")
+        seen.add(path)
+
+
+def image_ids_in(file: Path, content: dict, inputs: dict[Path, Path]) -> dict[Path, int]:
+    """The ids of all inputs in a COCO file, whose file_name is their place.
+
+    Raises:
+        DeployError: an input is not in the file.
+    """
+    known = {image["file_name"]: image["id"] for image in content["images"]}
+    for place in inputs:
+        if place.as_posix() not in known:
+            raise DeployError(f"{file} has no image with the file_name {place.as_posix()}.")
+    return {place: known[place.as_posix()] for place in inputs}
+
+
+def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
+    """The ids that a COCO file gives to the detector's classes, which it finds by their names.
+
+    Returns:
+        In the order of the classes' numbers.
+
+    Raises:
+        DataError: the names differ.
+    """
+    classes = [c["name"] for c in about["categories"]]
+    numbers = match_categories(classes, content["categories"], str(file))
+    ids = {number: category_id for category_id, number in numbers.items()}
+    return [ids[number] for number in range(len(classes))]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is read as an image; otherwise it is tried as a video."""
+    if path.suffix.lower() in _IMAGES:
+        return True
+    try:
+        with Image.open(path) as image:
+            return image.format != "MPEG"  # Pillow knows this kind of video, but reads no frame
+    except Exception:  # no image, or one that cannot be read
+        return False
+
+
+class Video:
+    """Frames of a video, (H, W, 3) RGB, and a writer for a video like it.
+
+    Raises:
+        DataError: OpenCV cannot open it.
+    """
+
+    def __init__(self, path: Path):
+        self.capture = cv2.VideoCapture(str(path))
+        if not self.capture.isOpened():
+            raise DataError(f"{path} is neither an image nor a video that OpenCV reads.")
+        self.count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            there, frame = self.capture.read()
+            if not there:
+                return
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
+        """An MP4 of (width, height) with the same number of frames a second.
+
+        Raises:
+            DeployError: OpenCV cannot write it.
+        """
+        rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+        if not writer.isOpened():
+            raise DeployError(f"{path} cannot be written: OpenCV opens no MP4 there.")
+        return writer

@@ -1,0 +1,69 @@
+"""Ground truth and the detections of several detectors, side by side."""
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.data.transforms import AugInput, ResizeShortestEdge
+from detectron2.utils.visualizer import Visualizer
+from torch import nn
+from torchvision.ops import nms
+
+from ..data.images import read_image
+from ..utils.fonts import readable
+
+
+def read_input(cfg: CfgNode, path: str) -> dict:
+    """An image file as Detectron2's model input, resized for testing (INPUT.MIN_SIZE_TEST)."""
+    image = read_image(path, cfg.INPUT.FORMAT)
+    height, width = image.shape[:2]
+    augmented = AugInput(image)
+    ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)(augmented)
+    tensor = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+    return {"image": tensor, "height": height, "width": width}
+
+
+@torch.no_grad()
+def draw_side_by_side(
+    cfg: CfgNode, record: dict, models: Mapping[str, nn.Module], score: float, width: int = 320
+) -> np.ndarray:
+    """Ground truth and each model's detections in one image, in a row, with titles.
+
+    Of detections that overlap by an IoU over 0.5, only the best is drawn, whatever their classes:
+    labels that cover each other cannot be read.
+
+    Args:
+        cfg: with the input of the models, and DATASETS.TEST for the names of the classes.
+        record: the image as Detectron2's dataset dict.
+        models: detectors by name.
+        score: detections under it are not drawn.
+        width: of each panel, in pixels.
+
+    Returns:
+        (H, W, 3) uint8 BGR.
+    """
+    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+    image = read_image(record["file_name"], "RGB")
+    scale = width / image.shape[1]
+    inputs = read_input(cfg, record["file_name"])
+    truth = {**record, "annotations": [a for a in record["annotations"] if not a["iscrowd"]]}
+    with readable(classes or ()) as names:
+        shown = Metadata(name="side_by_side", **({"thing_classes": names} if names else {}))
+        drawn = Visualizer(image, shown, scale).draw_dataset_dict(truth)
+        panels = [("ground truth", drawn.get_image())]
+        for name, model in models.items():
+            found = model([inputs])[0]["instances"].to("cpu")
+            found = found[found.scores >= score]
+            found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
+            drawn = Visualizer(image, shown, scale).draw_instance_predictions(found)
+            panels.append((f"{name}: {len(found)} detections", drawn.get_image()))
+    return np.hstack([_titled(panel[:, :, ::-1], title) for title, panel in panels])
+
+
+def _titled(image: np.ndarray, title: str) -> np.ndarray:
+    image = cv2.copyMakeBorder(image, 22, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    return cv2.putText(image, title, (4, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, 16)

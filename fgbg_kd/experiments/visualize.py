@@ -1,0 +1,218 @@
+"""Files with pictures of what distillation sees in images of a registered set."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+
+from ..data import NamingMapper
+from ..data.images import pick
+from ..detectors.load import without_pretrained
+from ..distiller import FgBgDistiller
+from ..engine import build_lazy, load_config, load_lazy_config
+from ..utils.errors import ConfigError, DataError, FgBgError
+from .angle_and_kl import collect, draw_angle_and_kl
+from .cell_maps import cell_maps, load_student
+from .drawing import confident, draw_panels
+
+_FITTED_ON = 64  # images for the adapters of a student that has none
+
+Bar = Callable[[Sequence, str], Iterable]  # images and a title -> the same images, with progress
+
+
+class Opened(NamedTuple):
+    """What a config that distils gives for pictures.
+
+    Attributes:
+        distiller: in eval mode.
+        mapper: of its test input, with ground truth.
+        training, test: names of its sets.
+    """
+
+    distiller: FgBgDistiller
+    mapper: NamingMapper
+    training: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def open_distiller(config: str, opts: Sequence[str] = ()) -> Opened:
+    """Builds the distiller of a YAML or Python config.
+
+    Raises:
+        ConfigError: the config does not distil.
+    """
+    if config.endswith(".py"):
+        cfg = load_lazy_config(config, list(opts))
+        model, data = build_lazy(cfg).to(cfg.train.device), cfg.dataloader
+        of = data.test.mapper
+        augmentations, order = instantiate(of.augmentations), of.image_format
+        sets = [data[part].dataset.names for part in ("train", "test")]
+    else:
+        cfg = load_config(config, list(opts))
+        model = build_model(without_pretrained(cfg))
+        augmentations, order = build_augmentation(cfg, False), cfg.INPUT.FORMAT
+        sets = [cfg.DATASETS.TRAIN, cfg.DATASETS.TEST]
+    if not isinstance(model, FgBgDistiller) or model.teacher is None:
+        raise ConfigError(f"{config} does not distil: give a config with a teacher.")
+    mapper = NamingMapper(True, augmentations=augmentations, image_format=order)
+    return Opened(model.eval(), mapper, *((s,) if isinstance(s, str) else tuple(s) for s in sets))
+
+
+class Students:
+    """The students of some checkpoints, by name, in one distiller.
+
+    Args:
+        weights: checkpoint of each, by its name.
+        bar: shows progress.
+    """
+
+    def __init__(self, opened: Opened, weights: dict[str, str], bar: Bar):
+        self.opened = opened
+        self._parts = {}
+        for name, path in weights.items():
+            adapters = load_student(opened.distiller, path, self._training(bar))
+            self._parts[name] = opened.distiller.student, opened.distiller.method, adapters
+
+    def _training(self, bar: Bar) -> Iterator[dict]:
+        if not self.opened.training:
+            raise ConfigError("No adapters can be fitted: DATASETS.TRAIN names no set.")
+        records = pick(DatasetCatalog.get(self.opened.training[0]), _FITTED_ON)
+        for record in bar(records, "fitting adapters"):
+            yield self.opened.mapper(record)
+
+    def __iter__(self):
+        """Name and adapters of each student, which is in the distiller meanwhile."""
+        distiller = self.opened.distiller
+        for name, (distiller.student, distiller.method, adapters) in self._parts.items():
+            yield name, adapters
+
+
+def draw_images(
+    opened: Opened, students: Students, records: Sequence[dict], classes: Sequence[str] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The panels of each image: its file name and (H, W, 3) uint8 RGB."""
+    distiller, order = opened.distiller, opened.mapper.image_format
+    for record in records:
+        inputs = opened.mapper(record)
+        maps, found = {}, {"teacher": confident(distiller.teacher.detector, inputs, order)}
+        for name, adapters in students:
+            maps[name] = cell_maps(distiller, inputs, adapters)
+            found[name] = confident(distiller.student, inputs, order)
+        title = Path(record["file_name"]).name
+        yield record["file_name"], draw_panels(inputs, order, maps, found, classes, title)
+
+
+def draw_angle(opened: Opened, students: Students, records: Sequence[dict], bar: Bar):
+    """The picture of :func:`draw_angle_and_kl` for the last student, (H, W, 3) uint8 RGB."""
+    *_, (_, adapters) = students
+    images = (opened.mapper(r) for r in bar(records, "collecting vectors"))
+    vectors = collect(opened.distiller, images, adapters)
+    number = vectors.place[vectors.most_telling()][0]
+    return draw_angle_and_kl(opened.distiller, vectors, opened.mapper(records[number]))
+
+
+def visualize(
+    config: str,
+    opts: Sequence[str],
+    weights: str,
+    *,
+    before: str = "",
+    set_name: str = "",
+    files: Sequence[str] = (),
+    count: int = 4,
+    angle_and_kl: Path | None = None,
+    bar: Bar = lambda images, title: images,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Draws images of a set; or, of all of them together, one picture of angle and KL.
+
+    Args:
+        config: one that distils.
+        opts: overrides of the config.
+        weights: checkpoint of a student.
+        before: checkpoint of another student, shown beside it; "": none.
+        set_name: a registered set; "": the first test set of the config.
+        files: images of the set by path or name; none: ``count`` of them, spread evenly.
+        angle_and_kl: the file of that picture, which is then drawn instead; None: not drawn.
+
+    Yields:
+        The file that is shown, and its picture, (H, W, 3) uint8 RGB.
+
+    Raises:
+        FgBgError: a file is missing, or the config, the set or a checkpoint does not fit.
+    """
+    for path in filter(None, (weights, before)):
+        if "://" not in path and not Path(path).is_file():
+            raise FgBgError(f"{path}: there is no such checkpoint.")
+    opened = open_distiller(config, opts)
+    if not set_name and not opened.test:
+        raise DataError("DATASETS.TEST names no set: give one with --set.")
+    name = set_name or opened.test[0]
+    if name not in DatasetCatalog.list():
+        known = ", ".join(opened.training + opened.test)
+        raise DataError(f"There is no set {name!r}; this config has {known}.")
+    records = DatasetCatalog.get(name)
+    records = named(records, files, name) if files else pick(records, count)
+    shown = {"before": before, "after": weights} if before else {"student": weights}
+    students = Students(opened, shown, bar)
+    if angle_and_kl:
+        yield str(angle_and_kl), draw_angle(opened, students, records, bar)
+        return
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    yield from draw_images(opened, students, bar(records, "drawing"), classes)
+
+
+def named(records: Sequence[dict], files: Sequence[str], set_name: str) -> list[dict]:
+    """The images of a set by their paths, or by their file names.
+
+    Raises:
+        DataError: a file is not in the set.
+    """
+    found = []
+    for file in files:
+        path = Path(file).resolve()
+        same = [r for r in records if Path(r["file_name"]).resolve() == path]
+        same = same or [r for r in records if Path(r["file_name"]).name == file]
+        if not same:
+            raise DataError(f"{file} is no image of the set {set_name}, with its ground truth.")
+        found.append(same[0])
+    return found
+
+
+def path_of_its_own(folder: Path, file: str, taken: set[Path]) -> Path:
+    """A path in the folder with the name of an image; a number is added to a name that is taken."""
+    stem, number = Path(file).stem, 1
+    path = folder / f"{stem}.png"
+    while path in taken:
+        number += 1
+        path = folder / f"{stem}_{number}.png"
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """
+    Raises:
+        FgBgError: a picture cannot be written there.
+        OSError: its folder cannot be made.
+    """
+    if not cv2.haveImageWriter(str(path)):
+        raise FgBgError(f"{path} cannot be written: give a name that ends in .png or .jpg.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise FgBgError(f"{path} cannot be written there.")
+
+
+def write(path: Path, picture: np.ndarray) -> None:
+    """Writes a picture, (H, W, 3) uint8 RGB.
+
+    Raises:
+        FgBgError: it cannot be written.
+    """
+    if not cv2.imwrite(str(path), picture[:, :, ::-1]):
+        raise FgBgError(f"{path} cannot be written.")
