@@ -1,18 +1,14 @@
 """Training through Detectron2's DefaultTrainer: parity, checkpoints, resume, data, checks."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-import timm
 import torch
-import yaml
 from conftest import (
     CLASSES,
-    ROOT,
     losses,
     make_batch,
     make_trainer,
