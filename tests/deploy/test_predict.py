@@ -186,6 +186,7 @@ def test_a_users_module_is_imported_before_anything_else(tmp_path, monkeypatch, 
     assert "no.such.module" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tools_export_evaluate_and_predict(coco, tmp_path, monkeypatch, capsys):
     cfg = tiny_cfg(coco)
     config, weights = tmp_path / "student.yaml", tmp_path / "model.pth"

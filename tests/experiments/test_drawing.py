@@ -173,6 +173,7 @@ def run_tool(monkeypatch, tmp_path, cfg, *arguments):
     visualize.main()
 
 
+@pytest.mark.slow
 def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_cfg):
     torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "plain.pth")
     weights, output = str(tmp_path / "plain.pth"), tmp_path / "out"

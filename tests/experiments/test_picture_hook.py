@@ -40,6 +40,8 @@ def run(cfg, folder, hooks):
 def test_training_is_the_same_bit_for_bit_with_and_without_pictures(distil_cfg, tmp_path, edit):
     distil_cfg.merge_from_list(list(edit))
     seen = Seen()
+    # The first training of a process can differ by rounding from a second one of the same kind.
+    run(distil_cfg, tmp_path / "warm_up", [])
     with_pictures = run(distil_cfg, tmp_path / "a", [DistillationPictures(2), seen])
     without = run(distil_cfg, tmp_path / "b", [])
     assert [(name, i) for name, _, i in seen.pictures] == [("distillation", 1), ("distillation", 3)]
