@@ -12,14 +12,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: runs them on the CPU
 
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from fgbg_kd import FgBgDistiller, Teacher, get_fgbg_kd_cfg
+from fgbg_kd import METHOD_REGISTRY, FgBgDistiller, Teacher, config, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
+from fgbg_kd.detectors import dense
 
 torch.set_num_threads(1)
 
@@ -66,6 +67,15 @@ def loggers_as_they_were():
     for logger in states():
         level, logger.propagate = before.get(logger, (logging.NOTSET, True))
         logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were(monkeypatch):
+    """A test may register methods, detectors and keys of its own."""
+    for registry in (METHOD_REGISTRY, META_ARCH_REGISTRY):
+        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+    monkeypatch.setattr(config, "_extensions", list(config._extensions))
+    monkeypatch.setattr(dense, "_views", dict(dense._views))
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ def parse(monkeypatch, tool: str, arguments: list[str]) -> argparse.Namespace:
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr("_arguments.import_user_module", lambda name: None)  # of a page's own file
         try:
             start(monkeypatch, tool, arguments)
         except Parsed as parsed:

@@ -13,22 +13,14 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fgbg_kd import config, get_fgbg_kd_cfg
+from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.deploy import Deployable
-from fgbg_kd.detectors import dense, view
-from fgbg_kd.methods import METHOD_REGISTRY, build_method
+from fgbg_kd.detectors import view
+from fgbg_kd.methods import build_method
 from fgbg_kd.utils.errors import DetectorError
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 METHOD, DETECTOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-
-
-@pytest.fixture
-def registries_as_they_were(monkeypatch):
-    for registry in (METHOD_REGISTRY, META_ARCH_REGISTRY):
-        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
-    monkeypatch.setattr(config, "_extensions", list(config._extensions))
-    monkeypatch.setattr(dense, "_views", dict(dense._views))
 
 
 def test_the_examples_are_as_short_as_the_page_says():
@@ -36,7 +28,7 @@ def test_the_examples_are_as_short_as_the_page_says():
     assert len(DETECTOR.strip().splitlines()) <= 45
 
 
-def test_a_method_from_outside_has_keys_and_trains(registries_as_they_were, distil_cfg):
+def test_a_method_from_outside_has_keys_and_trains(distil_cfg):
     exec(METHOD, {})
     assert get_fgbg_kd_cfg().MODEL.KD.L1.WEIGHT == 1.0
     assert build_method("L1", [3], [3]).weight == 1.0
@@ -78,7 +70,7 @@ class MyDetector(nn.Module):
 
 
 @pytest.fixture
-def my_detector(registries_as_they_were, monkeypatch):
+def my_detector(monkeypatch):
     """The config of a student whose view is the page's."""
     META_ARCH_REGISTRY.register(MyDetector)
     monkeypatch.setitem(sys.modules, "my_detector", sys.modules[__name__])

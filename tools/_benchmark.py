@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fgbg_kd.utils.markdown import table
+from fgbg_kd.utils.markdown import table_of
 
 
 def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, float, float]:
@@ -77,7 +77,7 @@ def random_boxes(count: int, height: int, width: int, generator) -> torch.Tensor
 
 def show(rows: list[dict], path: Path | None) -> None:
     """Prints rows as a table, and writes them as CSV if there is a path."""
-    print(f"\n{table(rows)}")
+    print(f"\n{table_of(rows)}")
     if path:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         with open(path, "w", newline="") as file:

@@ -12,6 +12,7 @@ its stack trace. The tool itself does not see this argument.
 import signal
 import sys
 import warnings
+from typing import NoReturn
 
 _report = sys.excepthook
 
@@ -27,10 +28,20 @@ def _excepthook(kind, error, trace):
         _report(kind, error, trace)
 
 
-if "--traceback" in sys.argv:
+_trace = "--traceback" in sys.argv
+if _trace:
     sys.argv.remove("--traceback")
 else:
     sys.excepthook = _excepthook
+
+
+def stop(tool: str, error: Exception) -> NoReturn:
+    """Ends a tool with the message of an error that the tool expects: no file, no disk space."""
+    if _trace:
+        raise error
+    sys.exit(f"{tool}: {error}")
+
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

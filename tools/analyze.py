@@ -12,7 +12,7 @@ downloaded, and NMS has little to do.
 import argparse
 import sys
 
-import _quiet  # noqa: F401
+import _quiet
 import torch
 from _arguments import add_import_flag
 
@@ -55,4 +55,4 @@ if __name__ == "__main__":
     try:
         main()
     except FgBgError as error:
-        sys.exit(f"analyze: {error}")
+        _quiet.stop("analyze", error)

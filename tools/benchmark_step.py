@@ -10,10 +10,9 @@ a GPU and by the wall clock on a CPU.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 import torch
 from _arguments import add_import_flag
 from _benchmark import describe, quantiles_in_turn, random_boxes, rounded, show
@@ -163,4 +162,4 @@ if __name__ == "__main__":
     try:
         main()
     except (FgBgError, ValueError, OSError) as error:
-        sys.exit(f"benchmark_step: {error}")
+        _quiet.stop("benchmark_step", error)

@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 
 from fgbg_kd.experiments.compare_methods import (
     Comparison,
@@ -107,4 +107,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\nstopped; run it again to go on")
     except (FgBgError, OSError, ValueError) as error:
-        sys.exit(f"compare: {error}")
+        _quiet.stop("compare", error)

@@ -12,17 +12,15 @@ The file takes one image, uint8 RGB (H, W, 3) of any size, and gives boxes, scor
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 import torch
 from _arguments import add_import_flag
 from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import deploy
 from fgbg_kd.utils.errors import FgBgError
-from fgbg_kd.utils.markdown import table
 
 
 def main() -> None:
@@ -82,11 +80,11 @@ def main() -> None:
         evaluate=args.evaluate,
     )
     names = {"ms_per_image": "ms / image"}
-    print(f"\n{torch.get_num_threads()} threads, with NMS\n\n{table(rows, names)}")
+    print(f"\n{torch.get_num_threads()} threads, with NMS\n\n{table_of(rows, names)}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (FgBgError, ValueError, OSError) as error:
-        sys.exit(f"export: {error}")
+        _quiet.stop("export", error)

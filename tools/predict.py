@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 from _arguments import add_import_flag
 
 from fgbg_kd import deploy
@@ -87,4 +87,4 @@ if __name__ == "__main__":
     try:
         main()
     except (FgBgError, OSError) as error:
-        sys.exit(f"predict: {error}")
+        _quiet.stop("predict", error)

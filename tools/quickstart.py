@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog
@@ -98,4 +98,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("\nstopped; run it again to go on")
     except (RunError, OSError, ValueError, subprocess.CalledProcessError) as error:
-        sys.exit(f"\nquickstart: {error}")
+        _quiet.stop("\nquickstart", error)

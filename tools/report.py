@@ -16,7 +16,7 @@ import logging
 import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 
 from fgbg_kd.experiments.report import write_report
 from fgbg_kd.utils.errors import FgBgError
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     try:
         main()
     except (FgBgError, OSError, ValueError) as error:
-        sys.exit(f"report: {error}")
+        _quiet.stop("report", error)

@@ -22,7 +22,7 @@ import logging
 import sys
 from pathlib import Path
 
-import _quiet  # noqa: F401
+import _quiet
 import cv2
 from _arguments import add_import_flag
 from tqdm import tqdm
@@ -86,6 +86,6 @@ if __name__ == "__main__":
     try:
         main()
     except (FgBgError, ValueError, OSError) as error:
-        sys.exit(f"visualize: {error}")
+        _quiet.stop("visualize", error)
     except cv2.error as error:
         sys.exit(f"visualize: OpenCV has no window here: use --output ({error})")

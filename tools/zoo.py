@@ -18,8 +18,8 @@ from pathlib import Path
 import _quiet  # noqa: F401
 
 from fgbg_kd.experiments.run_folder import last_rows, read_config_file
-from fgbg_kd.experiments.tables import markdown_table
 from fgbg_kd.utils.errors import FgBgError
+from fgbg_kd.utils.markdown import markdown_table
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "COCO-Detection"
 COLUMNS = (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import student_model
-from ..data import check_same_classes, training_classes
+from ..data import NamingMapper, check_same_classes, training_classes
 from ..detectors.dense import channel_order, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
@@ -58,6 +58,10 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
     cfg = LazyConfig.apply_overrides(cfg, list(opts))
     expand_paths(cfg)
     cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)
+    for part in ("train", "test"):
+        mapper = OmegaConf.select(cfg, f"dataloader.{part}.mapper")
+        if mapper is not None and _locate(mapper) is DatasetMapper:
+            mapper._target_ = NamingMapper  # reads images as every other part of this package
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: train.device is set to cpu.")
         cfg.train.device = "cpu"
@@ -65,6 +69,12 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
         logger.warning("Detectron2 has mixed precision on CUDA only: train.amp is set off.")
         cfg.train.amp.enabled = False
     return cfg
+
+
+def _locate(node: DictConfig):
+    """The class or function that a node of a config calls."""
+    target = node.get("_target_")
+    return locate(target) if isinstance(target, str) else target
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
@@ -192,7 +202,7 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
         cached: the teacher's outputs are kept, so images must be the same in every epoch.
     """
     options = set(cfg) - {"_target_"}
-    target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
+    target = _locate(cfg)
     needed = {"dataset", "mapper", "total_batch_size"}
     known = needed | {"aspect_ratio_grouping", "num_workers"}
     if target is not build_detection_train_loader or not needed <= options <= known:

@@ -10,7 +10,7 @@ from torch import nn
 from ..config import student_model
 from ..detectors.dense import view
 from ..detectors.load import build_detector, read_detector_config
-from ..utils import markdown
+from ..utils.markdown import table_of
 from ..utils.timing import latency
 
 _HEADINGS = {"parameters_m": "parameters (M)", "gflops": "GFLOPs", "ms_per_image": "ms / image"}
@@ -115,4 +115,4 @@ def cost(model: nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
 
 def table(rows: Sequence[dict]) -> str:
     """Rows with the values of :func:`cost` as a table in Markdown."""
-    return markdown.table(rows, _HEADINGS)
+    return table_of(rows, _HEADINGS)

@@ -2,12 +2,12 @@
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
+from ..utils.markdown import markdown_table
 from .method_specs import FGBG, PLAIN, TEACHER, short
 from .paired_statistics import Estimate, average, paired_difference
 from .result_rows import reference
@@ -16,19 +16,6 @@ from .tide import KINDS
 
 # The tables that a comparison has, in their order; "tuning" only where it is asked for.
 PARTS = ("summary", "metrics", "errors", "note")
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A table in Markdown that is also easy to read as plain text: its columns are aligned.
-
-    Example:
-        >>> print(markdown_table(["method", "AP"], [["plain", 4.3]]))
-        | method   | AP   |
-        |----------|------|
-        | plain    | 4.3  |
-    """
-    cells = [[str(cell) for cell in row] for row in rows]
-    return tabulate(cells, list(columns), "github", disable_numparse=True)
 
 
 def comparison_tables(methods: dict[str, dict], parts: Sequence[str] = PARTS) -> str:

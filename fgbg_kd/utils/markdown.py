@@ -1,25 +1,30 @@
-"""Tables in Markdown."""
+"""Tables in Markdown that are also easy to read as plain text: their columns are aligned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tabulate import tabulate
 
-def table(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str] | None = None) -> str:
-    """A table with a line per row.
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table of rows of cells.
+
+    Example:
+        >>> print(markdown_table(["method", "AP"], [["plain", 4.3]]))
+        | method   | AP   |
+        |----------|------|
+        | plain    | 4.3  |
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    return tabulate(cells, list(columns), "github", disable_numparse=True)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str] | None = None) -> str:
+    """A table of rows of values by column. A column that a row lacks is empty there.
 
     Args:
-        rows: values by column. A column that a row lacks is empty there.
         headings: of columns that are not called by their key.
-
-    Example::
-
-        >>> print(table([{"name": "a", "ap": 1.0}], {"ap": "AP"}))
-        | name | AP |
-        |---|---|
-        | a | 1.0 |
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [[(headings or {}).get(c, c) for c in columns]]
-    lines += [[str(row.get(c, "")) for c in columns] for row in rows]
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([text[0], "|---" * len(columns) + "|", *text[1:]])
+    cells = [[row.get(c, "") for c in columns] for row in rows]
+    return markdown_table([(headings or {}).get(c, c) for c in columns], cells)

@@ -127,9 +127,9 @@ def test_the_picture_has_the_best_of_overlapping_detections(coco, monkeypatch):
 
 def test_the_table_is_markdown_with_a_line_a_row():
     rows = [{"name": "a", "gflops": 1.0}, {"name": "b", "gflops": 2.0, "AP": 3}]
-    lines = table(rows).splitlines()
-    assert lines[:2] == ["| name | GFLOPs | AP |", "|---|---|---|"]
-    assert lines[2:] == ["| a | 1.0 |  |", "| b | 2.0 | 3 |"]
+    head, _, *lines = ([c.strip() for c in x.split("|")[1:-1]] for x in table(rows).splitlines())
+    assert head == ["name", "GFLOPs", "AP"]
+    assert lines == [["a", "1.0", ""], ["b", "2.0", "3"]]
 
 
 def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, monkeypatch, capsys):
@@ -142,7 +142,8 @@ def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, mon
         sys, "argv", ["analyze.py", str(config), "--size", "64", "80", "--runs", "1"]
     )
     analyze.main()
-    rows = [x.strip("| ").split(" | ") for x in capsys.readouterr().out.splitlines() if "|" in x]
+    lines = [x for x in capsys.readouterr().out.splitlines() if "|" in x]
+    rows = [[cell.strip() for cell in x.split("|")[1:-1]] for x in lines]
     head, _, teacher, student, ratio = rows
     assert head == ["name", "parameters (M)", "GFLOPs", "ms / image"]
     assert teacher[0] == f"teacher of {config}" and student[0] == f"student of {config}"

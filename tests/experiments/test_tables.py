@@ -11,11 +11,11 @@ from fgbg_kd.experiments.result_rows import add_result, group, reference
 from fgbg_kd.experiments.tables import (
     comparison_tables,
     fill,
-    markdown_table,
     plot,
     without_folders,
 )
 from fgbg_kd.utils.files import read_rows
+from fgbg_kd.utils.markdown import markdown_table
 
 
 def cells(markdown: str) -> list[list[str]]:
