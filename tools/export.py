@@ -21,6 +21,7 @@ from detectron2.utils.logger import setup_logger
 
 from fgbg_kd import deploy
 from fgbg_kd.utils.errors import FgBgError
+from fgbg_kd.utils.markdown import table_of
 
 
 def main() -> None:
