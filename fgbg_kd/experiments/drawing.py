@@ -116,18 +116,43 @@ def _outline(ax, boxes: Sequence[Sequence[float]], colors: Sequence[str]) -> Non
 
 
 def _with_boxes(image: np.ndarray, instances: Instances, classes: Sequence[str] | None):
-    """Ground truth or detections by Detectron2's Visualizer, a colour per class."""
+    """Ground truth or detections, in the size of a panel."""
     is_truth = instances.has("gt_boxes")
     boxes = instances.gt_boxes if is_truth else instances.pred_boxes
-    numbers = (instances.gt_classes if is_truth else instances.pred_classes).tolist()
-    colors = [to_rgb(_OBJECTS[c % len(_OBJECTS)]) for c in numbers]
+    numbers = instances.gt_classes if is_truth else instances.pred_classes
+    scores = None if is_truth else instances.scores
     scale = 1.3 * 100 * _PANEL / image.shape[1]  # so that labels can be read in the panel
+    return draw_boxes(image, boxes.tensor, numbers, classes, scores, scale)
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: Tensor,
+    numbers: Tensor,
+    classes: Sequence[str] | None = None,
+    scores: Tensor | None = None,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Boxes with labels, by Detectron2's Visualizer. A class has the same colour everywhere.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (M, 4), XYXY in pixels.
+        numbers: (M,) of their classes.
+        classes: names by number; None: numbers are the labels.
+        scores: (M,) in [0, 1], part of the labels; None: left out.
+        scale: of the picture to the image.
+
+    Returns:
+        (H * scale, W * scale, 3) uint8 RGB.
+    """
+    colors = [to_rgb(_OBJECTS[c % len(_OBJECTS)]) for c in numbers.tolist()]
     with readable(classes or ()) as names:
-        labels = [names[c] if names else str(c) for c in numbers]
-        if not is_truth:
-            labels = [f"{name} {s:.0%}" for name, s in zip(labels, instances.scores.tolist())]
+        labels = [names[c] if names else str(c) for c in numbers.tolist()]
+        if scores is not None:
+            labels = [f"{name} {s:.0%}" for name, s in zip(labels, scores.tolist())]
         drawn = Visualizer(image, scale=scale).overlay_instances(
-            boxes=boxes.tensor, labels=labels, assigned_colors=colors, alpha=1
+            boxes=boxes, labels=labels, assigned_colors=colors, alpha=1
         )
         return drawn.get_image()
 

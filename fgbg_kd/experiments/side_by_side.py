@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.catalog import Metadata
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
-from detectron2.utils.visualizer import Visualizer
+from detectron2.structures import BoxMode
 from torch import nn
 from torchvision.ops import nms
 
 from ..data.images import read_image
-from ..utils.fonts import readable
+from .drawing import draw_boxes
 
 
 def read_input(cfg: CfgNode, path: str) -> dict:
@@ -50,17 +49,18 @@ def draw_side_by_side(
     image = read_image(record["file_name"], "RGB")
     scale = width / image.shape[1]
     inputs = read_input(cfg, record["file_name"])
-    truth = {**record, "annotations": [a for a in record["annotations"] if not a["iscrowd"]]}
-    with readable(classes or ()) as names:
-        shown = Metadata(name="side_by_side", **({"thing_classes": names} if names else {}))
-        drawn = Visualizer(image, shown, scale).draw_dataset_dict(truth)
-        panels = [("ground truth", drawn.get_image())]
-        for name, model in models.items():
-            found = model([inputs])[0]["instances"].to("cpu")
-            found = found[found.scores >= score]
-            found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
-            drawn = Visualizer(image, shown, scale).draw_instance_predictions(found)
-            panels.append((f"{name}: {len(found)} detections", drawn.get_image()))
+    objects = [a for a in record["annotations"] if not a["iscrowd"]]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+    numbers = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
+    truth = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    panels = [("ground truth", draw_boxes(image, truth, numbers, classes, scale=scale))]
+    for name, model in models.items():
+        found = model([inputs])[0]["instances"].to("cpu")
+        found = found[found.scores >= score]
+        found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
+        boxes = found.pred_boxes.tensor
+        drawn = draw_boxes(image, boxes, found.pred_classes, classes, found.scores, scale)
+        panels.append((f"{name}: {len(found)} detections", drawn))
     return np.hstack([_titled(panel[:, :, ::-1], title) for title, panel in panels])
 
 

@@ -9,14 +9,15 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
-from detectron2.utils.visualizer import Visualizer
 from fvcore.nn import FlopCountAnalysis
 
 from fgbg_kd import get_fgbg_kd_cfg, student_config
 from fgbg_kd.data import register_datasets
 from fgbg_kd.detectors import DenseView, register_view
 from fgbg_kd.detectors.load import load_detector
+from fgbg_kd.experiments import side_by_side
 from fgbg_kd.experiments.cost import cost, table
+from fgbg_kd.experiments.drawing import draw_boxes
 from fgbg_kd.experiments.side_by_side import draw_side_by_side, read_input
 from fgbg_kd.utils.errors import CheckpointError
 
@@ -117,12 +118,12 @@ def test_the_picture_has_the_best_of_overlapping_detections(coco, monkeypatch):
     found.pred_boxes = Boxes(torch.tensor([[2.0, 2, 30, 30], [3, 2, 30, 30], [40, 40, 60, 60]]))
     found.scores, found.pred_classes = torch.tensor([0.6, 0.9, 0.7]), torch.tensor([0, 1, 0])
     drawn = []
-    draw = Visualizer.draw_instance_predictions
     monkeypatch.setattr(
-        Visualizer, "draw_instance_predictions", lambda v, x: (drawn.append(x), draw(v, x))[1]
+        side_by_side, "draw_boxes", lambda *a, **k: (drawn.append(a), draw_boxes(*a, **k))[1]
     )
     draw_side_by_side(cfg, record, {"a": lambda _: [{"instances": found}]}, score=0.5)
-    assert drawn[0].pred_classes.tolist() == [1, 0]
+    (_, truth, *_), (_, _, numbers, *_) = drawn
+    assert len(truth) == 3 and numbers.tolist() == [1, 0]
 
 
 def test_the_table_is_markdown_with_a_line_a_row():
