@@ -20,6 +20,8 @@ setup(
         # Detectron2 is not listed: no package index has it under its name, and it must be built
         # against the torch that is already there. tools/install_detectron2.py installs it.
         # torch and torchvision have no bounds, so that this package never replaces your build.
+        # Before 2.6, torch cannot read .pth files safely: utils/safe_checkpoint.py then refuses to
+        # read them, and warns before 2.10. Tested: torch 2.14.1.
         "torch",
         "torchvision",
         "fvcore",

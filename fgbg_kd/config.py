@@ -142,6 +142,9 @@ def _add_detectors(cfg: CN) -> None:
     timm.WEIGHTS = ""
     # True = batch norms with frozen statistics and affine parameters.
     timm.FREEZE_BN = False
+    # What is frozen, counted as by MODEL.BACKBONE.FREEZE_AT, which these backbones do not read:
+    # 0 = nothing, 1 = all that the map res1 (stride 2) is computed from, 2 = all of res2, ...
+    timm.FREEZE_AT = 0
 
 
 def _add_training(cfg: CN) -> None:
