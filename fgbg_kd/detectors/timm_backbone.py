@@ -56,12 +56,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         index = _indices(name, out_features)
         self._out_features = sorted(out_features)
-        self.body = timm.create_model(
-            name,
-            features_only=True,
-            pretrained=False,
-            out_indices=[index[f] for f in self._out_features],
-        )
+        self.body = _create(name, out_indices=[index[f] for f in self._out_features])
         channels = self.body.feature_info.channels()
         self._out_feature_strides = {f: _STRIDES[f] for f in self._out_features}
         self._out_feature_channels = dict(zip(self._out_features, channels))
@@ -101,18 +96,27 @@ def _indices(
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         raise ConfigError(f"MODEL.TIMM.NAME: timm has no {name!r}. Similar names: {near}.")
-    try:
-        info = timm.create_model(name, features_only=True, pretrained=False).feature_info
-    except Exception as error:  # timm raises several kinds
-        raise ConfigError(
-            f"MODEL.TIMM.NAME: timm's {name} gives no feature maps ({error}): choose another model."
-        ) from error
-    index = {stride: i for i, stride in enumerate(info.reduction())}
+    index = {stride: i for i, stride in enumerate(_create(name).feature_info.reduction())}
     absent = [f for f in out_features if _STRIDES.get(f) not in index]
     if absent:
         has = [f for f, stride in _STRIDES.items() if stride in index]
         raise ConfigError(f"{key}: timm's {name} has the maps {has}, not {absent}.")
     return {f: index[_STRIDES[f]] for f in out_features}
+
+
+def _create(name: str, **options) -> nn.Module:
+    """timm's extractor with random weights."""
+    try:
+        return timm.create_model(name, features_only=True, pretrained=False, **options)
+    except Exception as error:  # timm raises several kinds
+        raise ConfigError(
+            f"MODEL.TIMM.NAME: timm's {name} gives no feature maps ({_said(error)}): choose "
+            "another model."
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 @torch.no_grad()
@@ -134,8 +138,8 @@ def _probe(body: nn.Module, name: str, strides: list[int]) -> bool:
             maps = body(torch.zeros(1, 3, *size, device=device))
         except Exception as error:  # a fixed input size, an assertion of its own
             raise ConfigError(
-                f"MODEL.TIMM.NAME: timm's {name} does not take images of {size} pixels ({error}): "
-                "choose a model without a fixed input size."
+                f"MODEL.TIMM.NAME: timm's {name} does not take images of {size} pixels "
+                f"({_said(error)}): choose a model without a fixed input size."
             ) from error
         for stride, c, found in zip(strides, channels, maps):
             expected = tuple(-(-n // stride) for n in size)
@@ -158,7 +162,7 @@ def _parameters_of(feature: str, name: str) -> set[str]:
     """Names of the parameters that a map is computed from: it has a gradient for them."""
     with torch.random.fork_rng(devices=[]):  # this second model changes no random number
         (index,) = _indices(name, [feature], "MODEL.TIMM.FREEZE_AT").values()
-        body = timm.create_model(name, features_only=True, pretrained=False, out_indices=[index])
+        body = _create(name, out_indices=[index])
         names, parameters = zip(*body.eval().named_parameters())
         (map_,) = body(torch.zeros(1, 3, *_PROBES[0]))
         found = torch.autograd.grad(map_.sum(), parameters, allow_unused=True)

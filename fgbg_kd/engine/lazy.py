@@ -14,14 +14,14 @@ import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import HookBase, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import student_model
-from ..data import NamingMapper, check_same_classes, training_classes
+from ..data import BoxEvaluator, NamingMapper, check_same_classes, training_classes
 from ..detectors.dense import channel_order, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
@@ -62,6 +62,10 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
         mapper = OmegaConf.select(cfg, f"dataloader.{part}.mapper")
         if mapper is not None and _locate(mapper) is DatasetMapper:
             mapper._target_ = NamingMapper  # reads images as every other part of this package
+    evaluator = cfg.dataloader.get("evaluator")
+    if isinstance(evaluator, DictConfig) and _locate(evaluator) is COCOEvaluator:
+        if set(evaluator) <= {"_target_", "dataset_name", "output_dir"}:
+            evaluator._target_ = BoxEvaluator
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device here: train.device is set to cpu.")
         cfg.train.device = "cpu"
@@ -153,6 +157,7 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
         ema_decay=train.get("ema_decay", 0),
         min_ap=train.get("teacher_min_ap", 0),
         test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
+        evaluations=lambda: _evaluations(cfg),
     )
     return [
         *own,
@@ -163,6 +168,14 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
         hooks.EvalHook(train.eval_period, evaluate),
         writing,
     ]
+
+
+def _evaluations(cfg: DictConfig):
+    """The loader and the evaluators of the test set, if there is one."""
+    if cfg.dataloader.get("evaluator") is not None:
+        evaluators = instantiate(cfg.dataloader.evaluator)
+        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+        yield instantiate(cfg.dataloader.test), evaluators
 
 
 def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> dict:

@@ -179,8 +179,15 @@ class FgBgTrainer(DefaultTrainer):
             ema_decay=cfg.SOLVER.EMA_DECAY,
             min_ap=cfg.MODEL.KD.TEACHER.MIN_AP,
             test_teacher=lambda teacher: trainer.test_teacher(teacher),
+            evaluations=lambda: trainer.evaluations(),
         )
         return own + self.extra_hooks + super().build_hooks()
+
+    def evaluations(self):
+        """The loader and the evaluators of each test set."""
+        for name in self.cfg.DATASETS.TEST:
+            loader = self.build_test_loader(self.cfg, name)
+            yield loader, [self.build_evaluator(self.cfg, name)]
 
     def test_teacher(self, teacher: nn.Module) -> dict:
         """Results on DATASETS.TEST, whose images are read in the teacher's channel order."""
