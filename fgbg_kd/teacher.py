@@ -53,7 +53,7 @@ class Teacher:
             cache: keep its outputs, for images that are the same in every epoch.
         """
         if precision not in PRECISIONS:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.KD.TEACHER.PRECISION is {precision!r}: choose from {tuple(PRECISIONS)}."
             )
         self.detector, self.view = detector, view(detector)

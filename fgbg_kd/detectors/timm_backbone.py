@@ -54,6 +54,8 @@ class TimmBackbone(Backbone):
             CheckpointError: the file does not fill the model, or it holds more than numbers.
         """
         super().__init__()
+        if not out_features:
+            raise ConfigError("MODEL.TIMM.OUT_FEATURES is empty: name at least one map.")
         index = _indices(name, out_features)
         self._out_features = sorted(out_features)
         self.body = _create(name, out_indices=[index[f] for f in self._out_features])

@@ -22,10 +22,11 @@ from torch import nn
 
 from ..config import student_model
 from ..data import BoxEvaluator, NamingMapper, check_same_classes, training_classes
-from ..detectors.dense import channel_order, num_classes_of
+from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
+from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths
 from ..utils.errors import ConfigError
 from .checkpointer import RunCheckpointer, last_checkpoint
@@ -57,6 +58,8 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
         _check_key(cfg, override.partition("=")[0])
     cfg = LazyConfig.apply_overrides(cfg, list(opts))
     expand_paths(cfg)
+    if cfg.train.log_period < 1:
+        raise ConfigError(f"train.log_period is {cfg.train.log_period}: set it to at least 1.")
     cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)
     for part in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{part}.mapper")
@@ -247,10 +250,14 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
         if cfg.model.get("warmup_iters", -1) == -1:
             length = cfg.get("lr_multiplier", {}).get("warmup_length", 0.0)
             cfg.model.warmup_iters = round(length * cfg.train.max_iter)
-    model = instantiate(cfg.model)
+    with explained(cfg):
+        model = instantiate(cfg.model)
+        found = lenient_view(detector_of(model))
+        if isinstance(found, DenseView):
+            _ = found.levels  # raises a KeyError where the first iteration would
     number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
-        raise ValueError(
+        raise ConfigError(
             f"The training set has {len(classes)} classes ({', '.join(classes[:10])}), the "
             f"detector {number}: set num_classes={len(classes)} of the model."
         )

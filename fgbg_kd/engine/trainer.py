@@ -17,8 +17,9 @@ from ..config import get_fgbg_kd_cfg
 from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datasets
 from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
+from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
-from ..utils.errors import TeacherError
+from ..utils.errors import ConfigError, TeacherError
 from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
@@ -91,13 +92,16 @@ class FgBgTrainer(DefaultTrainer):
         cfg.freeze()
         self.cfg, self.extra_hooks = cfg, list(hooks)
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        with explained(cfg, "optimizer"):
+            optimizer = self.build_optimizer(cfg, model)
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
-        loader = self.build_train_loader(cfg)
+        with explained(cfg, "training data"):
+            loader = self.build_train_loader(cfg)
         self._trainer = trainer(
             distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
         )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        with explained(cfg, "schedule of the learning rate (SOLVER)"):
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
             detector_of(model),
             cfg.OUTPUT_DIR,
@@ -130,7 +134,8 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        model = super().build_model(cfg)
+        with explained(cfg):
+            model = super().build_model(cfg)
         number = num_classes_of(detector_of(model))
         if number is not None:
             check_num_classes(cfg, number)
@@ -141,7 +146,7 @@ class FgBgTrainer(DefaultTrainer):
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return super().build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER != "AdamW":
-            raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use SGD or AdamW.")
+            raise ConfigError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use SGD or AdamW.")
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
