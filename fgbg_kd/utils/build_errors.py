@@ -43,9 +43,9 @@ def _unknown_level(cfg: CfgNode | DictConfig, error: Exception) -> str | None:
     if not keys:
         return None
     return (
-        f"{' or '.join(keys)} names {level!r}, which the network does not give. A backbone "
-        "gives the maps of its OUT_FEATURES (of res2 to res5), an FPN of res3 to res5 gives p3 to p5, and p6 and "
-        "p7 if it has a top block for them."
+        f"{' or '.join(keys)} names {level!r}, which the network does not give. A backbone gives "
+        "the maps of its OUT_FEATURES (of res2 to res5). An FPN of res3 to res5 gives p3 to p5, "
+        "and p6 and p7 if it has a top block for them."
     )
 
 
