@@ -80,7 +80,8 @@ def keep_previous_config(output_dir: str) -> None:
 def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     """Moves the results of the previous run in this folder to previous/1, the next to previous/2.
 
-    These are its checkpoints, metrics.json, TensorBoard's event files and config.previous.yaml.
+    These are its checkpoints, metrics.json, TensorBoard's event files, config.previous.yaml and the
+    detections that its evaluation wrote to ``inference``.
     Otherwise --resume would continue from the previous run's checkpoints if the new run is killed
     before it writes one, and the metrics of both runs would be mixed.
 
@@ -101,6 +102,7 @@ def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     for name in names:
         if name.startswith("events.out.tfevents.") and f".{os.getpid()}." not in name:
             os.replace(os.path.join(output_dir, name), os.path.join(place, name))
+    _move_detections(os.path.join(output_dir, "inference"), os.path.join(place, "inference"))
     if measured:  # the new run's writer has opened the file already, to append
         shutil.copy2(metrics, os.path.join(place, "metrics.json"))
         os.truncate(metrics, 0)
@@ -108,6 +110,14 @@ def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     if os.path.isfile(config):
         shutil.copy2(config, place)
     logger.warning(f"A new run begins: the previous run's results are now in {place}.")
+
+
+def _move_detections(source: str, target: str) -> None:
+    """Detectron2's cached annotations (*_coco_format.json) stay: a registered set names them."""
+    names = os.listdir(source) if os.path.isdir(source) else []
+    for name in (n for n in names if "_coco_format.json" not in n):
+        os.makedirs(target, exist_ok=True)
+        os.replace(os.path.join(source, name), os.path.join(target, name))
 
 
 def _next_place(folder: str) -> str:

@@ -79,14 +79,19 @@ def test_each_previous_run_in_a_folder_keeps_its_results_in_its_own_place(tmp_pa
         with open(tmp_path / "metrics.json", "a") as metrics:
             metrics.write(f'{{"iteration": {run}}}\n')
         (tmp_path / "config.previous.yaml").write_text(str(run))
+        (tmp_path / "inference").mkdir(exist_ok=True)
+        (tmp_path / "inference" / "coco_instances_results.json").write_text(str(run))
+        (tmp_path / "inference" / "my_test_coco_format.json").write_text("of Detectron2")
         set_previous_run_aside(str(tmp_path))
         place = tmp_path / "previous" / str(run)
         assert f"results are now in {place}" in caplog.text
         assert (place / "model_final.pth").read_text() == f"model_final.pth of {run}"
         assert (place / "metrics.json").read_text() == f'{{"iteration": {run}}}\n'
         assert (place / "config.previous.yaml").read_text() == str(run)
-        assert len(list(place.iterdir())) == 6
-        left = {"log.txt", "previous", "metrics.json", "config.previous.yaml", own}
+        assert (place / "inference" / "coco_instances_results.json").read_text() == str(run)
+        assert [x.name for x in (tmp_path / "inference").iterdir()] == ["my_test_coco_format.json"]
+        assert len(list(place.iterdir())) == 7
+        left = {"log.txt", "previous", "metrics.json", "config.previous.yaml", "inference", own}
         assert {x.name for x in tmp_path.iterdir()} == left
     set_previous_run_aside(str(tmp_path))  # nothing left to move
     (tmp_path / "metrics.json").write_text('{"iteration": 3}\n')
