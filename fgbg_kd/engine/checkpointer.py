@@ -11,7 +11,7 @@ from torch import nn
 
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.files import whole
-from ..utils.safe_checkpoint import SafeCheckpointer
+from ..utils.safe_checkpoint import SafeCheckpointer, read_pth
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,7 @@ class RunCheckpointer(SafeCheckpointer):
 
     def _check_same_settings(self, path: str) -> None:
         """Before anything is filled: the checkpoint has the tensors that this run has."""
-        self._expected = ""  # no sha256 is known of a run's own file
-        saved = self._load_file(path)
+        saved = read_pth(path)
         changes = [
             *_model_changes(saved.get("model", {}), self.model),
             *_method_changes(saved, self.checkpointables.get("method")),

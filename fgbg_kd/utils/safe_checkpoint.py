@@ -27,7 +27,7 @@ def load_tensors(path: str, key: str) -> dict[str, torch.Tensor]:
             finite.
     """
     try:
-        saved = _load_tensors_only(path)
+        saved = read_pth(path)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{key}: {error}") from error
     for name in ("model", "state_dict"):
@@ -47,7 +47,13 @@ def load_tensors(path: str, key: str) -> dict[str, torch.Tensor]:
     return saved
 
 
-def _load_tensors_only(path: str):
+def read_pth(path: str) -> Any:
+    """Reads a .pth file of tensors and plain containers.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is damaged, or holds more than numbers.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -61,7 +67,7 @@ class _TensorsOnly(Checkpointer):
     """fvcore's reader of .pth files, which DetectionCheckpointer calls as its base class."""
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        return _load_tensors_only(f)
+        return read_pth(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
         # DetectionCheckpointer has translated the names by now.
