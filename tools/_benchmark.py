@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, random boxes, a table of rows."""
+"""Functions that the benchmarks share: timing, random boxes, tables."""
 
 import csv
 import math
@@ -11,11 +11,11 @@ from fgbg_kd.utils.markdown import table_of
 
 
 def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, float, float]:
-    """20 %, 50 % and 80 % quantile of the time of a call in milliseconds, after three to warm up.
+    """20 %, 50 % and 80 % quantiles of the time per call in ms, after three warm-up calls.
 
     Args:
-        device: "cuda": the time of the GPU's own work; "cpu": the wall clock.
-        seconds: that are measured.
+        device: "cuda": GPU time is measured. "cpu": wall-clock time is measured.
+        seconds: duration of the measurement.
         ahead: seconds that a GPU sleeps before each call, so that the host can issue all work
             before the GPU starts.
     """
@@ -25,7 +25,7 @@ def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, 
 def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0.0) -> dict:
     """:func:`quantiles` of several functions by name.
 
-    They are called in turn, so that other work on the machine slows all of them alike.
+    They are called in turn, so that other work on the machine slows all of them equally.
     """
     for function in calls.values():
         for _ in range(3):
@@ -44,7 +44,7 @@ def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0
 
 
 def host_seconds(function) -> float:
-    """Median of five: seconds that the host needs to issue the work of a function to the GPU."""
+    """Seconds that the host needs to issue a function's work to the GPU (median of five)."""
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -87,7 +87,7 @@ def show(rows: list[dict], path: Path | None) -> None:
 
 
 def rounded(row: dict) -> dict:
-    """The row with its numbers rounded to three digits after the point."""
+    """The row with its numbers rounded to three decimal places."""
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Computes the losses of the iteration again at which a run stopped because one was not finite.
+"""Computes the losses of an iteration in which a run stopped at a loss that was not finite.
 
 Example:
     tools/replay.py --config-file my_distilled.yaml output/distilled/not_finite_0000123_rank0.pth

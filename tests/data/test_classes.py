@@ -1,4 +1,4 @@
-"""Training set, test set and detector agree on classes by name; the evaluator says what AP is."""
+"""Training set, test set and detector match classes by name. The evaluator explains AP."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def edit(path, change):
 
 
 def renumber(content):
-    """stripe = 1, square = 2, the other way round than in the training set."""
+    """stripe = 1, square = 2, the reverse of the training set."""
     for category in content["categories"]:
         category["id"] = 3 - category["id"]
     for a in content["annotations"]:
@@ -47,7 +47,7 @@ def renumber(content):
 
 
 def perfect(name, folder=None):
-    """Results where every object is detected: classes as the detector numbers them."""
+    """Results of a perfect detector, with the detector's class numbers."""
     evaluator = BoxEvaluator(name, str(folder) if folder else None)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
@@ -91,7 +91,7 @@ def test_the_ap_of_a_class_has_its_name_also_in_another_numbering(cfg):
 
 
 def test_evaluation_alone_matches_the_classes_as_well(cfg):
-    """The training images need not be there, only the JSON file with the names."""
+    """The training images need not exist, only the JSON file with the names."""
     edit(cfg.DATASETS.TEST_JSON, renumber)
     cfg.DATASETS.TRAIN_IMAGES = "nowhere"
     register_datasets(cfg, training=False)
@@ -120,7 +120,7 @@ def test_a_test_set_with_fewer_classes_is_told_what_to_add(cfg):
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
 
     edit(cfg.DATASETS.TEST_JSON, drop)
-    with pytest.raises(DataError, match=r'add stripe to its list "categories" \(annotations of'):
+    with pytest.raises(DataError, match=r'add stripe to its list "categories" \(they need no'):
         register_datasets(cfg)
 
 
@@ -129,7 +129,7 @@ def test_sets_that_are_registered_in_python_are_compared_too():
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("python_train",), ("python_test",)
     MetadataCatalog.get("python_train").thing_classes = ["square", "stripe"]
     MetadataCatalog.get("python_test").thing_classes = ["stripe", "square"]
-    with pytest.raises(DataError, match="python_train and python_test have another order"):
+    with pytest.raises(DataError, match="python_train and python_test have the same classes"):
         check_num_classes(cfg, 2)
     cfg.DATASETS.TEST = ()
     check_num_classes(cfg, 2)

@@ -1,4 +1,4 @@
-"""Bad data, one test each: refused with its name before training, or handled as the docs say."""
+"""One test per kind of bad data: it is refused by name before training or handled as documented."""
 
 import json
 import logging
@@ -172,7 +172,7 @@ def test_boxes_without_area_and_outside_are_left_out_and_counted(data, caplog):
 
 def test_no_annotations_at_all(data):
     data.content["annotations"] = []
-    with pytest.raises(DataError, match="no box to learn from. Of its 0 annotations"):
+    with pytest.raises(DataError, match="no box to learn from: all of its 0 annotations"):
         data.register()
     data.register("TEST")
 
@@ -180,7 +180,7 @@ def test_no_annotations_at_all(data):
 def test_only_crowds(data):
     for a in data.content["annotations"]:
         a["iscrowd"] = 1
-    with pytest.raises(DataError, match="no box to learn from. Of its 6 annotations"):
+    with pytest.raises(DataError, match="no box to learn from: all of its 6 annotations"):
         data.register()
 
 
@@ -228,7 +228,7 @@ def test_other_ways_to_write_a_crowd_flag_of_0_lose_no_box(data, value):
     assert [len(samples[i]["instances"]) for i in range(4)] == [0, 1, 2, 3]
 
 
-# --- what boxes cannot be, and what COCO's evaluation does not say ---
+# --- invalid boxes, and objects that COCO's evaluation ignores silently ---
 
 
 def many_boxes(data, boxes):
@@ -332,7 +332,7 @@ def test_a_truncated_image_is_named_when_it_is_read(data):
 
 def test_a_recorded_size_that_is_wrong(data):
     data.content["images"][1]["height"] += 1
-    with pytest.raises(DataError, match=r"1.png: .* says \(56, 73\).*but it is \(56, 72\)"):
+    with pytest.raises(DataError, match=r"1.png: .* says \(56, 73\).*but the image is \(56, 72\)"):
         data.register()
 
 
@@ -367,7 +367,7 @@ def test_more_than_8_bits(data, mode):
 
 
 def turn(data, i, orientation):
-    """Stores image i so that viewers, who heed EXIF, show it as it was."""
+    """Stores image i turned, so that viewers that apply EXIF show it unchanged."""
     image = Image.open(data.image(i))
     stored = image.transpose(
         {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}[orientation]
@@ -391,7 +391,7 @@ def test_exif_that_turns_against_the_recorded_size(data):
     turn(data, 1, 6)
     entry = data.content["images"][1]
     entry["width"], entry["height"] = entry["height"], entry["width"]
-    with pytest.raises(DataError, match=r"says \(72, 56\).*it is \(56, 72\) after turning it"):
+    with pytest.raises(DataError, match=r"says \(72, 56\).*the image is \(56, 72\) after its EXIF"):
         data.register()
 
 
@@ -453,7 +453,7 @@ def odd_value(rng):
 
 
 def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
-    """What passes the checks is read without an error, and no box is lost or moved."""
+    """A file that passes the checks is read without an error. No box is lost or moved."""
     good = json.dumps(Data(tmp_path).content)
     passed, cases = 0, 10_000
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and a damaged one is passed over."""
+"""Checkpoints are written atomically, and damaged checkpoints are skipped."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ from fgbg_kd.utils.errors import CheckpointError, ConfigError
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpointer with three checkpoints, whose one weight is the iteration."""
+    """A checkpointer with three checkpoints. Their only weight is the iteration."""
     model = torch.nn.Linear(1, 1)
     checkpointer = RunCheckpointer(model, str(tmp_path))
     for i in (9, 19, 29):
@@ -64,7 +64,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_run(saved, tmp_path):
 
 
 def test_old_checkpoints_go_and_the_newest_stay(saved, tmp_path):
-    """By their age: a new run in the folder of a longer one counts from 0 again."""
+    """The file age decides, since a new run in the folder of a longer run starts at 0."""
     saved.max_to_keep = 2
     saved.save("model_0000004", iteration=4)
     assert {x.name for x in tmp_path.glob("*.pth")} == {"model_0000004.pth", "model_0000029.pth"}
@@ -98,7 +98,7 @@ def test_what_a_killed_save_leaves_is_overwritten_by_the_next(saved, tmp_path):
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before_it(tmp_path):
-    """A limit on the size of files stands for the disk: the write fails in the middle."""
+    """A file size limit simulates a full disk: the write fails in the middle."""
     model = nn.Linear(1000, 1000)  # 4 MB
     checkpointer = RunCheckpointer(model, str(tmp_path))
     checkpointer.save("model_0000001")

@@ -1,4 +1,4 @@
-"""The training data can start at any iteration, and is that of Detectron2's own loader."""
+"""The training data can start at any iteration and equals that of Detectron2's loader."""
 
 import itertools
 
@@ -78,7 +78,7 @@ def test_more_processes_share_the_batch_of_one(data_cfg, monkeypatch):
 
 def test_a_batch_that_cannot_be_shared_is_named(monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 16, .* among 3 processes equally"):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 16, .* equally among 3 processes"):
         ResumableLoader([], mapper=None, sampler=None, total_batch_size=16, seed=0)
 
 

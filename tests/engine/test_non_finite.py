@@ -1,4 +1,4 @@
-"""A loss that is not finite stops the run at once, says where, and leaves what is needed to see."""
+"""A loss that is not finite stops the run. The error says where, and a file allows a replay."""
 
 import runpy
 import sys
@@ -15,7 +15,7 @@ from fgbg_kd.utils.errors import NonFiniteLossError
 
 
 class Spoil(HookBase):
-    """Before iteration 2 it does something to the model."""
+    """Changes the model before iteration 2."""
 
     def __init__(self, do):
         self.do, self.before = do, None
@@ -29,7 +29,7 @@ class Spoil(HookBase):
 
 @torch.no_grad()
 def overflow_on_p4(model):
-    """On one level the student's features leave fp32; every parameter stays finite."""
+    """The student's features exceed fp32 on one level, but all parameters stay finite."""
     model.student.backbone.fpn_output4.weight.fill_(1e38)
 
 
@@ -125,7 +125,7 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_fault(distil_cfg, tmp_pa
 
 
 def test_losses_are_read_once(coco, tmp_path):
-    """What Detectron2 writes is on the CPU already: no second wait for the device."""
+    """Detectron2 gets losses that are on the CPU, so it does not wait for the device again."""
     trainer = make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "plain", 1)
     trainer.train()
     reads = []

@@ -1,7 +1,7 @@
-"""A run that stops anywhere and resumes ends as one that does not.
+"""A run that is stopped and resumed ends like an uninterrupted run.
 
-The parts are tested in test_loader.py, test_checkpointer.py and test_run_dir.py, Python configs in
-test_lazy.py, and several processes in test_distributed.py.
+The parts are tested in test_loader.py, test_checkpointer.py and test_run_dir.py. Python
+configs are tested in test_lazy.py, and several processes in test_distributed.py.
 """
 
 import itertools
@@ -105,7 +105,7 @@ def final(folder):
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_checkpoint(run_cfg, tmp_path):
-    """Killed twice, with another number of loading processes after."""
+    """The run is killed twice. After the first kill, the number of loading processes differs."""
     run(run_cfg, tmp_path / "whole")
     run(run_cfg, tmp_path / "killed", kill_at=4)
     run_cfg.DATALOADER.NUM_WORKERS = 2
@@ -127,7 +127,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_checkpoint(run_cfg, tmp_pat
 
 @pytest.mark.parametrize("run_cfg", [distilled], indirect=True)
 def test_resuming_elsewhere_in_the_data_would_show(run_cfg, tmp_path):
-    """The comparison above can fail: with another seed it does."""
+    """Shows that the comparison above can fail: it fails with another seed."""
     run(run_cfg, tmp_path / "a")
     run_cfg.SEED += 1
     run(run_cfg, tmp_path / "b")
@@ -199,9 +199,9 @@ def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeyp
 
 
 def test_processes_that_are_killed_end_as_one_that_is_not(distil_cfg, tmp_path):
-    """tools/chaos.py, which says in which iteration and file a process was killed.
+    """Runs tools/chaos.py, which prints when a process was killed.
 
-    Unlike above, each start is a process of its own, which compiles its functions anew.
+    Unlike in the tests above, each start is a new process, which compiles its functions again.
     """
     distil_cfg.SOLVER.MAX_ITER, distil_cfg.SOLVER.CHECKPOINT_PERIOD = 12, 2
     distil_cfg.DATASETS.TEST, distil_cfg.DATASETS.TEST_JSON = (), ""
