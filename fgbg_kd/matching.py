@@ -104,7 +104,8 @@ def match_classes(
         TeacherError: the teacher lacks a class of the student, or the numbers differ and names are
             not known.
     """
-    if not classes or len(classes) != student.num_classes or not teacher_classes:
+    named = classes and len(classes) == student.num_classes
+    if not named or not teacher_classes:
         if student.num_classes != teacher.num_classes:
             raise TeacherError(
                 f"The student has {student.num_classes} classes, the teacher "
@@ -113,7 +114,7 @@ def match_classes(
                 "student's classes."
             )
         logger.warning(
-            f"The names of the {'student' if not classes else 'teacher'}'s classes are not known. "
+            f"The names of the {'teacher' if named else 'student'}'s classes are not known. "
             f"Class i of the student is taken for class i of the teacher, for all "
             f"{student.num_classes}. MODEL.KD.TEACHER.CLASSES names the teacher's."
         )
@@ -156,8 +157,8 @@ def features_only(name: str, options: dict[str, Any], teacher: DetectorView) -> 
     )
     if get_method(name).is_off(changed):
         raise TeacherError(
-            f"{name} has no term left for a teacher that teaches by its features alone: set "
-            f"{node}.FG_WEIGHT over 0."
+            f"{name} has no term left for a teacher that teaches by its features alone: set the "
+            f"weight of its feature term ({node}.FG_WEIGHT of FgBg) over 0, or use another method."
         )
     return changed
 

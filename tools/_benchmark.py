@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fgbg_kd.utils.markdown import table_of
+from fgbg_kd.utils.timing import times_in_turn, wall_clock
 
 
 def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, float, float]:
@@ -23,19 +24,11 @@ def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, 
 
 
 def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0.0) -> dict:
-    """:func:`quantiles` of several functions by name.
-
-    They are called in turn, so that other work on the machine slows all of them equally.
-    """
-    for function in calls.values():
-        for _ in range(3):
-            function()
-    times, stop = {name: [] for name in calls}, time.perf_counter() + seconds * len(calls)
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() < stop and rounds < 500):
-        rounds += 1
-        for name, function in calls.items():
-            times[name].append(milliseconds(function, device, ahead))
+    """:func:`quantiles` of several functions by name, which are called in turn."""
+    numbered = {name: lambda _, function=function: function() for name, function in calls.items()}
+    times = times_in_turn(
+        numbered, 500, lambda call: milliseconds(call, device, ahead), seconds * len(calls)
+    )
     at = torch.tensor([0.2, 0.5, 0.8])
     return {
         name: tuple(round(v, 3) for v in torch.tensor(found).quantile(at).tolist())
@@ -48,7 +41,9 @@ def host_seconds(function) -> float:
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
-        times.append(milliseconds(function, "cpu") / 1000)
+        start = time.perf_counter()  # the host alone: the GPU is not waited for
+        function()
+        times.append(time.perf_counter() - start)
     return sorted(times)[2]
 
 
@@ -63,9 +58,7 @@ def milliseconds(function, device: str, ahead: float = 0.0) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - start)
+    return wall_clock(function)
 
 
 def random_boxes(count: int, height: int, width: int, generator) -> torch.Tensor:

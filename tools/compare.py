@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 import _quiet
+from _arguments import add_import_flag
 
 from fgbg_kd.experiments.compare_methods import (
     Comparison,
@@ -29,7 +30,6 @@ from fgbg_kd.experiments.compare_methods import (
     tables_of,
 )
 from fgbg_kd.utils.errors import FgBgError
-from fgbg_kd.utils.user_code import import_user_module
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 
@@ -51,14 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared cores")
     parser.add_argument("--errors", action="store_true", help="also measure kinds of errors (TIDE)")
     parser.add_argument("--output", type=Path, help="default: output/compare/NAME_OF_THE_CONFIG")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module, or a .py file, that registers methods or detectors; may be repeated",
-    )
+    add_import_flag(parser)
     parser.add_argument(
         "--table-only",
         type=Path,
@@ -85,8 +78,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    for module in args.imports:
-        import_user_module(module)
     if args.table_only:
         print(tables_of(args.table_only))
         return

@@ -9,6 +9,7 @@ import argparse
 
 import _quiet  # noqa: F401
 import torch
+from _arguments import add_import_flag
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.detectors.load import without_pretrained
@@ -30,6 +31,7 @@ def main():
     parser.add_argument(
         "opts", nargs="*", metavar="OVERRIDE", help="the overrides that the run was started with"
     )
+    add_import_flag(parser)
     args = parser.parse_args()
 
     if args.config_file.endswith(".py"):

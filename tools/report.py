@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 
 import _quiet
+from _arguments import add_import_flag
 
 from fgbg_kd.experiments.report import write_report
 from fgbg_kd.utils.errors import FgBgError
-from fgbg_kd.utils.user_code import import_user_module
 
 
 def main() -> None:
@@ -37,17 +37,8 @@ def main() -> None:
         metavar="FILE",
         help="default: report.html in the first folder",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module, or a .py file, that registers methods or detectors; may be repeated",
-    )
+    add_import_flag(parser)
     args = parser.parse_args()
-    for module in args.imports:
-        import_user_module(module)
     output = args.output or args.folders[0] / "report.html"
     write_report(args.folders, output, lambda text: print(text, file=sys.stderr))
     print(output)

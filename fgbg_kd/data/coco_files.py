@@ -66,6 +66,7 @@ def _register(
     if name in _registered:
         *origin, known = _registered[name]
         if origin == [path, images, shapes] and classes in (None, known):
+            read_coco(path, training=part == "TRAIN")  # a test set needs other fields too
             return
     if name in DatasetCatalog.list():
         raise ConfigError(

@@ -7,6 +7,8 @@ from PIL import ExifTags, Image
 
 from ..utils.errors import DataError
 
+# Keys of Pillow's image.info in which an orientation can stand.
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp"}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,12 +63,23 @@ def too_large(error: Image.DecompressionBombError) -> str:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # Pillow turns some formats (TIFF) here and removes the orientation
+def header_orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8, without decoding the image."""
+    if image.format != "TIFF" and not _METADATA & image.info.keys():
+        return 1  # getexif() would decode the whole image if it is a PNG
     try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata: the image is taken as it is stored
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = header_orientation(image)
+    turned_by_pillow = image.format == "TIFF"
+    image.load()
+    if turned_by_pillow:  # its orientation is gone now
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data: the image is not turned
-        return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

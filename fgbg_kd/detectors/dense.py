@@ -238,7 +238,10 @@ def view(detector: nn.Module) -> DetectorView:
     """
     found = lenient_view(detector)
     if found is None:
-        raise DetectorError(f"A {type(detector).__name__} has no backbone: it is no detector.")
+        raise DetectorError(
+            f"A {type(detector).__name__} has no attribute 'backbone': it cannot be a student or a "
+            "teacher. Give a detector of Detectron2."
+        )
     if not found.dense and isinstance(detector, DenseDetector):
         known = ", ".join(cls.__name__ for cls in _views)
         raise DetectorError(

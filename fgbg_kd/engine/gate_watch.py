@@ -12,11 +12,10 @@ _SHARES = "kd/fg_better", "kd/bg_better"
 class GateWatch(HookBase):
     """Warns if the teacher is better than the student on almost no foreground cell.
 
-    The gate blocks distillation where the student is better, so such a run is plain training. The
-    hook averages two statistics over the first iterations: kd/fg_better and kd/bg_better. They are
-    the shares of foreground and background cells on which the teacher is better. A method without
-    a gate does not write them, so the hook does nothing. Reading them from the event storage does
-    not wait for the GPU.
+    The hook averages two statistics over the first iterations: kd/fg_better and kd/bg_better. They
+    are the shares of foreground and background cells on which the teacher's quality is higher. A
+    method without a gate does not write them, so the hook does nothing. Reading them from the event
+    storage does not wait for the GPU.
     """
 
     def __init__(self, iterations: int = 100, least: float = 0.05):
@@ -46,8 +45,7 @@ class GateWatch(HookBase):
             logger.warning(
                 f"The teacher is hardly ever better than the student: in the first "
                 f"{self.trainer.iter + 1} iterations it was better on {foreground:.1%} of the "
-                f"foreground cells and {background:.1%} of the background cells. The gate lets the "
-                "student learn from the teacher only on these cells. Check that "
+                f"foreground cells and {background:.1%} of the background cells. Check that "
                 "MODEL.KD.TEACHER.CONFIG is the config that the teacher was trained with (classes, "
                 "INPUT.FORMAT, PIXEL_MEAN). Check that the student does not start from better "
                 "weights (MODEL.WEIGHTS). Set MODEL.KD.TEACHER.MIN_AP to measure the teacher "

@@ -241,7 +241,7 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     model = instantiate(cfg.model)
     number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
-        raise ValueError(
+        raise ConfigError(
             f"The training set has {len(classes)} classes ({', '.join(classes[:10])}), but the "
             f"detector has {number}: set num_classes={len(classes)} in the model."
         )

@@ -18,7 +18,7 @@ from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datas
 from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
 from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
-from ..utils.errors import TeacherError
+from ..utils.errors import ConfigError, TeacherError
 from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
@@ -143,7 +143,7 @@ class FgBgTrainer(DefaultTrainer):
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return super().build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER != "AdamW":
-            raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use SGD or AdamW.")
+            raise ConfigError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use SGD or AdamW.")
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,

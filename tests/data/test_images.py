@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import tiny_cfg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from fgbg_kd.data import NamingMapper
 from fgbg_kd.data.image_files import check_images
@@ -104,3 +104,16 @@ def test_a_choice_of_images_is_spread_over_those_with_objects():
     records = [{"n": i, "annotations": [box] if i % 2 else [{"iscrowd": 1}]} for i in range(9)]
     assert [r["n"] for r in pick(records, 3)] == [1, 3, 7]
     assert [r["n"] for r in pick(records[:1], 3)] == [0]
+
+
+@pytest.mark.parametrize("orientation", VIEWS)
+def test_an_orientation_in_xmp_is_seen_by_all_readers_alike(orientation, tmp_path):
+    """Some editors write the orientation of a PNG into XMP alone."""
+    about = PngImagePlugin.PngInfo()
+    text = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"></x:xmpmeta>'
+    about.add_itxt("XML:com.adobe.xmp", text)
+    picture().save(tmp_path / "image.png", pnginfo=about)
+    image = read_image(tmp_path / "image.png", "RGB")
+    entry = {"file_name": "image.png", "height": image.shape[0], "width": image.shape[1]}
+    check_images([entry], str(tmp_path))
+    np.testing.assert_array_equal(image, VIEWS[orientation](np.asarray(picture())))

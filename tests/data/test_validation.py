@@ -489,3 +489,16 @@ def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
     finally:
         logging.disable(logging.NOTSET)
     assert cases / 10 < passed < cases * 9 / 10
+
+
+def test_one_file_for_training_and_testing_needs_what_a_test_set_needs(coco, tmp_path):
+    """A set with one name in both places is checked for both."""
+    content = json.loads(Path(coco[0]).read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"]
+    path = tmp_path / "no_area.json"
+    path.write_text(json.dumps(content))
+    cfg = tiny_cfg((str(path), coco[1]), name="both")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("one_set",)
+    with pytest.raises(DataError, match="area"):
+        register_datasets(cfg)
