@@ -1,4 +1,4 @@
-"""A teacher that is not whole, or not there, stops the run with a message that names the fix."""
+"""A missing or incomplete teacher stops the run with a message that names the fix."""
 
 import pickle
 import shutil
