@@ -26,7 +26,7 @@ from .split import Split
 
 # The Bernoulli KL is a sum over all channels. So the kernel reads GROUP channels at a time, across
 # anchors. Threads wait for each other only after the last tile. A softmax needs all classes of an
-# anchor at once. Tiles with more cells are slow on small maps: few programs run, and each program
+# anchor at once. Wider tiles are slow on small maps: few programs run, and each of these programs
 # loops over all channels.
 GROUP, CELLS = 16, 32
 TILE = 1024  # maximum number of values in a tile; larger tiles spill registers on sm_80
