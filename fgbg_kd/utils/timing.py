@@ -1,4 +1,4 @@
-"""How long calls take."""
+"""Measures the latency of calls."""
 
 import time
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import torch
 
 
 def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
-    """Median milliseconds of each call.
+    """Median latency of each call, in milliseconds.
 
-    The calls take turns, so that other work on the machine slows all of them alike.
+    The calls alternate, so that other work on the machine slows all of them equally.
 
     Args:
-        calls: by name. Each gets the number of the run.
-        runs: that are measured, after three that are not.
+        calls: functions by name. Each gets the index of the run.
+        runs: number of measured runs, after three warm-up runs.
     """
     times = {name: [] for name in calls}
     for i in range(runs + 3):
