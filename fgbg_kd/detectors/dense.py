@@ -1,4 +1,4 @@
-"""The interface between distillation and detectors. Only this file names RetinaNet and FCOS.
+"""The interface to detectors. Outside this folder, only config.py names RetinaNet and FCOS.
 
 Other code uses a :class:`DetectorView`, not the detector's own attributes. A new one-stage detector
 needs one subclass of :class:`DenseView` (docs/extending.md).

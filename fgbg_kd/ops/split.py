@@ -73,8 +73,8 @@ def split(
       contain the centre, the smallest box owns the cell. Among boxes of equal area, the first in
       the list owns the cell.
     - If a box contains no cell centre of a level, it owns the cell that contains the box's centre.
-      If this cell is padding, it owns the nearest cell that is not padding. So small objects are
-      not lost on coarse levels.
+      If this cell is padding, it owns the nearest cell that is not padding. So a small object is
+      not lost on a coarse level, unless a smaller box owns the same cell.
     - A cell whose centre lies outside its image is padding.
 
     Args:
