@@ -109,7 +109,7 @@ def test_gate_shares_reach_the_event_storage(distil_cfg):
 
 
 def test_padding_is_neither_foreground_nor_background(distil_cfg):
-    """A small image beside a large one: what is predicted on its padding changes no term."""
+    """In a batch with a large image, predictions on a small image's padding change no term."""
     distil_cfg.MODEL.KD.FGBG.GATE = "off"
     model = build_model(distil_cfg)
     seen = []

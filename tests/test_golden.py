@@ -1,6 +1,6 @@
 """Losses and gradients equal recorded values, on eight of the scenes.
 
-The values were recorded by commit 390ac44. A change of the numbers on purpose records them again:
+Commit 390ac44 recorded the values. If a change alters the numbers on purpose, record them again:
 ``python tests/test_golden.py``.
 """
 
@@ -57,7 +57,7 @@ class Losses(HookBase):
 
 
 def first_losses(folder: Path, fcos: bool) -> list[dict[str, float]]:
-    """Of three iterations of the scenes' distilled student, or of an FCOS pair like it."""
+    """Losses in the first three iterations of the scenes' student, or of a similar FCOS pair."""
     opts = save_random_teacher(folder, fcos)
     if fcos:
         student = {"MODEL.KD.STUDENT": "FCOS", "MODEL.FPN.OUT_CHANNELS": 32, **FCOS}

@@ -1,4 +1,4 @@
-"""A teacher that is not whole, or not there, stops the run with a message that names the fix."""
+"""A missing or incomplete teacher stops the run with a message that names the fix."""
 
 import pickle
 import shutil
@@ -65,7 +65,7 @@ def test_a_pkl_in_the_zoos_format_is_loaded_whole(tmp_path, teacher_files):
 
 
 def test_a_lazy_py_config_names_an_fcos_teacher_that_gates_a_retinanet(tmp_path, distil_cfg):
-    """Detectron2's own FCOS, at small size: it is in no registry, only a lazy config."""
+    """A small version of Detectron2's own FCOS. It has a lazy config, but is not registered."""
     text = """
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -118,7 +118,7 @@ train = dict(init_checkpoint="")
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
 def test_acceleration_changes_the_output_by_rounding_only(tmp_path, norm):
-    """Detectron2's ResNet with random statistics; GroupNorm is left alone."""
+    """Detectron2's ResNet with random statistics. GroupNorm stays unchanged."""
     cfg = tiny_cfg()
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH = "build_resnet_fpn_backbone", 50
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]

@@ -1,4 +1,4 @@
-"""The teacher's cache: the same losses, a teacher that rests, and no use where images change."""
+"""The teacher's cache: equal losses, fewer teacher passes, and an error if images change."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Detectors: the contract that distillation needs, and parts that Detectron2 lacks."""
+"""Detectors: the interface that distillation needs, and parts that Detectron2 lacks."""
 
 from .dense import DenseOutput, DenseView, DetectorView, FeatureLevel, register_view, view
 from .fcos import FCOS, build_fcos_resnet_fpn_backbone

@@ -1,4 +1,4 @@
-"""How long calls take."""
+"""Measures the latency of calls."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 
 def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
-    """Median milliseconds of each call.
+    """Median latency of each call, in milliseconds.
 
     Args:
         calls: by name. Each gets the number of the run.

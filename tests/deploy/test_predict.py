@@ -83,7 +83,7 @@ def test_each_image_has_an_id_of_its_own(coco, tmp_path):
     films = find([tmp_path / "film.avi", tmp_path / "film.mp4"])
     with pytest.raises(DeployError, match="written twice"):
         check_not_overwritten(films, list(targets(films, tmp_path / "o").values()))
-    with pytest.raises(DeployError, match="would both be 1.png"):
+    with pytest.raises(DeployError, match="would both be written to 1.png"):
         find([folder / "1.png", folder / "more" / "1.png"])
 
     content = json.loads(Path(coco[0]).read_text())

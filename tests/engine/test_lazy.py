@@ -206,7 +206,7 @@ def test_the_students_classes_come_from_the_training_set(config):
     assert tuple(names.thing_classes) == CLASSES
     cfg = load_lazy_config(config, ["model.student.num_classes=3"])
     cfg.model.teacher = None
-    with pytest.raises(ValueError, match="set has 2 classes .* the detector 3: set num_classes=2"):
+    with pytest.raises(ValueError, match="set has 2 classes .* has 3: set num_classes=2"):
         train_lazy(cfg)
 
 

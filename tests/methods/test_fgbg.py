@@ -1,4 +1,4 @@
-"""FgBg: values by hand, and a scale that batch, map and number of processes do not change."""
+"""FgBg: values by hand. Batch size, map size and number of processes do not change the scale."""
 
 import math
 

@@ -15,7 +15,7 @@ from fgbg_kd.ops import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# (N, C, level shapes): ones, primes, neither a multiple of a tile.
+# (N, C, level shapes): ones and primes, none of them a multiple of a tile.
 SHAPES = [
     (1, 1, [(1, 1)]),
     (2, 37, [(7, 11), (3, 5)]),
@@ -40,7 +40,7 @@ def layout(x, channels_last):
 
 
 def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
-    """Sum of weight * KL; cells of weight 0 are padding, all others background."""
+    """Sum of weight * KL. Cells of weight 0 are padding, and all other cells are background."""
     shapes = tuple(tuple(s.shape[2:]) for s in student)
     index = torch.where(weight != 0, BACKGROUND, PADDING).int()
     boxes = torch.zeros(len(weight), 1, 4, device=weight.device)
@@ -68,7 +68,7 @@ def run(function, student, upstream=0.7):
 
 
 def check(function, student, reference_inputs):
-    """Error at most twice that of plain PyTorch in the same dtype, plus a rounding unit."""
+    """The error is at most twice plain PyTorch's error in the same dtype, plus a rounding unit."""
     exact, exact_grads = run(lambda s: function(s, "torch", wide=True), reference_inputs)
     plain, plain_grads = run(lambda s: function(s, "torch"), student)
     fused, fused_grads = run(lambda s: function(s, "triton"), student)
@@ -146,7 +146,7 @@ def test_the_same_input_gives_the_same_bits():
 
 
 def test_cosine_operator_is_registered_soundly():
-    """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
+    """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
     from fgbg_kd.ops.cosine_triton import weighted_cosine
 
     arguments = (
@@ -211,7 +211,7 @@ def test_maps_may_be_cut_out_or_transposed(loss, cut):
     expected, (grad,) = run(lambda x: function(cut(x[0]).contiguous()), [wide])
     got, (cut_grad,) = run(lambda x: function(cut(x[0])), [wide])
     assert torch.equal(got, expected) and torch.equal(cut_grad, grad)
-    # A map that is one without being cut here.
+    # A map with the same strides, but not a slice.
     _, (own,) = run(lambda x: function(x[0]), [cut(wide)])
     assert torch.equal(own, cut(grad))
 
@@ -247,7 +247,7 @@ def predictions(
     """Random logits, and boxes of about 24 pixels near each cell, per level; N = 2.
 
     Args:
-        anchors: a cell, per level.
+        anchors: number of anchors per cell, per level.
     """
     logits, boxes = [], []
     for i, ((h, w), a, stride) in enumerate(zip(shapes, anchors, (8, 16))):
@@ -273,7 +273,7 @@ SCENE = {
 }
 
 
-# Pairwise: scene, dtype, layout, KL, boxes, anchors a cell on each level.
+# Pairwise: scene, dtype, layout, KL, boxes, anchors per cell on each level.
 PASS_CASES = [
     ("boxes", torch.float32, False, "sigmoid", True, (3, 3)),
     ("boxes", torch.bfloat16, True, "softmax", False, (3, 2)),
@@ -317,7 +317,7 @@ def test_one_pass_gives_the_qualities_and_the_kl(
 
 @pytest.mark.parametrize("with_boxes", [True, False])
 def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
-    """Three anchors against one: qualities by their own, the KL by the largest logit."""
+    """Three anchors and one: quality uses each one's anchors, the KL uses the largest logit."""
     boxes = [torch.tensor([[3.0, 3, 30, 40], [20, 20, 29, 29]], device=DEVICE)] * 2
     shapes = [(5, 6), (3, 3)]
     cells = split(boxes, [(40, 48), (33, 48)], shapes, [8, 16], assign="all", impl="torch")
@@ -382,7 +382,7 @@ def test_the_losses_compile_without_a_graph_break():
 
 
 def test_the_comparison_is_registered_soundly():
-    """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
+    """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
     from fgbg_kd.ops import predictions_triton
 
     shapes = [(2, 2), (1, 1)]

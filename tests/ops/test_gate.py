@@ -1,4 +1,4 @@
-"""The gate and the quality that it compares, against values by hand."""
+"""The gate, and the qualities that it compares, against values computed by hand."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def upper_row():
 
 
 def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
-    """Against the same thing computed box by box with Detectron2's own functions."""
+    """Compares with the same quality, computed per box with Detectron2's functions."""
     torch.manual_seed(0)
     model = build_model(tiny_cfg()).eval()
     torch.nn.init.normal_(model.head.cls_score.weight, std=0.5)

@@ -1,4 +1,4 @@
-"""Cosine and KL: values by hand, other implementations, gradients in float64, extreme input."""
+"""Cosine and KL: values by hand, other implementations, float64 gradients, extreme inputs."""
 
 import math
 
@@ -127,7 +127,7 @@ def test_one_class_softmax_is_the_sigmoid():
 
 
 def test_small_kl_can_hide_a_large_angle():
-    """The thesis' observation: why the foreground is taught by direction, not by softmax."""
+    """An observation of the thesis. It is why the foreground uses cosine, not a softmax KL."""
     s, t = torch.tensor([10.0, 0, 0, 3.0]), torch.tensor([10.0, 0, 0, -3.0]) + 100
     kl = F.kl_div(s.log_softmax(0), t.log_softmax(0), log_target=True, reduction="sum")
     cosine = cosine_similarity(s.reshape(1, 4, 1, 1), t.reshape(1, 4, 1, 1)).item()

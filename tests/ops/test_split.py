@@ -1,4 +1,4 @@
-"""The split against a definition written with loops, over anything hypothesis can think of."""
+"""Compares the split with a definition in Python loops, on inputs that hypothesis generates."""
 
 import math
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs
 
 
 def owner_by_definition(boxes, image_size, shape, stride, here):
-    """Cell by cell, box by box: what `split` says in words."""
+    """The definition in the docstring of `split`, with one loop over cells and one over boxes."""
     height, width = image_size
     boxes = [
         (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
@@ -85,7 +85,7 @@ def test_split_is_its_definition(images, assign, strides):
 
 
 def home(box, size, strides):
-    """DeFeat's rule: stride 8 up to 112 pixels, 16 up to 224, 32 beyond."""
+    """DeFeat's rule: stride 8 under 112 pixels, 16 under 224, else the last level."""
     x0, x1 = (min(max(v, 0), size[1]) for v in (box[0], box[2]))
     y0, y1 = (min(max(v, 0), size[0]) for v in (box[1], box[3]))
     side = math.sqrt(max((x1 - x0) * (y1 - y0), 0))
