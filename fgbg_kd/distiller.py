@@ -16,6 +16,7 @@ from .config import method_options, student_config
 from .data import training_classes
 from .detectors.dense import DenseOutput, DenseView
 from .matching import (
+    SharedLevel,
     check_predictions,
     dense_student,
     features_only,
@@ -92,6 +93,8 @@ class FgBgDistiller(nn.Module):
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
         self.method: Method | None = None
+        self.levels: list[SharedLevel] = []
+        self.same_anchors = False
         self._inherited: dict[str, Tensor] = {}
         name, options = _method_of(method)
         if teacher is not None and get_method(name).is_off(options):
@@ -114,7 +117,6 @@ class FgBgDistiller(nn.Module):
             self.same_anchors = same_anchors(student, teacher.view, levels)
         else:
             options = features_only(name, options, teacher.view)
-            self.same_anchors = False
         # The global random state stays unchanged, so that the student and the order of the data
         # are the same as in plain training.
         with torch.random.fork_rng(devices=[]):

@@ -264,6 +264,8 @@ def accelerate(detector: nn.Module) -> nn.Module:
         norm = getattr(conv, "norm", None)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _FIXED_NORMS):
             continue
+        if norm.weight is None:  # a batch norm without affine parameters stays
+            continue
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
         if conv.bias is not None:
