@@ -20,6 +20,8 @@ setup(
         # Detectron2 is not listed: no package index has it under its own name, and it must be built
         # with the installed torch. tools/install_detectron2.py installs it.
         # torch and torchvision have no bounds, so that pip never replaces the installed build.
+        # Before 2.6, torch cannot read .pth files safely: utils/safe_checkpoint.py then refuses to
+        # read them, and it warns before 2.10. Tested: torch 2.14.1.
         "torch",
         "torchvision",
         "fvcore",

@@ -148,6 +148,9 @@ def _add_detectors(cfg: CN) -> None:
     timm.WEIGHTS = ""
     # True = freeze the statistics and affine parameters of the batch norms.
     timm.FREEZE_BN = False
+    # What is frozen, counted as by MODEL.BACKBONE.FREEZE_AT, which these backbones do not read:
+    # 0 = nothing, 1 = all that the map res1 (stride 2) is computed from, 2 = all of res2, ...
+    timm.FREEZE_AT = 0
 
 
 def _add_training(cfg: CN) -> None:

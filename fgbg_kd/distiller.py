@@ -28,7 +28,7 @@ from .matching import (
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
 from .teacher import Teacher, accelerate, build_teacher, check_teacher_file
-from .utils.errors import TeacherError
+from .utils.errors import ConfigError, TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class FgBgDistiller(nn.Module):
         super().__init__()
         for name, value in (("WARMUP_ITERS", warmup_iters), ("STOP_ITER", stop_iter)):
             if value < 0:
-                raise ValueError(f"MODEL.KD.{name} is {value}: it must be >= 0.")
+                raise ConfigError(f"MODEL.KD.{name} is {value}: it must be >= 0.")
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
         self.method: Method | None = None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .detectors.dense import DenseOutput, DenseView, DetectorView, view
 from .methods import Method, get_method
-from .utils.errors import DetectorError, TeacherError
+from .utils.errors import ConfigError, DetectorError, TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def inherited_weights(
     found = {}
     for part in parts:
         if part not in _PARTS:
-            raise ValueError(f"MODEL.KD.INHERIT names {part!r}: choose from {tuple(_PARTS)}.")
+            raise ConfigError(f"MODEL.KD.INHERIT names {part!r}: choose from {tuple(_PARTS)}.")
         prefix = _PARTS[part]
         owners = [type(getattr(d, prefix[:-1], None)) for d in (student, teacher)]
         mine, theirs = (_part(d, prefix) for d in (student, teacher))

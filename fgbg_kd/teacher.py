@@ -56,7 +56,7 @@ class Teacher:
             cache: whether to keep its outputs. Images must then be the same in every epoch.
         """
         if precision not in PRECISIONS:
-            raise ValueError(
+            raise ConfigError(
                 f"MODEL.KD.TEACHER.PRECISION is {precision!r}: choose from {tuple(PRECISIONS)}."
             )
         self.detector, self.view = detector, view(detector)

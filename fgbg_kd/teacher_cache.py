@@ -8,6 +8,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor
 
 from .detectors.dense import DenseOutput
+from .utils.errors import ConfigError
 
 _NEEDS = "MODEL.KD.TEACHER.CACHE needs images that do not change from epoch to epoch"
 _FIX = "Set INPUT.RANDOM_FLIP none, no INPUT.CROP and one INPUT.MIN_SIZE_TRAIN, or CACHE False."
@@ -48,7 +49,7 @@ class TeacherCache:
         for i, name in enumerate(names):
             kept_pixels, kept_size, _ = self._outputs.get(name, (pixels[i], None, None))
             if kept_pixels != pixels[i]:
-                raise ValueError(
+                raise ConfigError(
                     f"{_NEEDS}: {name} has other pixels than in an earlier epoch. {_FIX}"
                 )
             if kept_size != size:
@@ -89,4 +90,4 @@ def check_fixed_input(mapper) -> None:
         if not (isinstance(augmentation, ResizeShortestEdge) and len(set(sizes)) == 1):
             found.append(str(augmentation))
     if found:
-        raise ValueError(f"{_NEEDS}, but the input has {', '.join(found)}. {_FIX}")
+        raise ConfigError(f"{_NEEDS}, but the input has {', '.join(found)}. {_FIX}")

@@ -188,6 +188,65 @@ def test_the_commands_of_the_readme_do_what_it_says(coco, tmp_path, monkeypatch)
     assert Path("predictions/photo.jpg").is_file()
 
 
+# What the README says about the checkpoint; each sentence is followed to the letter.
+PROMISES = (
+    "The checkpoint holds the student's tensors under Detectron2's own names.",
+    "The student above needs `import fgbg_kd` to be built",
+    "A student with a backbone of Detectron2, and a config without this package's keys, loads in "
+    "stock Detectron2.",
+)
+LOAD = """
+import sys
+{first}
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+model = build_model(cfg)
+class Strict(DetectionCheckpointer):
+    def _load_model(self, checkpoint):
+        report = super()._load_model(checkpoint)
+        assert not report.missing_keys and not report.unexpected_keys, report
+        assert not report.incorrect_shapes, report
+Strict(model).load(sys.argv[2])
+assert ("fgbg_kd" in sys.modules) == {ours}
+"""
+
+
+@pytest.mark.slow
+def test_the_checkpoint_loads_where_the_readme_says(coco, tmp_path, monkeypatch):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert [x for x in PROMISES if x not in text] == []
+    monkeypatch.chdir(tmp_path)
+    write_readme_teacher()
+    (student, distilled) = blocks("README.md", "yaml")
+    content = yaml.safe_load(student)
+    data = ("TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES")
+    for key in data:  # keys of this package; they go to the command line
+        content["DATASETS"].pop(key)
+    values = [f"DATASETS.{k}={v}".split("=", 1) for k, v in zip(data, [*coco, *coco])]
+    overrides = [x for pair in values for x in pair]
+    stock = "from detectron2.config import get_cfg"
+    ours = "from fgbg_kd import get_fgbg_kd_cfg as get_cfg"
+    for kind, first in (("timm", ours), ("stock", stock)):
+        if kind == "stock":
+            content["MODEL"].pop("TIMM")
+            content["MODEL"]["BACKBONE"] = {"NAME": "build_retinanet_resnet_fpn_backbone"}
+        Path("my_student.yaml").write_text(yaml.safe_dump(content))
+        Path("my_distilled.yaml").write_text(distilled)
+        output = ["OUTPUT_DIR", f"output/{kind}"]
+        start(
+            monkeypatch,
+            "train_net.py",
+            ["--config-file", "my_distilled.yaml", *overrides, *output],
+        )
+        code = LOAD.format(first=first, ours=kind == "timm")
+        weights = f"output/{kind}/model_final.pth"
+        command = [sys.executable, "-c", code, "my_student.yaml", weights]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
 def write_readme_teacher() -> None:
     """Writes the files that the README's reader has: config and checkpoint of a RetinaNet, here
     with ResNet-18, and timm weights, which are random here."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg, student_config, student_model
+from ..utils.build_errors import explained
 from ..utils.config_files import merge_yaml
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.safe_checkpoint import SafeCheckpointer
@@ -101,8 +102,10 @@ def build_detector(cfg: CfgNode | DictConfig) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         if isinstance(cfg, CfgNode):
-            return build_model(without_pretrained(student_config(cfg)))
-        return instantiate(student_model(cfg.model))
+            with explained(cfg):
+                return build_model(without_pretrained(student_config(cfg)))
+        with explained(cfg):
+            return instantiate(student_model(cfg.model))
 
 
 def load_detector(cfg: CfgNode | DictConfig, weights: str, sha256: str = "") -> nn.Module:
@@ -157,6 +160,12 @@ def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
         "of another shape in the model": list(shapes.values()),
     }
     lines = [_listing(what, keys) for what, keys in faults.items() if keys]
+    if any(k.startswith("retnet") for k in faults["not in the model"]):
+        raise CheckpointError(
+            f"{weights} is a RetinaNet of Caffe2's Detectron. Detectron2 converts its two-stage "
+            "detectors, but not its RetinaNets, whose anchors differ: use a RetinaNet of "
+            "Detectron2's model zoo."
+        )
     if lines:
         raise CheckpointError(
             f"{weights} is not a checkpoint of this {type(detector).__name__}:\n  "

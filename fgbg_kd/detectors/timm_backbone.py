@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import timm
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ class TimmBackbone(Backbone):
         out_features: Sequence[str] = ("res3", "res4", "res5"),
         weights: str = "",
         freeze_bn: bool = False,
+        freeze_at: int = 0,
     ):
         """
         Args:
@@ -43,20 +45,20 @@ class TimmBackbone(Backbone):
             weights: path of a state dict (.pth, .safetensors) with timm's names. It may hold more
                 tensors (the classifier), but not fewer. "": random weights.
             freeze_bn: whether to freeze the statistics and affine parameters of the batch norms.
+            freeze_at: 2 freezes all parameters and batch norms that the map res2 is computed from,
+                3 those of res3, and so on. 0: none.
 
         Raises:
-            ConfigError: there is no such model or map, or a map's shape is not as timm claims.
+            ConfigError: there is no such model or map, a map's shape is not as timm claims, or
+                ``freeze_at`` names no map.
             CheckpointError: the file does not fill the model, or it holds more than numbers.
         """
         super().__init__()
+        if not out_features:
+            raise ConfigError("MODEL.TIMM.OUT_FEATURES is empty: name at least one map.")
         index = _indices(name, out_features)
         self._out_features = sorted(out_features)
-        self.body = timm.create_model(
-            name,
-            features_only=True,
-            pretrained=False,
-            out_indices=[index[f] for f in self._out_features],
-        )
+        self.body = _create(name, out_indices=[index[f] for f in self._out_features])
         channels = self.body.feature_info.channels()
         self._out_feature_strides = {f: _STRIDES[f] for f in self._out_features}
         self._out_feature_channels = dict(zip(self._out_features, channels))
@@ -70,6 +72,8 @@ class TimmBackbone(Backbone):
             _load(self.body, weights, name)
         if freeze_bn:
             self.body = freeze_batch_norm_2d(self.body)
+        if freeze_at:
+            _freeze(self.body, _parameters_of(f"res{freeze_at}", name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> per output (N, C, H / stride, W / stride), rounded up."""
@@ -83,23 +87,38 @@ class TimmBackbone(Backbone):
         return max(self._out_feature_strides.values())
 
 
-def _indices(name: str, out_features: Sequence[str]) -> dict[str, int]:
-    """Index of each wanted map among the model's."""
+def _indices(
+    name: str, out_features: Sequence[str], key: str = "MODEL.TIMM.OUT_FEATURES"
+) -> dict[str, int]:
+    """Index of each wanted map among the model's.
+
+    Args:
+        key: that names the maps, for the message.
+    """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         raise ConfigError(f"MODEL.TIMM.NAME: timm has no {name!r}. Similar names: {near}.")
-    try:
-        info = timm.create_model(name, features_only=True, pretrained=False).feature_info
-    except Exception as error:  # timm raises several kinds
-        raise ConfigError(
-            f"MODEL.TIMM.NAME: timm's {name} gives no feature maps ({error}): choose another model."
-        ) from error
-    index = {stride: i for i, stride in enumerate(info.reduction())}
+    index = {stride: i for i, stride in enumerate(_create(name).feature_info.reduction())}
     absent = [f for f in out_features if _STRIDES.get(f) not in index]
     if absent:
         has = [f for f, stride in _STRIDES.items() if stride in index]
-        raise ConfigError(f"MODEL.TIMM.OUT_FEATURES: {name} has {has}, not {absent}.")
+        raise ConfigError(f"{key}: timm's {name} has the maps {has}, not {absent}.")
     return {f: index[_STRIDES[f]] for f in out_features}
+
+
+def _create(name: str, **options) -> nn.Module:
+    """timm's extractor with random weights."""
+    try:
+        return timm.create_model(name, features_only=True, pretrained=False, **options)
+    except Exception as error:  # timm raises several kinds
+        raise ConfigError(
+            f"MODEL.TIMM.NAME: timm's {name} gives no feature maps ({_said(error)}): choose "
+            "another model."
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 @torch.no_grad()
@@ -121,8 +140,8 @@ def _probe(body: nn.Module, name: str, strides: list[int]) -> bool:
             maps = body(torch.zeros(1, 3, *size, device=device))
         except Exception as error:  # for example a fixed input size
             raise ConfigError(
-                f"MODEL.TIMM.NAME: timm's {name} does not take images of {size} pixels ({error}): "
-                "choose a model without a fixed input size."
+                f"MODEL.TIMM.NAME: timm's {name} does not take images of {size} pixels "
+                f"({_said(error)}): choose a model without a fixed input size."
             ) from error
         for stride, c, found in zip(strides, channels, maps):
             expected = tuple(-(-n // stride) for n in size)
@@ -139,6 +158,28 @@ def _probe(body: nn.Module, name: str, strides: list[int]) -> bool:
     if len(layouts) > 1:
         raise ConfigError(f"MODEL.TIMM.NAME: maps of timm's {name} have different layouts.")
     return layouts.pop()
+
+
+def _parameters_of(feature: str, name: str) -> set[str]:
+    """Names of the parameters that a map is computed from: it has a gradient for them."""
+    with torch.random.fork_rng(devices=[]):  # this second model changes no random number
+        (index,) = _indices(name, [feature], "MODEL.TIMM.FREEZE_AT").values()
+        body = _create(name, out_indices=[index])
+        names, parameters = zip(*body.eval().named_parameters())
+        (map_,) = body(torch.zeros(1, 3, *_PROBES[0]))
+        found = torch.autograd.grad(map_.sum(), parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, found) if gradient is not None}
+
+
+def _freeze(body: nn.Module, names: set[str]) -> None:
+    """Freezes parameters, and the statistics of batch norms whose parameters are among them."""
+    for name, parameter in body.named_parameters():
+        if name in names:
+            parameter.requires_grad = False
+    for name, module in list(body.named_modules()):
+        own = {f"{name}.{x}" for x, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, (nn.BatchNorm2d, BatchNormAct2d)) and own and own <= names:
+            body.set_submodule(name, freeze_batch_norm_2d(module))
 
 
 def _load(body: nn.Module, path: str, name: str) -> None:
@@ -190,9 +231,21 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> TimmBackbo
             f"MODEL.PIXEL_MEAN has {input_shape.channels} values, but timm's models take three "
             "channels: give three values."
         )
+    # Detectron2's own key counts stages of its ResNet. Its default would freeze random weights.
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if freeze_at != get_cfg().MODEL.BACKBONE.FREEZE_AT:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but timm's backbones do not read it: set "
+            f"MODEL.TIMM.FREEZE_AT {freeze_at} and leave MODEL.BACKBONE.FREEZE_AT at its default "
+            f"({get_cfg().MODEL.BACKBONE.FREEZE_AT})."
+        )
     timm_cfg = cfg.MODEL.TIMM
     backbone = TimmBackbone(
-        timm_cfg.NAME, tuple(timm_cfg.OUT_FEATURES), timm_cfg.WEIGHTS, timm_cfg.FREEZE_BN
+        timm_cfg.NAME,
+        tuple(timm_cfg.OUT_FEATURES),
+        timm_cfg.WEIGHTS,
+        timm_cfg.FREEZE_BN,
+        timm_cfg.FREEZE_AT,
     )
     if timm_cfg.WEIGHTS:
         _check_input(cfg, backbone)

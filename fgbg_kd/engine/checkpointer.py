@@ -65,13 +65,24 @@ class RunCheckpointer(SafeCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """
         Raises:
-            CheckpointError: all checkpoints are damaged, or a run with other settings wrote them.
+            CheckpointError: all checkpoints are damaged, or a run with other settings wrote them. Or
+                ``path`` cannot be read.
         """
         if not (resume and self.has_checkpoint()):
-            return super().resume_or_load(path, resume=False)
+            return self._load_start(path)
         last = self.last_whole_checkpoint()
         self._check_same_settings(last)
         return self.load(last)
+
+    def _load_start(self, path: str) -> dict:
+        try:
+            return super().resume_or_load(path, resume=False)
+        except (OSError, AssertionError) as error:  # Detectron2 asserts that the file exists
+            raise CheckpointError(
+                f"MODEL.WEIGHTS (train.init_checkpoint) is {path!r}, which cannot be read ({error})"
+                '. Give the path of a checkpoint, or "" to start from random weights. If this '
+                "machine has no network, download the file elsewhere and give its path."
+            ) from error
 
     def _check_same_settings(self, path: str) -> None:
         """Checks, before anything is loaded, that checkpoint and run have the same tensors."""

@@ -1,7 +1,7 @@
 """The hooks that runs from YAML configs and from Python configs share."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..distiller import FgBgDistiller
 from ..utils.errors import TeacherError
 from .ema import WeightAverage
+from .evaluation_trial import Evaluation, EvaluationTrial
 from .gate_watch import GateWatch
 from .resume import IterationState
 
@@ -25,6 +26,7 @@ def run_hooks(
     ema_decay: float,
     min_ap: float,
     test_teacher: Callable[[nn.Module], dict],
+    evaluations: Callable[[], Iterable[Evaluation]],
 ) -> list[HookBase]:
     """This package's hooks for a run. Register them before Detectron2's hooks.
 
@@ -34,13 +36,17 @@ def run_hooks(
         checkpoint_period: number of iterations between two checkpoints.
         ema_decay: decay of the weight average (EMA). 0: no average.
         min_ap, test_teacher: see :class:`TeacherCheck`.
+        evaluations: see :class:`EvaluationTrial`.
     """
     model = unwrapped(model)
     student = detector_of(model)
     if student is not model:
         parameters = sum(p.numel() for p in student.parameters()) / 1e6
         logger.info(f"Student {type(student).__name__}: {parameters:.2f} M parameters.")
-    hooks = [IterationState(student, seed, checkpoint_period)]
+    hooks = [
+        IterationState(student, seed, checkpoint_period),
+        EvaluationTrial(student, evaluations),
+    ]
     if getattr(model, "teacher", None) is not None:
         hooks += [TeacherCheck(min_ap, test_teacher), Inheritance(), GateWatch()]
     if ema_decay != 0:

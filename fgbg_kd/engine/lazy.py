@@ -14,18 +14,19 @@ import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import HookBase, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import student_model
-from ..data import NamingMapper, check_same_classes, training_classes
-from ..detectors.dense import channel_order, num_classes_of
+from ..data import BoxEvaluator, NamingMapper, check_same_classes, training_classes
+from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
+from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths
 from ..utils.errors import ConfigError
 from .checkpointer import RunCheckpointer, last_checkpoint
@@ -58,11 +59,17 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
         _check_key(cfg, override.partition("=")[0])
     cfg = LazyConfig.apply_overrides(cfg, list(opts))
     expand_paths(cfg)
+    if cfg.train.log_period < 1:
+        raise ConfigError(f"train.log_period is {cfg.train.log_period}: set it to at least 1.")
     cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)
     for part in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{part}.mapper")
         if mapper is not None and _locate(mapper) is DatasetMapper:
             mapper._target_ = NamingMapper  # reads images like the rest of this package
+    evaluator = cfg.dataloader.get("evaluator")
+    if isinstance(evaluator, DictConfig) and _locate(evaluator) is COCOEvaluator:
+        if set(evaluator) <= {"_target_", "dataset_name", "output_dir"}:
+            evaluator._target_ = BoxEvaluator
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No CUDA device is available: train.device is set to cpu.")
         cfg.train.device = "cpu"
@@ -157,6 +164,7 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
         ema_decay=train.get("ema_decay", 0),
         min_ap=train.get("teacher_min_ap", 0),
         test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
+        evaluations=lambda: _evaluations(cfg),
     )
     return [
         *own,
@@ -167,6 +175,14 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
         hooks.EvalHook(train.eval_period, evaluate),
         writing,
     ]
+
+
+def _evaluations(cfg: DictConfig):
+    """The loader and the evaluators of the test set, if there is one."""
+    if cfg.dataloader.get("evaluator") is not None:
+        evaluators = instantiate(cfg.dataloader.evaluator)
+        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
+        yield instantiate(cfg.dataloader.test), evaluators
 
 
 def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> dict:
@@ -238,7 +254,11 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
         if cfg.model.get("warmup_iters", -1) == -1:
             length = cfg.get("lr_multiplier", {}).get("warmup_length", 0.0)
             cfg.model.warmup_iters = round(length * cfg.train.max_iter)
-    model = instantiate(cfg.model)
+    with explained(cfg):
+        model = instantiate(cfg.model)
+        found = lenient_view(detector_of(model))
+        if isinstance(found, DenseView):
+            _ = found.levels  # raises a KeyError where the first iteration would
     number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
         raise ConfigError(

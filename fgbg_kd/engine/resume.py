@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import nn
 
-from ..utils.errors import OutputDirError
+from ..utils.errors import ConfigError, OutputDirError
 from ..utils.files import write_whole
 from .checkpointer import RunCheckpointer
 from .loader import ResumableLoader, derived_seed
@@ -44,7 +44,15 @@ class IterationState(HookBase):
                 attribute is not in the state dict.
             seed: the run's seed.
             checkpoint_period: number of iterations between two checkpoints.
+
+        Raises:
+            ConfigError: ``checkpoint_period`` is not positive.
         """
+        if checkpoint_period < 1:
+            raise ConfigError(
+                f"SOLVER.CHECKPOINT_PERIOD (train.checkpointer.period) is {checkpoint_period}: set "
+                "it to at least 1. With a value over MAX_ITER only the last iteration is saved."
+            )
         self.detector, self.seed, self.period = detector, seed, checkpoint_period
         self.normalizers = []
 

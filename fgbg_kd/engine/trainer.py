@@ -17,6 +17,7 @@ from ..config import get_fgbg_kd_cfg
 from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datasets
 from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
+from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
 from ..utils.errors import ConfigError, TeacherError
 from .checkpointer import RunCheckpointer
@@ -93,13 +94,16 @@ class FgBgTrainer(DefaultTrainer):
         cfg.freeze()
         self.cfg, self.extra_hooks = cfg, list(hooks)
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        with explained(cfg, "optimizer"):
+            optimizer = self.build_optimizer(cfg, model)
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
-        loader = self.build_train_loader(cfg)
+        with explained(cfg, "training data"):
+            loader = self.build_train_loader(cfg)
         self._trainer = trainer(
             distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
         )
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        with explained(cfg, "schedule of the learning rate (SOLVER)"):
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(
             detector_of(model),
             cfg.OUTPUT_DIR,
@@ -132,7 +136,8 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        model = super().build_model(cfg)
+        with explained(cfg):
+            model = super().build_model(cfg)
         number = num_classes_of(detector_of(model))
         if number is not None:
             check_num_classes(cfg, number)
@@ -181,8 +186,15 @@ class FgBgTrainer(DefaultTrainer):
             ema_decay=cfg.SOLVER.EMA_DECAY,
             min_ap=cfg.MODEL.KD.TEACHER.MIN_AP,
             test_teacher=lambda teacher: trainer.test_teacher(teacher),
+            evaluations=lambda: trainer.evaluations(),
         )
         return own + self.extra_hooks + super().build_hooks()
+
+    def evaluations(self):
+        """The loader and the evaluators of each test set."""
+        for name in self.cfg.DATASETS.TEST:
+            loader = self.build_test_loader(self.cfg, name)
+            yield loader, [self.build_evaluator(self.cfg, name)]
 
     def test_teacher(self, teacher: nn.Module) -> dict:
         """Results on DATASETS.TEST. The images are read in the teacher's channel order."""

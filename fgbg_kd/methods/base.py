@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import method_defaults
 from ..detectors.dense import DenseOutput
 from ..ops import Comparison, Split, compare_predictions, pack, split
+from ..utils.errors import ConfigError
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
@@ -122,7 +123,7 @@ def get_method(name: str) -> type[Method]:
     """
     if name not in METHOD_REGISTRY:
         names = sorted(name for name, _ in METHOD_REGISTRY)
-        raise ValueError(f"MODEL.KD.METHOD is {name!r}: choose from {names}.")
+        raise ConfigError(f"MODEL.KD.METHOD is {name!r}: choose from {names}.")
     return METHOD_REGISTRY.get(name)
 
 
@@ -134,7 +135,7 @@ def complete_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     defaults = method_defaults(name)
     if unknown := sorted(options.keys() - defaults.keys()):
-        raise ValueError(f"{name} has no option {unknown}: choose from {sorted(defaults)}.")
+        raise ConfigError(f"{name} has no option {unknown}: choose from {sorted(defaults)}.")
     return {**defaults, **options}
 
 
@@ -147,7 +148,7 @@ def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
         ValueError: the value is not one of the choices.
     """
     if value not in choices:
-        raise ValueError(f"MODEL.KD.{key} is {value!r}: choose from {tuple(choices)}.")
+        raise ConfigError(f"MODEL.KD.{key} is {value!r}: choose from {tuple(choices)}.")
 
 
 def check_not_negative(node: str, **values: float) -> None:
@@ -161,14 +162,14 @@ def check_not_negative(node: str, **values: float) -> None:
     """
     for name, value in values.items():
         if not value >= 0:
-            raise ValueError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be >= 0.")
+            raise ConfigError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be >= 0.")
 
 
 def check_positive(node: str, **values: float) -> None:
     """The same as :func:`check_not_negative`, but also refuses 0."""
     for name, value in values.items():
         if not value > 0:
-            raise ValueError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be over 0.")
+            raise ConfigError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be over 0.")
 
 
 def world_mean(sums: Tensor) -> Tensor:

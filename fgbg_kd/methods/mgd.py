@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..utils.errors import ConfigError
 from .adapters import aligned, build_adapters
 from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 
@@ -34,7 +35,7 @@ class MGD(Method):
         super().__init__()
         check_not_negative("MGD", weight=weight, mask_ratio=mask_ratio)
         if mask_ratio > 1:
-            raise ValueError(f"MODEL.KD.MGD.MASK_RATIO is {mask_ratio}: it must be at most 1.")
+            raise ConfigError(f"MODEL.KD.MGD.MASK_RATIO is {mask_ratio}: it must be at most 1.")
         self.weight, self.mask_ratio = weight, mask_ratio
         self.adapters = build_adapters(student_channels, teacher_channels)
         self.generators = nn.ModuleList(

@@ -21,6 +21,10 @@ class DataError(FgBgError, ValueError):
     """A data set is damaged, not valid, or does not fit another one."""
 
 
+class EvaluationError(FgBgError, RuntimeError):
+    """The evaluation on a test set does not work."""
+
+
 class TeacherError(FgBgError, ValueError):
     """A teacher cannot be built, or cannot teach this student."""
 

@@ -1,6 +1,7 @@
 """Reads checkpoints from any source. Only numbers are read, so a file cannot run code."""
 
 import collections
+import logging
 import pickle
 import re
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.logger import log_first_n
 from fvcore.common.checkpoint import Checkpointer
 
 from .errors import CheckpointError
@@ -47,6 +49,24 @@ def load_tensors(path: str, key: str) -> dict[str, torch.Tensor]:
     return saved
 
 
+def _check_torch() -> None:
+    """Whether torch's ``weights_only`` keeps its promise in this version."""
+    # Version 2.6 closed CVE-2025-32434: a file could run code. Before 2.10 a file could corrupt
+    # memory, by later reports.
+    if torch.__version__ < (2, 6):
+        raise CheckpointError(
+            f"PyTorch {torch.__version__} cannot read .pth files safely: a file can run code. "
+            "Install PyTorch 2.10 or newer (at least 2.6)."
+        )
+    if torch.__version__ < (2, 10):
+        log_first_n(
+            logging.WARNING,
+            f"A damaged or hostile .pth file can corrupt the memory of PyTorch {torch.__version__}."
+            " Read only files that you trust, or install PyTorch 2.10 or newer.",
+            name=__name__,
+        )
+
+
 def read_pth(path: str) -> Any:
     """Reads a .pth file of tensors and plain containers.
 
@@ -54,6 +74,7 @@ def read_pth(path: str) -> Any:
         OSError: it cannot be read.
         CheckpointError: it is damaged, or holds more than numbers.
     """
+    _check_torch()
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.detectors.timm_backbone import TimmBackbone
-from fgbg_kd.utils.errors import FgBgError
+from fgbg_kd.utils.errors import ConfigError, FgBgError
 
 PAGE = ROOT / "docs" / "zoo.md"
 LIGHT = ["mobilenetv3_large_100", "efficientnet_lite0", "resnet18", "regnety_002"]
@@ -194,3 +194,133 @@ def test_the_lines_of_the_page_make_a_light_student(tmp_path, monkeypatch, caplo
     model = build_model(cfg)
     assert model.backbone.output_shape()["p7"].stride == 128
     assert not caplog.records
+
+
+def trained(backbone):
+    return {k for k, p in backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "name, at, first_trained",
+    [
+        ("resnet18", 1, "body.layer1.0.conv1"),  # as Detectron2: the stem alone
+        ("resnet18", 2, "body.layer2.0.conv1"),  # and the stage whose map is res2
+        ("mobilenetv3_small_050", 2, "body.blocks.1.0.conv_pw"),
+        ("convnext_atto", 3, "body.stages_2.downsample.0"),
+    ],
+)
+def test_freeze_at_freezes_all_that_its_map_is_computed_from(name, at, first_trained):
+    plain, frozen = (TimmBackbone(name, ["res3", "res4", "res5"], freeze_at=x) for x in (0, at))
+    assert trained(plain) == {k for k, _ in plain.named_parameters()}
+    left = trained(frozen)
+    assert next(k for k, p in frozen.named_parameters() if k in left).startswith(first_trained)
+    images = torch.randn(4, 3, 64, 64)
+    before = {k: v.clone() for k, v in frozen.state_dict().items()}
+    parameters = [p for p in frozen.parameters() if p.requires_grad]
+    sum(v.square().mean() for v in frozen.train()(images).values()).backward()
+    torch.optim.SGD(parameters, lr=1.0).step()
+    after = frozen.state_dict()
+    changed = {k for k, v in after.items() if not torch.equal(v, before[k])}
+    assert changed  # those of trained layers, batch norms' statistics among them
+    stages = {k.rsplit(".", 1)[0] for k in left}
+    assert {k.rsplit(".", 1)[0] for k in changed} <= stages
+
+
+def test_freezing_draws_no_random_numbers():
+    states = []
+    for at in (0, 2):
+        torch.manual_seed(3)
+        states.append(TimmBackbone("resnet18", ["res3"], freeze_at=at).state_dict())
+    assert all(torch.equal(v, states[0][k]) for k, v in states[1].items())
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("BACKBONE", 0, "MODEL.BACKBONE.FREEZE_AT is 0, .* set MODEL.TIMM.FREEZE_AT 0 and leave"),
+        ("BACKBONE", 3, "set MODEL.TIMM.FREEZE_AT 3 and leave MODEL.BACKBONE.FREEZE_AT .* .2."),
+        ("TIMM", 6, r"MODEL.TIMM.FREEZE_AT: timm's resnet18 has the maps \['res1', .* \['res6'\]"),
+        ("TIMM", -1, r"MODEL.TIMM.FREEZE_AT: timm's resnet18 has the maps .* \['res-1'\]"),
+    ],
+)
+def test_a_wrong_freeze_at_is_refused_with_the_right_key(key, value, message):
+    cfg = light_cfg("resnet18")
+    cfg.MODEL[key].FREEZE_AT = value
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(cfg)
+
+
+def test_the_key_freezes():
+    cfg = light_cfg("resnet18")
+    cfg.MODEL.TIMM.FREEZE_AT = 2
+    assert "bottom_up.body.layer1.0.conv1.weight" not in trained(build_backbone(cfg))
+
+
+# The smallest model of each family (a module of timm.models), by its number of parameters.
+SMALLEST = """
+    beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny
+    convmixer_768_32 test_convnext cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s
+    cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b
+    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1
+    efficientvit_b0 efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8
+    focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 hardcorenas_b hgnetv2_b0
+    hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small iformer_t inception_next_atto
+    inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s lowformer_b0
+    test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050
+    mobilenetv5_base mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge
+    nest_tiny nextvit_small test_nfnet pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m
+    rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d test_resnet
+    resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18
+    starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window16_256
+    swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11
+    visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224
+    vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p
+    xcit_nano_12_p8_224
+""".split()
+# Over 50 M parameters.
+LARGE = {"beit_base_patch16_224", "deepseek_vit_412m", "gemma4_vit_167m", "inception_resnet_v2",
+         "mobilenetv5_base", "naflexvit_base_patch16_parfac_gap", "nasnetalarge", "pnasnet5large",
+         "qwen3_vit_88m", "samvit_base_patch16_224", "vgg11"}  # fmt: skip
+# Families that must work.
+WORKING = {"convnext", "efficientnet", "hrnet", "mambaout", "mobilenetv3", "pvt_v2", "regnet",
+           "resnet", "vgg"}  # fmt: skip
+FACTS = "does not take images of|claims a map of stride|has the maps|gives no feature maps"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", timm.list_modules())
+def test_every_family_of_timm_gives_the_maps_it_claims_or_is_refused(family):
+    """One model of each family, with random weights.
+
+    Models over 50 M parameters are built on the meta device: shapes are computed, numbers are not.
+    So is the first model of a family that this list does not know yet (another version of timm).
+    """
+    models = timm.list_models(module=family)
+    known = [name for name in SMALLEST if name in models]
+    name = known[0] if known else models[0]
+    device = "meta" if name in LARGE or not known else "cpu"
+    with torch.device(device), torch.no_grad():
+        try:
+            backbone = TimmBackbone(name, claimed_maps(name)).eval()
+        except ConfigError as error:
+            assert re.search(
+                rf"MODEL.TIMM.(NAME|OUT_FEATURES): timm's {name} ({FACTS})", str(error)
+            )
+            assert family not in WORKING
+            return
+        for size in ((96, 160), (224, 96)):
+            maps = backbone(torch.zeros(1, 3, *size))
+            for key, shape in backbone.output_shape().items():
+                cells = [-(-n // shape.stride) for n in size]
+                assert list(maps[key].shape) == [1, shape.channels, *cells]
+
+
+def claimed_maps(name):
+    """Those of stride 4 to 64; where a model claims none of them, the default of the key."""
+    try:
+        with torch.device("meta"):
+            strides = timm.create_model(name, features_only=True).feature_info.reduction()
+    except Exception:  # TimmBackbone says why
+        strides = []
+    claimed = [f"res{i}" for i in range(2, 7) if 2**i in strides]
+    return claimed or ["res3", "res4", "res5"]

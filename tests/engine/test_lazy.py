@@ -15,10 +15,10 @@ from detectron2.utils.env import seed_all_rng
 
 from fgbg_kd import FgBgDistiller, build_teacher
 from fgbg_kd.config import student_model
-from fgbg_kd.data import register_datasets
+from fgbg_kd.data import BoxEvaluator, register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
 from fgbg_kd.engine.resume import warm_up
-from fgbg_kd.utils.errors import CheckpointError, ConfigError, TeacherError
+from fgbg_kd.utils.errors import CheckpointError, ConfigError, EvaluationError, TeacherError
 
 # The detector of tiny_cfg, built from the zoo's parts. The last lines distil it.
 CONFIG = """
@@ -188,6 +188,47 @@ def test_a_weak_teacher_stops_the_run(config, tmp_path):
     with pytest.raises(TeacherError, match="MIN_AP 99"):
         run(config, "train.teacher_min_ap=99")
     assert not (tmp_path / "lazy" / "model_final.pth").exists()
+
+
+def test_what_breaks_evaluation_stops_the_run_before_the_first_step(
+    config, recorded, tmp_path, monkeypatch
+):
+    def broken(*_):
+        raise KeyError("info")
+
+    monkeypatch.setattr("pycocotools.coco.COCO.loadRes", broken)
+    with pytest.raises(EvaluationError, match="KeyError: 'info'.*before training"):
+        run(config)
+    assert not recorded
+
+
+@pytest.mark.parametrize(
+    "override, error, message",
+    [
+        ("train.checkpointer.period=0", ConfigError, "train.checkpointer.period. is 0: .* least 1"),
+        ("train.log_period=0", ConfigError, "train.log_period is 0: .* at least 1"),
+        (
+            "model.student.head_in_features=[p3,p4,p9]",
+            ConfigError,
+            "model.student.head_in_features names 'p9', which the network does not give",
+        ),
+        (
+            "model.student.backbone.in_features=[res3,res9]",
+            ConfigError,
+            "model.student.backbone.in_features names 'res9', which",
+        ),
+        ("train.init_checkpoint=/nowhere.pth", CheckpointError, "init_checkpoint. is '/nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_key(config, override, error, message, recorded):
+    with pytest.raises(error, match=message):
+        run(config, override)
+    assert not recorded
+
+
+def test_boxes_are_evaluated_as_by_yaml(config):
+    evaluator = load_lazy_config(config).dataloader.evaluator
+    assert isinstance(instantiate(evaluator), BoxEvaluator)
 
 
 def test_the_student_inherits(config, tmp_path):

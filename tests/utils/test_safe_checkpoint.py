@@ -3,6 +3,7 @@
 import collections
 import os
 import pickle
+import re
 import threading
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_cfg
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from fgbg_kd import build_teacher
 from fgbg_kd.engine import load_config
@@ -49,6 +51,30 @@ def arrays(of):
 def write_pickle(path, content, protocol=2):
     path.write_bytes(pickle.dumps(content, protocol))
     return str(path)
+
+
+@pytest.mark.parametrize("version", ["2.5.1", "1.13.0+cpu"])
+def test_a_torch_whose_reader_can_be_bypassed_reads_no_file(version, tmp_path, monkeypatch):
+    torch.save({"model": model().state_dict()}, tmp_path / "weights.pth")
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    message = f"PyTorch {re.escape(version)} cannot read .pth files safely.*2.10"
+    with pytest.raises(CheckpointError, match=message):
+        SafeCheckpointer(model()).load(str(tmp_path / "weights.pth"))
+    with pytest.raises(CheckpointError, match=message):
+        load_tensors(str(tmp_path / "weights.pth"), "MODEL.TIMM.WEIGHTS")
+
+
+@pytest.mark.parametrize("version, warnings", [("2.9.1", 1), ("2.10.0", 0), ("2.14.1+cpu", 0)])
+def test_a_torch_whose_memory_a_file_can_corrupt_is_warned_of_once(
+    version, warnings, tmp_path, monkeypatch, caplog
+):
+    torch.save({"model": model().state_dict()}, tmp_path / "weights.pth")
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", collections.Counter())
+    for _ in range(2):
+        SafeCheckpointer(model()).load(str(tmp_path / "weights.pth"))
+    said = [x for x in caplog.messages if "install PyTorch 2.10 or newer" in x]
+    assert len(said) == warnings
 
 
 def test_the_payload_runs_where_a_reader_obeys(tmp_path):
