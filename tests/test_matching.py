@@ -255,6 +255,14 @@ def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
     assert "names of the teacher's classes are not known" in caplog.text
 
 
+def test_names_that_are_not_one_a_class_of_the_student_name_nothing():
+    teacher = detector()
+    before = teacher.head.cls_score.weight.clone()
+    names = {"classes": ["disc", "square", "stripe"], "teacher_classes": ["stripe", "square"]}
+    distiller(detector(seed=0), teacher, **names)
+    assert torch.equal(teacher.head.cls_score.weight, before)
+
+
 @pytest.mark.parametrize("source", ["key", "file", "registered set"])
 def test_the_teachers_names_come_from_key_file_or_registered_set(
     coco, distil_cfg, tmp_path, source

@@ -137,6 +137,17 @@ def test_fused_cosine_does_not_read_cells_of_weight_zero_and_takes_zero_vectors(
     assert (grad[0, :, 0, 1] != 0).all()
 
 
+def test_weights_of_cells_may_lie_in_any_order_in_memory():
+    student, teacher = randn(2, 5, 2, 3, seed=1).float(), randn(2, 5, 2, 3, seed=2).float()
+    weight = make_weight("mixed", 6, 2).T
+    assert not weight.is_contiguous()
+    results = [
+        run(lambda s, i=impl: cosine_loss(s, [teacher], weight, i), [student])
+        for impl in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_the_same_input_gives_the_same_bits():
     student, teacher = randn(2, 9, 7, 5, seed=1).float(), randn(2, 9, 7, 5, seed=2).float()
     weight = make_weight("mixed", 2, 35)
