@@ -100,6 +100,13 @@ def test_the_warm_up_is_as_long_as_the_learning_rates_unless_set(distil_cfg, key
     assert build_model(distil_cfg).warmup_iters == expected
 
 
+def test_a_share_of_no_cells_is_left_out_of_the_log(distil_cfg):
+    model = build_model(distil_cfg)
+    with EventStorage(19) as storage:
+        model.train()(make_batch(boxes=((), ())))
+        assert "kd/fg_gate" not in storage.latest() and "kd/bg_gate" in storage.latest()
+
+
 @pytest.mark.parametrize("key", ["WARMUP_ITERS", "STOP_ITER"])
 def test_iterations_under_0_are_named(distil_cfg, key):
     distil_cfg.MODEL.KD[key] = -2 if key == "WARMUP_ITERS" else -1

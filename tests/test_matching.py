@@ -18,6 +18,7 @@ from conftest import (
 )
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, build_model
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import build_teacher
@@ -156,6 +157,19 @@ def test_maps_of_other_sizes_keep_their_cells_in_place():
     assert torch.equal(cut, x[..., :2, :3]) and logits is raw is None and torch.equal(same, cut)
     (longer,), *_ = select(output, [0], [(4, 4)])
     assert torch.equal(longer[..., :3, :], x) and torch.equal(longer[..., 3, :], x[..., 2, :])
+
+
+def test_a_users_head_of_the_same_kind_gives_its_own_logits():
+    class Shifted(RetinaNetHead):
+        def forward(self, features):
+            logits, deltas = super().forward(features)
+            return [x + 1 for x in logits], deltas
+
+    model = detector().eval()
+    model.head.__class__ = Shifted
+    images = torch.randn(1, 3, 64, 64)
+    full, part = (view(model).run(images, boxes=b).logits for b in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(full, part))
 
 
 # --- padding ---

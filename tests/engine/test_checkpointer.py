@@ -77,6 +77,16 @@ def test_old_checkpoints_go_and_the_newest_stay(saved, tmp_path):
         RunCheckpointer(saved.model, max_to_keep=-1)
 
 
+def test_a_finished_run_has_its_last_checkpoint_as_the_final_one_and_is_marked_so(saved, tmp_path):
+    saved.finish()
+    assert saved.get_checkpoint_file() == str(tmp_path / "model_final.pth")
+    final, last = (tmp_path / name for name in ("model_final.pth", "model_0000029.pth"))
+    assert final.read_bytes() == last.read_bytes()
+    before = os.stat(final).st_mtime_ns
+    saved.finish()
+    assert os.stat(final).st_mtime_ns == before
+
+
 def test_without_a_limit_all_checkpoints_stay(saved, tmp_path):
     saved.save("model_0000039", iteration=39)
     assert len(list(tmp_path.glob("*.pth"))) == 4

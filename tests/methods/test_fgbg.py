@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 from torch import distributed
 
 from fgbg_kd import Batch, DenseOutput, FgBg
@@ -209,6 +210,16 @@ def test_better_is_the_share_of_cells_where_the_teacher_is_better_than_the_stude
     student, teacher = torch.full((1, 4), 0.5), torch.tensor([[0.9, 0.5, 0.4, 0.4]])
     found = Comparison(None, student, teacher)
     assert shares(cells, torch.ones(1, 4), found)["kd/fg_better"].item() == 0.25
+
+
+def test_both_terms_divide_by_the_cells_of_all_processes(monkeypatch):
+    """With a second process that has no cells the mean over processes is half."""
+    alone = build_method("FgBg", [4, 4], [4, 4], gate="off")(random_batch())[0]
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda sums: None)
+    shared = build_method("FgBg", [4, 4], [4, 4], gate="off")(random_batch())[0]
+    for name, loss in alone.items():
+        torch.testing.assert_close(shared[name], 2 * loss)
 
 
 def test_a_normaliser_under_1_divides_too():

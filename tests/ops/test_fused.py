@@ -377,9 +377,7 @@ def test_half_precision_is_compared_in_fp32():
     cells, classes, both = one_box_scene()
     half = [[[x.half() for x in maps] for maps in output] for output in both]
     full = [[[x.float() for x in maps] for maps in output] for output in half]
-    got, expected = (
-        compare(*x, cells, classes, 3, boxes=True, impl="torch") for x in (half, full)
-    )
+    got, expected = (compare(*x, cells, classes, 3, boxes=True, impl="torch") for x in (half, full))
     assert all(x.dtype == torch.float32 for x in got)
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 

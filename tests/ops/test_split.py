@@ -215,10 +215,22 @@ def test_owner_spreads_boxes_and_classes_to_their_cells():
     assert torch.equal(got.owner(got.boxes)[0, 3], boxes[0][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_boxes_of_any_type_of_numbers_are_compared_in_fp32(dtype):
+    boxes = torch.tensor([[0, 0, 8, 16], [8, 8, 16, 16]])
+    got, expected = (
+        split([b], [(16, 16)], [(2, 2)], [8], assign="all")
+        for b in (boxes.to(dtype), boxes.float())
+    )
+    assert got.boxes.dtype == torch.float32 and torch.equal(got.boxes, expected.boxes)
+    assert torch.equal(got.box_index, expected.box_index)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"gt_boxes": []}, "0 box lists for 1 images"),
+        ({"image_sizes": [(8, 8), (8, 8)]}, "1 box lists for 2 images"),
         ({"strides": [8, 16]}, "1 feature levels but 2 strides"),
         ({"assign": "some"}, "'all' or 'scale'"),
         ({"gt_boxes": [torch.zeros(3, 5)]}, r"shape \(3, 5\)"),
