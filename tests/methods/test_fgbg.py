@@ -205,6 +205,11 @@ def test_one_weight_of_two_keeps_the_method_on():
     assert FgBg.is_off({"fg_weight": 0.0, "bg_weight": 0.0})
 
 
+def test_for_features_alone_the_background_term_and_the_gate_are_off():
+    changed = {"bg_weight": 0.0, "gate": "off"}
+    assert FgBg.for_features_only(ALL_OPTIONS) == ALL_OPTIONS | changed
+
+
 def test_better_is_the_share_of_cells_where_the_teacher_is_better_than_the_student():
     cells = split([torch.tensor([[0.0, 0, 16, 16]])], [(16, 16)], [(2, 2)], [8], assign="all")
     student, teacher = torch.full((1, 4), 0.5), torch.tensor([[0.9, 0.5, 0.4, 0.4]])
