@@ -3,14 +3,23 @@
 import json
 import logging
 import math
+import os
 
 import pytest
 import torch
 from conftest import CLASSES, tiny_cfg, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
 
-from fgbg_kd.data import BoxEvaluator, check_num_classes, match_categories, register_datasets
+from fgbg_kd.data import (
+    BoxEvaluator,
+    check_num_classes,
+    match_categories,
+    register_datasets,
+    training_classes,
+)
+from fgbg_kd.data.classes import class_names
 from fgbg_kd.utils.errors import ConfigError, DataError
 
 
@@ -135,6 +144,40 @@ def test_sets_that_are_registered_in_python_are_compared_too():
     check_num_classes(cfg, 2)
     with pytest.raises(ConfigError, match="2 classes .* has 80: set MODEL.RETINANET.NUM_CLASSES 2"):
         check_num_classes(cfg, 80)
+
+
+def test_a_set_without_names_is_skipped():
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("nameless_train",), ("named_test",)
+    MetadataCatalog.get("named_test").thing_classes = ["square", "stripe"]
+    check_num_classes(cfg, 2)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_more_and_fewer_classes_than_the_sets_are_refused(number):
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN = ("two_classes",)
+    MetadataCatalog.get("two_classes").thing_classes = ["square", "stripe"]
+    with pytest.raises(ConfigError, match=f"2 classes .* has {number}"):
+        check_num_classes(cfg, number)
+
+
+@pytest.mark.parametrize("names", ["named_by_text", ["nameless", "named_by_text"]])
+def test_a_python_configs_classes_are_found_by_one_name_or_several(names):
+    MetadataCatalog.get("named_by_text").thing_classes = ["a", "b"]
+    cfg = OmegaConf.create({"dataloader": {"train": {"dataset": {"names": names}}}})
+    assert training_classes(cfg) == ["a", "b"]
+
+
+def test_names_come_in_the_order_of_ids_and_a_file_that_changed_is_read_again(tmp_path):
+    path = tmp_path / "c.json"
+    rows = [{"id": 5, "name": "a"}, {"id": 2, "name": "b"}, {"id": 9, "name": "0"}]
+    path.write_text(json.dumps({"categories": rows}))
+    os.utime(path, (1, 1))
+    assert class_names(str(path)) == ["b", "a", "0"]
+    path.write_text(json.dumps({"categories": rows[:1]}))
+    os.utime(path, (2, 2))
+    assert class_names(str(path)) == ["a"]
 
 
 def test_one_set_may_be_training_and_test_set_and_be_registered_again(cfg):

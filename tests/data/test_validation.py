@@ -294,6 +294,89 @@ def test_a_test_set_on_which_ap_is_undefined_or_limited_is_warned_of(data, caplo
     assert "in 1 cases an image has more than 100 objects" in caplog.text
 
 
+def warning_of(data, box, caplog):
+    """The warning on a file whose first box (image 1, 56x72 pixels) is replaced."""
+    data.content["annotations"][0]["bbox"] = box
+    read_coco_of(data, training=True)
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    "box", [[-2, 5, 9, 9], [5, -2, 9, 9], [49, 5, 9, 9], [5, 65, 9, 9]], ids=str
+)
+def test_a_box_may_reach_a_pixel_over_each_side_and_is_counted_beyond(data, caplog, box):
+    near = [v + (1 if v < 0 else -1 if v > 40 else 0) for v in box]
+    assert not warning_of(data, near, caplog)
+    assert "0 lie outside their image, and 1 reach over" in warning_of(data, box, caplog)
+
+
+@pytest.mark.parametrize(
+    "box", [[-9, 5, 9, 9], [5, -9, 9, 9], [56, 5, 9, 9], [5, 72, 9, 9]], ids=str
+)
+def test_a_box_that_only_touches_a_side_from_outside_is_outside(data, caplog, box):
+    assert "1 lie outside their image, and 0 reach over" in warning_of(data, box, caplog)
+
+
+@pytest.mark.parametrize("box", [[5, 5, 0, 9], [5, 5, 9, 0], [5, 5, 0, 0]], ids=str)
+def test_a_box_without_width_or_without_height_has_no_area(data, caplog, box):
+    assert "1 have no area, 0 lie outside" in warning_of(data, box, caplog)
+
+
+def test_a_file_with_few_boxes_or_small_ones_is_not_taken_for_fractions(data):
+    many_boxes(data, lambda i: [0.5, 0.5, 2, 2])
+    read_coco_of(data, training=True)
+    many_boxes(data, lambda i: [0.05 * i, 0.3, 0.2, 0.1])
+    data.content["annotations"] = data.content["annotations"][:9]
+    read_coco_of(data, training=True)
+
+
+def test_boxes_of_size_0_are_not_taken_for_fractions(data, caplog):
+    many_boxes(data, lambda i: [0, 0, 0, 0])
+    read_coco_of(data, training=False)
+    assert "12 have no area" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "out", [[40, 30, 30, 60], [20, 50, 40, 40]], ids=["x2 before x1", "y2 before y1"]
+)
+def test_boxes_that_reach_out_but_cannot_be_corners_are_counted_alone(data, caplog, out):
+    many_boxes(data, lambda i: out)
+    read_coco_of(data, training=True)
+    assert "12 reach over its border" in caplog.text
+
+
+def test_few_boxes_that_reach_out_make_no_file_of_corners(data, caplog):
+    """All twelve would fit as corners; a fifth of them is the limit."""
+    many_boxes(data, lambda i: [20, 20, 50, 60] if i < 2 else [10, 10, 20, 20])
+    read_coco_of(data, training=True)
+    assert "2 reach over its border" in caplog.text
+    many_boxes(data, lambda i: [20, 20, 50, 60] if i < 3 else [10, 10, 20, 20])
+    with pytest.raises(DataError, match="3 of 12 boxes reach over"):
+        read_coco_of(data, training=True)
+
+
+def test_a_hundred_objects_of_a_class_in_an_image_are_no_limit_and_crowds_do_not_count(
+    data, caplog
+):
+    first = data.content["annotations"][0] | {"category_id": 1}
+    extra = [{"iscrowd": 1}] * 5 + [{"category_id": 2}] * 5
+    rows = [first | x for x in [{}] * 100 + extra]
+    data.content["annotations"] = [x | {"id": i + 1} for i, x in enumerate(rows)]
+    read_coco_of(data, training=False)
+    assert "more than 100" not in caplog.text
+
+
+def test_an_area_of_0_and_the_largest_that_counts_are_taken(data):
+    for area in (0, 1e10):
+        data.content["annotations"][0]["area"] = area
+        read_coco_of(data, training=False)
+
+
+def test_only_the_flag_ignore_is_refused_and_its_0_is_not(data):
+    data.content["annotations"][0]["ignore"] = 0
+    read_coco_of(data, training=True)
+
+
 def test_boxes_that_no_detection_can_match_are_counted_in_a_test_set(data, caplog):
     data.content["annotations"][1]["bbox"] = [5, 5, 0, 9]
     read_coco_of(data, training=False)

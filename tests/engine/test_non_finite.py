@@ -85,6 +85,24 @@ def test_a_search_that_fails_does_not_hide_the_fault(distil_cfg, tmp_path, monke
     assert "loss_cls is nan" in message and "could not be found (no memory left)" in message
 
 
+def test_of_several_processes_none_runs_the_model_again(distil_cfg, tmp_path, monkeypatch):
+    """The others would be waited for, by a SyncBN."""
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 1)
+    trainer.train()
+    monkeypatch.setattr("fgbg_kd.engine.non_finite.comm.get_world_size", lambda: 2)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer._trainer._stop(["loss_cls is nan"])
+    assert "finite:" not in str(stopped.value) and "Not finite" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_nan_and_both_infinities_stop_a_run(coco, tmp_path, value):
+    trainer = make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "plain", 1)
+    trainer.train()
+    with trainer.storage, pytest.raises(NonFiniteLossError, match=f"a is {value}"):
+        trainer._trainer._write_metrics({"a": torch.tensor(float(value))}, 0.0)
+
+
 def test_parameters_and_a_teacher_that_are_not_finite_are_named(distil_cfg, tmp_path):
     @torch.no_grad()
     def spoil(model):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import make_batch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import METHOD_REGISTRY, Batch, DenseOutput
@@ -196,6 +197,15 @@ def test_defeat_by_hand():
     bg1 = error[1].sum() / (2 * 8 * 3)
     expected = 3 * ((fg + 0) / 2 + 2 * (bg0 + bg1) / 2)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_defeat_divides_by_the_cells_of_all_processes(monkeypatch):
+    """With a second process that has no cells the mean over processes is half."""
+    batch = batch_of(maps(0), maps(1), **TWO_LEVELS)
+    _, alone = loss_of("DeFeat", batch)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: None)
+    torch.testing.assert_close(loss_of("DeFeat", batch)[1], 2 * alone)
 
 
 def test_defeat_starts_near_zero_with_a_convolution_on_every_level():

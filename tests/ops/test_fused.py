@@ -137,6 +137,17 @@ def test_fused_cosine_does_not_read_cells_of_weight_zero_and_takes_zero_vectors(
     assert (grad[0, :, 0, 1] != 0).all()
 
 
+def test_weights_of_cells_may_lie_in_any_order_in_memory():
+    student, teacher = randn(2, 5, 2, 3, seed=1).float(), randn(2, 5, 2, 3, seed=2).float()
+    weight = make_weight("mixed", 6, 2).T
+    assert not weight.is_contiguous()
+    results = [
+        run(lambda s, i=impl: cosine_loss(s, [teacher], weight, i), [student])
+        for impl in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_the_same_input_gives_the_same_bits():
     student, teacher = randn(2, 9, 7, 5, seed=1).float(), randn(2, 9, 7, 5, seed=2).float()
     weight = make_weight("mixed", 2, 35)
@@ -340,6 +351,35 @@ def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
             expected = torch.where(cells.foreground, own, (1 - score.amax(1)) * cells.background)
             torch.testing.assert_close(quality, expected)
     assert cells.foreground.any() and (cells.box_index == PADDING).any()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_with_other_anchors_temperature_and_kind_reach_the_kl_and_quality_can_be_left_out(impl):
+    cells, classes, (student, _) = one_box_scene()
+    teacher = predictions((1, 1), 3, [(2, 3), (1, 2)], seed=80)
+    options = {"kl": "softmax", "temperature": 2.0, "quality": False, "impl": impl}
+    got = compare(student, teacher, cells, classes, 3, same_anchors=False, **options)
+    best = [[x.unflatten(1, (-1, 3)).amax(1) for x in maps[0]] for maps in (student, teacher)]
+    apart = [kl_divergence(s, t, 3, "softmax", 2.0).flatten(1) for s, t in zip(*best)]
+    expected = torch.where(cells.background, torch.cat(apart, dim=1), 0)
+    torch.testing.assert_close(got.kl, expected, rtol=1e-5, atol=1e-6)
+    assert got.student_quality is None and got.teacher_quality is None
+
+
+def test_what_is_not_said_is_the_sigmoid_kl_of_temperature_1_with_the_same_anchors():
+    cells, classes, both = one_box_scene()
+    said = {"kl": "sigmoid", "temperature": 1.0, "same_anchors": True, "quality": True}
+    plain, full = compare(*both, cells, classes, 3), compare(*both, cells, classes, 3, **said)
+    assert all(torch.equal(a, b) for a, b in zip(plain, full))
+
+
+def test_half_precision_is_compared_in_fp32():
+    cells, classes, both = one_box_scene()
+    half = [[[x.half() for x in maps] for maps in output] for output in both]
+    full = [[[x.float() for x in maps] for maps in output] for output in half]
+    got, expected = (compare(*x, cells, classes, 3, boxes=True, impl="torch") for x in (half, full))
+    assert all(x.dtype == torch.float32 for x in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
 def one_box_scene():
