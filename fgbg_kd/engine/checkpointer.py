@@ -65,7 +65,7 @@ class RunCheckpointer(SafeCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """
         Raises:
-            CheckpointError: all checkpoints are damaged, or a run with other settings wrote them. Or
+            CheckpointError: all checkpoints are damaged, a run with other settings wrote them, or
                 ``path`` cannot be read.
         """
         if not (resume and self.has_checkpoint()):
