@@ -1,5 +1,5 @@
 # make             lists the targets
-# make quickstart  from a fresh clone to a distilled detector
+# make quickstart  trains a distilled detector, also from a fresh clone
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.14.1 torchvision==0.29.1
@@ -7,24 +7,25 @@ TESTS  ?= tests
 
 PY    := $(VENV)/bin/python
 PIP   := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install
-# A step writes its stamp when it is done: after an interruption `make` repeats that step only.
+# A step writes its stamp file at its end. After an interruption, `make` repeats only that step.
 STAMP := $(VENV)/.fgbg_kd
 LINTED := fgbg_kd tools tests docs setup.py
 
 .PHONY: help setup analysis test test-fast lint docs quickstart trees clean
 
-help:  ## this list
+help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
-	@echo "  VENV=path uses your environment and keeps its torch and Detectron2, PYTHON=python3.x another Python"
+	@echo "  VENV=path uses the environment at that path and keeps its torch and Detectron2."
+	@echo "  PYTHON=python3.x uses another Python."
 
 setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
 
-analysis: $(STAMP)-analysis  ## setup, and tidecv, which tools/compare.py needs for the kinds of errors
+analysis: $(STAMP)-analysis  ## run setup, and install tidecv for the kinds of errors (tools/compare.py --errors)
 
 test: analysis  ## run all tests (TESTS=tests/test_x.py runs some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
-test-fast: analysis  ## run the tests that are not slow: under one minute
+test-fast: analysis  ## run the fast tests (under one minute)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow" $(TESTS)
 
 lint: setup  ## check style (ruff) and the types of the core (mypy)
@@ -32,13 +33,13 @@ lint: setup  ## check style (ruff) and the types of the core (mypy)
 	$(PY) -m ruff format --check $(LINTED)
 	$(PY) -m mypy
 
-docs: $(STAMP)-docs  ## build the site into build/docs; a warning is an error
+docs: $(STAMP)-docs  ## build the site into build/docs (a warning is an error)
 	$(PY) -m sphinx -W --keep-going -b html docs build/docs
 
 quickstart: setup  ## train a teacher, a plain and a distilled student on composed images of digits
 	$(PY) tools/quickstart.py digits
 
-trees: setup  ## the same on aerial photos of trees
+trees: setup  ## train the same three detectors on aerial photos of trees
 	$(PY) tools/quickstart.py trees
 
 clean:  ## remove caches and build leftovers (keeps .venv and output)
@@ -54,7 +55,7 @@ $(STAMP)-venv:
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@touch $@
 
-# A torch that works is kept, whatever its version.
+# An installed torch that works is kept, whatever its version.
 $(STAMP)-torch: $(STAMP)-venv
 	@$(PY) -c 'import torch, torchvision, importlib.metadata as m; m.version("torchvision")' 2>/dev/null \
 	|| { echo "installing $(TORCH) (several GB with CUDA)"; $(PIP) $(TORCH); }
@@ -74,7 +75,7 @@ $(STAMP)-docs: $(STAMP)-package
 	@echo "installing fgbg_kd[docs]"; $(PIP) -q --no-build-isolation -e ".[docs]"
 	@touch $@
 
-# tidecv requires opencv-python, which would overwrite the OpenCV that is there.
+# --no-deps: tidecv requires opencv-python, which would overwrite the installed OpenCV.
 $(STAMP)-analysis: $(STAMP)-package
 	@$(PIP) -q --no-build-isolation -e ".[analysis]" && $(PIP) -q --no-deps tidecv==1.0.1
 	@touch $@

@@ -10,18 +10,18 @@ setup(
     author="the fgbg_kd authors",
     license="MIT",
     package_data={
-        # Type checkers read the annotations of a package only where it has this file (PEP 561).
+        # Type checkers read the annotations of a package only if it has this file (PEP 561).
         "fgbg_kd": ["py.typed"],
         "fgbg_kd.experiments": ["report.html"],
     },
     python_requires=">=3.10",
     packages=find_packages(include=["fgbg_kd", "fgbg_kd.*"]),
     install_requires=[
-        # Detectron2 is not listed: no package index has it under its name, and it must be built
-        # against the torch that is already there. tools/install_detectron2.py installs it.
-        # torch and torchvision have no bounds, so that this package never replaces your build.
+        # Detectron2 is not listed: no package index has it under its own name, and it must be built
+        # with the installed torch. tools/install_detectron2.py installs it.
+        # torch and torchvision have no bounds, so that pip never replaces the installed build.
         # Before 2.6, torch cannot read .pth files safely: utils/safe_checkpoint.py then refuses to
-        # read them, and warns before 2.10. Tested: torch 2.14.1.
+        # read them, and it warns before 2.10. Tested: torch 2.14.1.
         "torch",
         "torchvision",
         "fvcore",
@@ -36,16 +36,16 @@ setup(
         "timm>=1.0.9",
     ],
     extras_require={
-        # An extra of its own: every OpenCV wheel owns the same `cv2` folder, so installing this one
-        # over another breaks both. Install it only where `import cv2` fails. The Makefile checks.
+        # OpenCV is an extra, because all OpenCV wheels install the same folder `cv2`: two installed
+        # wheels break each other. Install it only if `import cv2` fails. The Makefile checks this.
         "opencv": ["opencv-python-headless"],
-        # For the kinds of errors in tools/compare.py, beside tidecv==1.0.1. Install that one with
-        # --no-deps: it requires opencv-python, which would overwrite the OpenCV that is there.
+        # For the kinds of errors in tools/compare.py. They also need tidecv==1.0.1. Install tidecv
+        # with --no-deps: it requires opencv-python, which would overwrite the installed OpenCV.
         "analysis": ["appdirs", "pandas", "seaborn"],
         # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
         # For `make docs`.
-        "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # 8.2 is the first with sphinx.ext.apidoc
+        "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT],
     },
 )

@@ -1,4 +1,4 @@
-"""The meta-architecture: a student that trains beside a frozen teacher and is alone afterwards."""
+"""The meta-architecture that trains a student with a frozen teacher."""
 
 import logging
 import math
@@ -16,6 +16,7 @@ from .config import method_options, student_config
 from .data import training_classes
 from .detectors.dense import DenseOutput, DenseView
 from .matching import (
+    SharedLevel,
     check_predictions,
     dense_student,
     features_only,
@@ -31,8 +32,8 @@ from .utils.errors import ConfigError, TeacherError
 
 logger = logging.getLogger(__name__)
 
-# Iterations between two readings of a method's statistics: each reading waits for the device.
-# Detectron2's writers show no more than that.
+# Number of iterations between two readings of a method's statistics. Each reading waits for the
+# device. Detectron2's writers do not write more often.
 _LOG_PERIOD = 20
 
 
@@ -41,15 +42,15 @@ class FgBgDistiller(nn.Module):
     """Trains a dense detector (RetinaNet, FCOS) under the guidance of another detector.
 
     Thesis: "Distilling one-stage object detection network via decoupling foreground and background
-    features" (Tamkang University). In training it returns the student's own losses and those of a
-    :class:`~fgbg_kd.methods.Method`: ``loss_kd_fg`` and ``loss_kd_bg`` of FgBg, unless
-    MODEL.KD.METHOD names another. In inference it is the student.
+    features" (Tamkang University). In training it returns the student's own losses and the losses
+    of a :class:`~fgbg_kd.methods.Method`. The default method, FgBg, has the losses ``loss_kd_fg``
+    and ``loss_kd_bg``. In inference it returns the student's detections.
 
     Attributes:
         student: the detector that learns.
         teacher: a :class:`~fgbg_kd.teacher.Teacher`, or None: plain training.
         method: the Method, or None without a teacher.
-        levels: the levels that both share.
+        levels: the feature levels that student and teacher share.
     """
 
     @configurable
@@ -67,17 +68,19 @@ class FgBgDistiller(nn.Module):
         """
         Args:
             student: a dense detector.
-            teacher: of :func:`~fgbg_kd.teacher.build_teacher`, or a frozen detector, which is
-                changed. None: plain training. A detector that is not dense (Faster R-CNN) teaches
-                by its features alone.
-            method: "name" of the method ("FgBg") and its options; the others have the defaults of
-                the config. Options that switch it off leave plain training, bit for bit.
-            warmup_iters: iterations in which the losses grow linearly from 0; 0: none. Both
-                engines set it to the warm-up of the learning rate where the config leaves it open.
-            stop_iter: from this iteration on the losses are 0; 0: never.
-            classes: names of the student's classes, by which a teacher's classes are found; None:
-                not known.
-            inherit: of "fpn" and "head", the parts that :meth:`inherit` copies from the teacher.
+            teacher: the result of :func:`~fgbg_kd.teacher.build_teacher`, or a frozen detector,
+                which is changed in place. None: plain training. If the detector is not dense
+                (Faster R-CNN), only its features are used.
+            method: "name" of the method (default "FgBg") and its options. Missing options have the
+                defaults of the config. If the options switch the method off, training equals plain
+                training bit for bit.
+            warmup_iters: number of iterations in which the distillation losses grow linearly from
+                0; 0: no warm-up. If the config does not set it, it equals the learning rate's
+                warm-up.
+            stop_iter: from this iteration on, the distillation losses are 0; 0: never.
+            classes: names of the student's classes. The teacher's classes are matched by name.
+                None: not known.
+            inherit: parts that :meth:`inherit` copies from the teacher: "fpn", "head".
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -90,13 +93,15 @@ class FgBgDistiller(nn.Module):
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
         self.method: Method | None = None
+        self.levels: list[SharedLevel] = []
+        self.same_anchors = False
         self._inherited: dict[str, Tensor] = {}
         name, options = _method_of(method)
         if teacher is not None and get_method(name).is_off(options):
             teacher = None
         if isinstance(teacher, nn.Module):
             teacher = Teacher(teacher)
-        # Not registered: state_dict, the optimizer and train() do not see the teacher.
+        # Not a registered submodule: state_dict, the optimizer and train() do not see the teacher.
         self.__dict__["teacher"] = teacher
         if teacher is not None:
             self._meet(teacher, name, options, classes)
@@ -112,8 +117,8 @@ class FgBgDistiller(nn.Module):
             self.same_anchors = same_anchors(student, teacher.view, levels)
         else:
             options = features_only(name, options, teacher.view)
-            self.same_anchors = False
-        # A random state of its own: the student and the order of data are those of plain training.
+        # The global random state stays unchanged, so that the student and the order of the data
+        # are the same as in plain training.
         with torch.random.fork_rng(devices=[]):
             channels = zip(*(level.channels for level in levels))
             self.method = build_method(name, *channels, **options)
@@ -130,7 +135,8 @@ class FgBgDistiller(nn.Module):
             if kd.TEACHER.WEIGHTS:
                 raise TeacherError(
                     f"MODEL.KD.TEACHER.WEIGHTS is {kd.TEACHER.WEIGHTS}, but "
-                    "MODEL.KD.TEACHER.CONFIG is empty: name the config of their training."
+                    "MODEL.KD.TEACHER.CONFIG is empty: name the config that these weights were "
+                    "trained with."
                 )
             logger.warning("MODEL.KD.TEACHER.CONFIG is empty: this is plain training.")
         elif not get_method(kd.METHOD).is_off(options):
@@ -175,11 +181,11 @@ class FgBgDistiller(nn.Module):
         return losses | {name: scale * loss for name, loss in guidance.items()}
 
     def match(self, student: DenseOutput, teacher: DenseOutput, images: ImageList, gt) -> Batch:
-        """Both outputs on their common levels and maps, with the ground truth.
+        """Puts both outputs on the shared levels, with maps of equal size, and adds ground truth.
 
         Args:
-            student, teacher: each on its own levels; the teacher's with decoded boxes if the method
-                needs them.
+            student, teacher: outputs, each on its own levels. If the method needs boxes, the
+                teacher's output has decoded boxes.
             images: the student's batch.
             gt: N Instances on the device.
         """
@@ -203,20 +209,20 @@ class FgBgDistiller(nn.Module):
         )
 
     def scale_at(self, iteration: int) -> float:
-        """Factor of the method's losses: linear warm-up, then 1, and 0 from stop_iter on."""
+        """Factor for the method's losses: linear warm-up, then 1, and 0 from stop_iter on."""
         if self.stop_iter and iteration >= self.stop_iter:
             return 0.0
         return min(1.0, (iteration + 1) / self.warmup_iters) if self.warmup_iters else 1.0
 
     def _zeros(self, output: DenseOutput) -> dict[str, Tensor]:
-        """Losses of 0 with every parameter in the graph, which DistributedDataParallel requires."""
+        """Losses of 0. DistributedDataParallel requires every parameter in their graph."""
         zero = sum([p.sum() for p in self.method.parameters()], output.features[0].sum()) * 0.0
         return dict.fromkeys(self.method.losses, zero)
 
     def inherit(self) -> None:
         """Copies the parts in MODEL.KD.INHERIT from the teacher into the student, once.
 
-        The engines call it after MODEL.WEIGHTS is loaded, and never in a run that resumes.
+        The engines call it after MODEL.WEIGHTS is loaded. They do not call it in a resumed run.
         """
         if self._inherited:
             self.student.load_state_dict(self._inherited, strict=False)
@@ -228,7 +234,7 @@ _TEACHER_KEYS = ("CONFIG", "WEIGHTS", "SHA256", "CLASSES", "PRECISION", "CACHE")
 
 
 def _method_of(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """Name and complete options."""
+    """The method's name and its complete options."""
     options = {"name": "FgBg", **(method or {})}
     name = options.pop("name")
     get_method(name)
@@ -236,13 +242,13 @@ def _method_of(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
 
 
 def _log(statistics: dict[str, Tensor]) -> None:
-    """Puts statistics into the event storage, and those of the first batch into the log."""
+    """Puts statistics into the event storage. Also logs the statistics of the first batch."""
     storage = get_event_storage()
     first, last = storage.iter == 0, (storage.iter + 1) % _LOG_PERIOD == 0
     if not (first or last):
         return
     values = {name: value.item() for name, value in statistics.items()}
-    values = {name: v for name, v in values.items() if not math.isnan(v)}  # share of no cells
+    values = {name: v for name, v in values.items() if not math.isnan(v)}  # NaN: no cells
     if first and values:
         logger.info(f"First batch: {', '.join(f'{k} {v:.3f}' for k, v in values.items())}.")
     if last:

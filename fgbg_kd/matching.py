@@ -1,4 +1,4 @@
-"""Where student and teacher meet: levels, maps, classes, anchors, inherited weights."""
+"""Matches student and teacher: levels, maps, classes, anchors and inherited weights."""
 
 import logging
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ class SharedLevel(NamedTuple):
 
     Attributes:
         stride: in pixels.
-        place: its index among the levels of the student, and among those of the teacher.
-        channels: of the student, and of the teacher.
+        place: index among the student's levels, and index among the teacher's levels.
+        channels: number of channels in the student, and in the teacher.
     """
 
     stride: int
@@ -32,8 +32,8 @@ def dense_student(student: nn.Module) -> DenseView:
     """The view of a student.
 
     Raises:
-        TeacherError: it is not dense.
-        DetectorError: it is dense, but not known.
+        TeacherError: the student is not dense.
+        DetectorError: the student is dense, but has no registered view.
     """
     found = view(student)
     if not isinstance(found, DenseView):
@@ -42,7 +42,7 @@ def dense_student(student: nn.Module) -> DenseView:
 
 
 def shared_levels(student: DetectorView, teacher: DetectorView) -> list[SharedLevel]:
-    """The levels of equal stride, whatever their names.
+    """The levels with equal strides in student and teacher. Their names may differ.
 
     Raises:
         TeacherError: there is no common stride.
@@ -70,11 +70,11 @@ def shared_levels(student: DetectorView, teacher: DetectorView) -> list[SharedLe
 def select(
     output: DenseOutput, index: Sequence[int], shapes: Sequence[tuple[int, int]]
 ) -> DenseOutput:
-    """Some levels of an output, on maps of the given shapes (H_l, W_l), without ``raw``.
+    """Selects levels of an output, with maps of the given shapes (H_l, W_l) and without ``raw``.
 
-    A cell stands for the same pixels on a map of any size, so cells keep their place. A larger map
-    is cut at its far ends; a smaller one repeats its last cells. Both concern padding, up to one
-    cell that two backbones round differently.
+    A cell covers the same pixels on a map of any size, so cells keep their index. A larger map is
+    cropped at the right and bottom. A smaller map repeats its last cells there. This affects only
+    padding, and at most one cell where two backbones round differently.
     """
     maps = (output.features, output.logits, output.boxes)
     return DenseOutput(
@@ -93,29 +93,31 @@ def match_classes(
     classes: Sequence[str] | None = None,
     teacher_classes: Sequence[str] | None = None,
 ) -> None:
-    """Leaves the teacher the student's classes only, in the student's order, by their names.
+    """Reduces the teacher to the student's classes, matched by name, in the student's order.
 
-    Where the names of either side are not known, equal numbers count as equal classes.
+    If the names of student or teacher are not known, class i of the student is class i of the
+    teacher.
 
     Args:
-        classes, teacher_classes: names in the order of their numbers; None: not known.
+        classes, teacher_classes: class names in the order of their indices; None: not known.
 
     Raises:
-        TeacherError: the teacher lacks a class of the student, or the numbers differ and names are
-            not known.
+        TeacherError: the teacher lacks a class of the student. Or names are not known, and student
+            and teacher have different numbers of classes.
     """
-    if not classes or len(classes) != student.num_classes or not teacher_classes:
+    named = classes and len(classes) == student.num_classes
+    if not named or not teacher_classes:
         if student.num_classes != teacher.num_classes:
             raise TeacherError(
-                f"The student has {student.num_classes} classes, the teacher "
-                f"{teacher.num_classes}: name the teacher's in MODEL.KD.TEACHER.CLASSES and the "
-                "student's by the metadata of DATASETS.TRAIN, or train the teacher on the "
-                "student's classes."
+                f"The student has {student.num_classes} classes, but the teacher has "
+                f"{teacher.num_classes}: name the teacher's classes in MODEL.KD.TEACHER.CLASSES "
+                "and the student's classes in the metadata of DATASETS.TRAIN, or train the teacher "
+                "on the student's classes."
             )
         logger.warning(
-            f"The names of the {'student' if not classes else 'teacher'}'s classes are not known. "
+            f"The names of the {'teacher' if named else 'student'}'s classes are not known. "
             f"Class i of the student is taken for class i of the teacher, for all "
-            f"{student.num_classes}. MODEL.KD.TEACHER.CLASSES names the teacher's."
+            f"{student.num_classes} classes. MODEL.KD.TEACHER.CLASSES sets the teacher's names."
         )
         return
     classes, theirs = list(classes), list(teacher_classes)
@@ -125,39 +127,39 @@ def match_classes(
     if lacking:
         raise TeacherError(
             f"The teacher does not know {lacking}.\nThe student's classes: {', '.join(classes)}.\n"
-            f"The teacher's: {', '.join(theirs)}.\nIf these are other names for the same classes, "
-            "give the teacher's classes the student's names by MODEL.KD.TEACHER.CLASSES."
+            f"The teacher's classes: {', '.join(theirs)}.\nIf these are other names for the same "
+            "classes, set MODEL.KD.TEACHER.CLASSES to the student's names, in the teacher's order."
         )
     try:
         teacher.keep_classes([theirs.index(name) for name in classes])
     except DetectorError as error:
         raise TeacherError(str(error)) from error
-    logger.info(f"Of the teacher's {len(theirs)} classes the student's {len(classes)} are used.")
+    logger.info(f"The teacher has {len(theirs)} classes. The student's {len(classes)} are used.")
 
 
 def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[SharedLevel]) -> bool:
-    """Whether both have the same anchors in a cell, in the same order."""
+    """Whether both have the same anchors per cell, in the same order."""
     mine, theirs = ([a.tolist() for a in d.cell_anchors] for d in (student, teacher))
     return all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
 
 
 def features_only(name: str, options: dict[str, Any], teacher: DetectorView) -> dict[str, Any]:
-    """The options of a method for a teacher that is not dense. Logs what they switch off.
+    """The options of a method for a teacher that is not dense. Logs the options that it changes.
 
     Raises:
-        TeacherError: they leave no term of the method.
+        TeacherError: these options leave no term of the method.
     """
     changed = get_method(name).for_features_only(options)
     node = f"MODEL.KD.{name.upper()}"
     off = [f"{node}.{k.upper()} {v}" for k, v in changed.items() if options[k] != v]
     logger.warning(
-        f"The teacher, a {teacher.name}, predicts no classes per cell. It teaches by its features "
-        f"alone{', with ' if off else ''}{', '.join(off)}."
+        f"The teacher, a {teacher.name}, predicts no classes per cell. Only its features are used"
+        f"{', with ' if off else ''}{', '.join(off)}."
     )
     if get_method(name).is_off(changed):
         raise TeacherError(
-            f"{name} has no term left for a teacher that teaches by its features alone: set "
-            f"{node}.FG_WEIGHT over 0."
+            f"{name} has no term left, because only the teacher's features can be used: set the "
+            f"weight of its feature term over 0 ({node}.FG_WEIGHT of FgBg), or use another method."
         )
     return changed
 
@@ -175,19 +177,19 @@ def check_predictions(
     """
     if method.needs_logits and not isinstance(teacher, DenseView):
         raise TeacherError(
-            f"MODEL.KD.METHOD {name} compares predictions per cell, and the teacher, a "
-            f"{teacher.name}, has none: use a one-stage teacher, or another method."
+            f"MODEL.KD.METHOD {name} compares predictions per cell, but the teacher, a "
+            f"{teacher.name}, has no such predictions: use a one-stage teacher, or another method."
         )
     if method.compares_logits and not same:
         sizes = [len(d.cell_anchors[0]) for d in (student, teacher) if isinstance(d, DenseView)]
         raise TeacherError(
-            f"Student and teacher have different anchors ({sizes[0]} and {sizes[1]} a cell), and "
+            f"Student and teacher have different anchors ({sizes[0]} and {sizes[1]} per cell), but "
             f"MODEL.KD.METHOD {name} compares predictions one by one: give both the same "
             "MODEL.ANCHOR_GENERATOR, or use another method."
         )
 
 
-# What MODEL.KD.INHERIT can name: the prefix of its tensors.
+# The parts that MODEL.KD.INHERIT can name, with the prefix of their tensors.
 _PARTS = {"fpn": "backbone.", "head": "head."}
 
 
@@ -197,16 +199,16 @@ def inherited_weights(
     """Copies of the teacher's tensors that fit the student by name and shape. Logs the others.
 
     Args:
-        parts: of "fpn" (the backbone without its bottom-up network) and "head". Both detectors
-            must have the same class of module there: in another class the same name means another
-            thing.
+        parts: any of "fpn" (the backbone without its bottom-up network) and "head". The module must
+            have the same class in both detectors, because equal names in different classes may
+            have different meanings.
 
     Returns:
         Tensors by their names in the student's state dict.
 
     Raises:
         TeacherError: no weight of a part fits.
-        ValueError: an unknown part.
+        ValueError: a part is unknown.
     """
     found = {}
     for part in parts:
@@ -220,7 +222,7 @@ def inherited_weights(
             for k, v in mine.items()
             if owners[0] is owners[1] and k in theirs and theirs[k].shape == v.shape
         }
-        if not any(v.dim() > 1 for v in fits.values()):  # counters and biases alone are no weights
+        if not any(v.dim() > 1 for v in fits.values()):  # counters and biases alone do not count
             raise TeacherError(
                 f"MODEL.KD.INHERIT {part!r}: no weight of the teacher's {owners[1].__name__} fits "
                 f"the student's {owners[0].__name__} by name and shape."

@@ -1,6 +1,7 @@
-"""The teacher: loaded whole or not at all, frozen, with its own input, precision and cache.
+"""The teacher: a frozen detector with its own input, precision and cache.
 
-Most failed distillations have a teacher that was never loaded. So nothing here only warns.
+In most failed distillations the teacher's weights were not loaded. So a teacher that is not loaded
+completely is an error here, not a warning.
 """
 
 import contextlib
@@ -24,15 +25,15 @@ PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16
 
 
 class Teacher:
-    """A frozen detector that answers for the student's batch.
+    """A frozen detector that computes its outputs for the student's batch.
 
-    It is no nn.Module: state_dict, optimizer, DistributedDataParallel and ``train()`` do not see
-    it.
+    It is not an nn.Module, so state_dict, the optimizer, DistributedDataParallel and ``train()`` do
+    not see it.
 
     Attributes:
         detector: the frozen detector.
         view: its :class:`~fgbg_kd.detectors.dense.DetectorView`.
-        class_names: in the order of their numbers; None: not known.
+        class_names: names of its classes in the order of their indices; None: not known.
         weights: path or URL of its checkpoint; "": not known.
         cache: a :class:`~fgbg_kd.teacher_cache.TeacherCache`, or None.
     """
@@ -48,9 +49,11 @@ class Teacher:
     ):
         """
         Args:
-            detector: in eval mode, without gradients. It is changed: see :func:`accelerate`.
-            precision: "fp32", "bf16" or "fp16" of its pass; "auto": as the student trains.
-            cache: keep its outputs, for images that are the same in every epoch.
+            detector: a detector in eval mode, without gradients. FgBgDistiller changes it in place:
+                see :func:`accelerate`.
+            precision: precision of its forward pass, "fp32", "bf16" or "fp16"; "auto": the
+                student's precision.
+            cache: whether to keep its outputs. Images must then be the same in every epoch.
         """
         if precision not in PRECISIONS:
             raise ConfigError(
@@ -74,11 +77,11 @@ class Teacher:
         boxes: bool,
         cached: bool = True,
     ) -> DenseOutput:
-        """Its output on its own levels.
+        """The teacher's output on its own levels.
 
         Args:
             images: the student's batch, normalised for the student.
-            batched_inputs: the inputs of that batch.
+            batched_inputs: Detectron2's inputs of this batch.
             logits, boxes: whether class logits and decoded boxes are needed.
             cached: False: the cache is not used.
         """
@@ -96,7 +99,7 @@ class Teacher:
 
     def input_of(self, images: ImageList, student: DetectorView) -> Tensor:
         """(N, 3, H', W'): the student's batch with the teacher's normalisation and padding."""
-        if self._same_input is None:  # once: it waits for the device
+        if self._same_input is None:  # compared only once, because this waits for the device
             self._same_input = same_input(student, self.view)
         pixels = images.tensor
         if not self._same_input:
@@ -104,7 +107,7 @@ class Teacher:
         return padded(self.view, pixels, images.image_sizes)
 
     def apply(self, fn, *args, **kwargs) -> None:
-        """nn.Module._apply of the detector: ``.to()`` and the like."""
+        """Calls nn.Module._apply of the detector, for ``.to()`` and similar methods."""
         self.detector._apply(fn, *args, **kwargs)
 
 
@@ -120,19 +123,19 @@ def build_teacher(
 
     Args:
         config: path of a .yaml or .py config, or a name in Detectron2's model zoo.
-        weights: path or URL of its checkpoint. "": the zoo's own for a zoo name, else the one that
-            the config names (MODEL.WEIGHTS, train.init_checkpoint).
-        sha256: hex digits of that file, or the first digits; "": not checked.
-        classes: their names in the order of their numbers. (): those of the config's training set,
-            where they are known.
+        weights: path or URL of its checkpoint. "": for a zoo name, the zoo's checkpoint; else the
+            checkpoint that the config names (MODEL.WEIGHTS, train.init_checkpoint).
+        sha256: sha256 of the checkpoint file in hex digits, or its first digits; "": not checked.
+        classes: names of its classes in the order of their indices. (): the names of the config's
+            training set, if they are known.
         precision, cache: see :class:`Teacher`.
 
     Returns:
         The teacher on the CPU.
 
     Raises:
-        TeacherError: no such config, no weights, weights that do not fill the model exactly, or
-            another number of classes.
+        TeacherError: there is no such config, there are no weights, the weights do not fill the
+            model exactly, or the number of class names is wrong.
     """
     try:
         cfg = read_detector_config(config)
@@ -150,18 +153,20 @@ def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | No
         return None
     if classes and len(classes) != number:
         raise TeacherError(
-            f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, the teacher {number} classes."
+            f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, but the teacher has {number} "
+            "classes: give one name for each class."
         )
     names = classes or training_classes(cfg)
-    # The data of a config may have been replaced on the command line: its names are then others.
+    # The command line of the teacher's training may have replaced DATASETS.TRAIN of the config.
+    # The config's names may then be wrong.
     return names if names and len(names) == number else None
 
 
 def check_teacher_file(weights: str, student_weights: str, output_dir: str) -> None:
-    """Refuses a teacher that the student starts from, or that its run will overwrite.
+    """Refuses teacher weights that the student also starts from, or that the run would overwrite.
 
     Raises:
-        TeacherError: it is such a file.
+        TeacherError: the weights are such a file.
     """
     path, name = os.path.realpath(weights), os.path.basename(weights)
     if path == os.path.realpath(student_weights or "."):
@@ -179,7 +184,7 @@ def check_teacher_file(weights: str, student_weights: str, output_dir: str) -> N
 
 
 def autocast(name: str, device: torch.device):
-    """Context of the teacher's pass; "auto" keeps the autocast that is on or off."""
+    """Autocast context for the teacher's forward pass; "auto" keeps the current autocast state."""
     dtype = PRECISIONS[name]
     if dtype is None:
         return contextlib.nullcontext()
@@ -188,7 +193,7 @@ def autocast(name: str, device: torch.device):
 
 
 def same_input(student: DetectorView, teacher: DetectorView) -> bool:
-    """Whether both take the same normalised tensor: mean, std, channel order, value of padding."""
+    """Whether both use the same mean, std, channel order and padding value."""
     pairs = zip(student.normalization, teacher.normalization)
     return (
         student.channel_order == teacher.channel_order
@@ -198,7 +203,7 @@ def same_input(student: DetectorView, teacher: DetectorView) -> bool:
 
 
 def renormalized(teacher: DetectorView, student: DetectorView, images: ImageList) -> Tensor:
-    """The student's batch with the teacher's mean, std, channel order and value of padding.
+    """The student's batch with the teacher's mean, std, channel order and padding value.
 
     It is computed from the student's batch, which is on the device already.
 
@@ -218,12 +223,13 @@ def renormalized(teacher: DetectorView, student: DetectorView, images: ImageList
 
 
 def padded(teacher: DetectorView, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """A batch (N, 3, H, W) with the padding that the teacher wants.
+    """A batch (N, 3, H, W) with the padding that the teacher needs.
 
-    Images stay in the upper left corner, so that the cells of student and teacher meet.
+    Images stay in the upper left corner, so that cells of student and teacher cover the same
+    pixels.
 
     Raises:
-        TeacherError: an image is larger than the one size that the teacher takes.
+        TeacherError: an image is larger than the teacher's fixed input size.
     """
     height, width = images.shape[-2:]
     side = teacher.square_size
@@ -232,7 +238,7 @@ def padded(teacher: DetectorView, images: Tensor, image_sizes: Sequence[tuple[in
         largest = [max(size) for size in zip(*image_sizes)]
         if largest[0] > fixed[0] or largest[1] > fixed[1]:
             raise TeacherError(
-                f"The teacher pads its input to {fixed[0]}x{fixed[1]} pixels, and an image has "
+                f"The teacher pads its input to {fixed[0]}x{fixed[1]} pixels, but an image has "
                 f"{largest[0]}x{largest[1]}: set INPUT.MAX_SIZE_TRAIN {min(fixed)}."
             )
         more = fixed[0] - height, fixed[1] - width
@@ -251,12 +257,14 @@ _FIXED_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)
 def accelerate(detector: nn.Module) -> nn.Module:
     """Makes a frozen detector faster in place, with the same output up to rounding.
 
-    A batch norm with fixed statistics becomes part of the convolution before it. (Detectron2 keeps
-    it inside its Conv2d.) Weights are laid out channels-last.
+    Batch norms with fixed statistics are folded into the convolutions before them. (In Detectron2
+    the norm is an attribute of the Conv2d.) The weights get the memory format channels_last.
     """
     for conv in detector.modules():
         norm = getattr(conv, "norm", None)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _FIXED_NORMS):
+            continue
+        if norm.weight is None:  # a batch norm without affine parameters stays
             continue
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale

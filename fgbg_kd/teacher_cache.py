@@ -1,4 +1,4 @@
-"""The teacher's outputs, computed once an image: for training without augmentation."""
+"""A cache of the teacher's outputs, for training without augmentation."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from .detectors.dense import DenseOutput
 from .utils.errors import ConfigError
 
 _NEEDS = "MODEL.KD.TEACHER.CACHE needs images that do not change from epoch to epoch"
-_FIX = "Use INPUT.RANDOM_FLIP none, no INPUT.CROP and one INPUT.MIN_SIZE_TRAIN, or CACHE False."
+_FIX = "Set INPUT.RANDOM_FLIP none, no INPUT.CROP and one INPUT.MIN_SIZE_TRAIN, or CACHE False."
 
 
 class TeacherCache:
-    """Keeps the teacher's outputs of every image in host memory.
+    """Keeps the teacher's outputs for every image in host memory.
 
-    The outputs of an image depend on its pixels and on the padded size of its batch. An image with
-    changed pixels is refused. In a batch of another size the outputs are computed again and replace
-    the kept ones. So the cache takes the memory of one set of outputs per image and process.
+    The outputs depend on the image's pixels and on the padded size of its batch. If the pixels
+    change, the cache raises an error. If the padded size changes, the outputs are computed again
+    and replace the cached outputs. So the cache holds one set of outputs per image and process.
     """
 
     def __init__(self):
@@ -28,15 +28,16 @@ class TeacherCache:
     def __call__(
         self, run: Callable[[Tensor], DenseOutput], inputs: Tensor, batched_inputs: list[dict]
     ) -> DenseOutput:
-        """
+        """The teacher's outputs for a batch, from the cache where possible.
+
         Args:
-            run: from a batch (M, 3, H, W) to the teacher's outputs.
+            run: computes the teacher's outputs for a batch (M, 3, H, W).
             inputs: (N, 3, H, W), the batch with the teacher's normalisation and padding.
-            batched_inputs: the N inputs of Detectron2 that ``inputs`` was made of.
+            batched_inputs: the N Detectron2 inputs from which ``inputs`` was made.
 
         Returns:
             The result of ``run(inputs)``, up to rounding. ``run`` gets only the images that are not
-            kept yet.
+            cached yet.
 
         Raises:
             ValueError: the pixels of an image file have changed.
@@ -63,7 +64,7 @@ class TeacherCache:
 
 
 def _per_map(fn, *outputs: DenseOutput) -> DenseOutput:
-    """fn of each map; its arguments are the same map of all outputs."""
+    """Applies fn to each map. The arguments of fn are this map in all outputs."""
     return DenseOutput(
         *(levels[0] and [fn(*maps) for maps in zip(*levels)] for levels in zip(*outputs))
     )
@@ -77,10 +78,11 @@ def check_fixed_input(mapper) -> None:
     """Refuses augmentations that change an image from epoch to epoch.
 
     Args:
-        mapper: Detectron2's DatasetMapper, or another, whose augmentations are then not checked.
+        mapper: a mapper with ``augmentations``, such as Detectron2's DatasetMapper. Other mappers
+            are not checked.
 
     Raises:
-        ValueError: names the augmentations that draw at random.
+        ValueError: an augmentation may change an image. The message names all of them.
     """
     found = []
     for augmentation in getattr(getattr(mapper, "augmentations", None), "augs", ()):

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: equal losses, mixed precision, no waiting, a whole training."""
+"""Tests that need a GPU: equal losses, mixed precision, no synchronisation, a whole training."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ def build(cfg, method):
 
 
 def step(model, iteration=1):
-    """Losses, and the gradients of the distillation losses alone. Iteration 1 logs nothing."""
+    """Losses, and the gradients of only the distillation losses. Iteration 1 logs nothing."""
     with EventStorage(iteration):
         losses = model(make_batch())
     sum(v for k, v in losses.items() if "kd" in k).backward()
@@ -80,7 +80,7 @@ def test_mixed_precision_gives_finite_losses_near_those_of_fp32(distil_cfg, meth
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("boxes", ["some", "none"])
 def test_no_line_of_this_package_waits_for_the_device(distil_cfg, method, boxes):
-    """Detectron2's own losses do, and its copies of images and ground truth."""
+    """Detectron2's own losses wait, and its copies of images and ground truth."""
     model = build(distil_cfg, method).cuda()
     batch = make_batch() if boxes == "some" else make_batch(boxes=((), ()))
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_batch, save_teacher, tiny_cfg
+from conftest import detector, distiller, make_batch, save_teacher, seen_by, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
@@ -100,6 +100,31 @@ def test_the_warm_up_is_as_long_as_the_learning_rates_unless_set(distil_cfg, key
     assert build_model(distil_cfg).warmup_iters == expected
 
 
+def test_a_share_of_no_cells_is_left_out_of_the_log(distil_cfg):
+    model = build_model(distil_cfg)
+    with EventStorage(19) as storage:
+        model.train()(make_batch(boxes=((), ())))
+        assert "kd/fg_gate" not in storage.latest() and "kd/bg_gate" in storage.latest()
+
+
+@pytest.mark.parametrize("key", ["WARMUP_ITERS", "STOP_ITER"])
+def test_iterations_under_0_are_named(distil_cfg, key):
+    distil_cfg.MODEL.KD[key] = -2 if key == "WARMUP_ITERS" else -1
+    with pytest.raises(ValueError, match=f"MODEL.KD.{key} is -"):
+        build_model(distil_cfg)
+
+
+def test_a_method_that_is_off_drops_the_teacher_that_is_given():
+    model = distiller(detector(), detector(), fg_weight=0.0, bg_weight=0.0)
+    assert model.teacher is None and model.method is None
+
+
+def test_the_method_sees_the_normaliser_of_the_students_own_losses():
+    student = detector(seed=0)
+    _, batch = seen_by(distiller(student, detector()))
+    assert batch.loss_normalizer == student.loss_normalizer != 1
+
+
 def test_gate_shares_reach_the_event_storage(distil_cfg):
     model = build_model(distil_cfg)
     with EventStorage(19) as storage:
@@ -109,7 +134,7 @@ def test_gate_shares_reach_the_event_storage(distil_cfg):
 
 
 def test_padding_is_neither_foreground_nor_background(distil_cfg):
-    """A small image beside a large one: what is predicted on its padding changes no term."""
+    """In a batch with a large image, predictions on a small image's padding change no term."""
     distil_cfg.MODEL.KD.FGBG.GATE = "off"
     model = build_model(distil_cfg)
     seen = []

@@ -44,11 +44,11 @@ KEY_DOCUMENTS = [d for d in DOCUMENTS if not d.startswith("docs/results")]
 
 
 class Parsed(BaseException):
-    """Carries what a tool's own parser made of a command line; the tool goes no further."""
+    """Carries the parsed command line and stops the tool after its parser."""
 
 
 def start(monkeypatch, tool: str, arguments: list[str]) -> None:
-    """Runs a tool as a program, in this process, which stays as it was."""
+    """Runs a tool as a program in this process, and then restores the process's state."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [tool, *arguments])
@@ -82,14 +82,14 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def lines(text: str) -> list[str]:
-    """Command lines, those that go over several joined, without comments."""
+    """Command lines without comments. Continued lines are joined."""
     joined = re.sub(r"\s*\\\n\s*", " ", text)
     return [x for x in (re.sub(r"\s+# .*|^#.*", "", x).strip() for x in joined.splitlines()) if x]
 
 
 @functools.cache
 def commands() -> list[tuple[str, str]]:
-    """Every command of the documents and of the tools' own examples, with its place."""
+    """Every command in the documents and in the tools' examples, with its location."""
     found = [(d, x) for d in DOCUMENTS for b in blocks(d, "bash") for x in lines(b)]
     for d in DOCUMENTS:  # those inside of a sentence, but not those with [options]
         prose = re.sub(r"```.*?```", "", (ROOT / d).read_text(), flags=re.DOTALL)
@@ -106,7 +106,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def check_config(path: str) -> None:
-    """A path of this repository must be there; names of the reader's own files are free."""
+    """A path in this repository must exist. Names of the reader's own files may be anything."""
     if path.startswith("configs/"):
         assert (ROOT / path).is_file(), path
 
@@ -248,8 +248,8 @@ def test_the_checkpoint_loads_where_the_readme_says(coco, tmp_path, monkeypatch)
 
 
 def write_readme_teacher() -> None:
-    """What the reader of the README has: config and checkpoint of a stock RetinaNet, here of
-    ResNet-18; and timm's weights, here random ones."""
+    """Writes the files that the README's reader has: config and checkpoint of a RetinaNet, here
+    with ResNet-18, and timm weights, which are random here."""
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64

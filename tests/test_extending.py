@@ -1,4 +1,4 @@
-"""The code of docs/extending.md runs as it is printed: a method and a detector from outside."""
+"""The code in docs/extending.md runs unchanged: a user's method and a user's detector."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def test_a_dense_detector_without_a_view_is_refused_with_the_page(monkeypatch):
 
 
 def test_train_net_and_compare_take_a_users_module(tmp_path, distil_cfg):
-    """The method trains by its name, and stands in the table with its key."""
+    """The method is selected by its name, and the table lists it with its key."""
     (tmp_path / "l1.py").write_text(METHOD)
     config_file = tmp_path / "distilled.yaml"
     distil_cfg.SOLVER.MAX_ITER = 2

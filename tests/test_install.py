@@ -1,4 +1,4 @@
-"""Parts of the installer that need neither a network nor pip."""
+"""Tests parts of the installer that need neither a network nor pip."""
 
 import hashlib
 import importlib.util
@@ -22,7 +22,7 @@ def installer():
 
 
 def patched(installer, name, text):
-    """`text` after every patch for the file `name`, whatever the number of places."""
+    """`text` after all patches for the file `name`, for any number of matches."""
     for path, pattern, replacement, _ in installer.V06_PATCHES:
         if path == name:
             text = re.sub(pattern, replacement, text)

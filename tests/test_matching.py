@@ -1,6 +1,7 @@
 """Student and teacher of different kinds: levels, classes, anchors, padding, inheritance."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from conftest import (
 )
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, build_model
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import build_teacher
-from fgbg_kd.detectors.dense import view
-from fgbg_kd.matching import select, shared_levels
+from fgbg_kd.detectors.dense import DetectorView, FeatureLevel, view
+from fgbg_kd.matching import SharedLevel, same_anchors, select, shared_levels
 from fgbg_kd.methods import DenseOutput
 from fgbg_kd.teacher import padded
 from fgbg_kd.utils.errors import TeacherError
@@ -45,7 +47,7 @@ def test_fcos_and_retinanet_teach_each_other_both_terms_under_the_gate(kinds):
 
 @pytest.mark.parametrize("key, value", [("SIZES", [[16], [32], [48]]), ("ASPECT_RATIOS", [[1.0]])])
 def test_with_other_anchors_the_background_compares_the_best_of_a_cell(key, value):
-    """The same loss as of two detectors that have one anchor, with these logits."""
+    """The loss equals that of two one-anchor detectors with the best logits."""
 
     def other(cfg):
         cfg.MODEL.ANCHOR_GENERATOR[key] = value
@@ -67,7 +69,7 @@ def test_with_other_anchors_the_background_compares_the_best_of_a_cell(key, valu
 
 
 def test_a_method_that_compares_logits_one_by_one_refuses_other_anchors():
-    with pytest.raises(TeacherError, match=r"different anchors \(2 and 1 a cell\)"):
+    with pytest.raises(TeacherError, match=r"different anchors \(2 and 1 per cell\)"):
         distiller(detector(), detector("FCOS"), name="QFL")
 
 
@@ -119,6 +121,35 @@ def test_levels_meet_by_stride_not_by_name():
     ]
 
 
+def test_a_shared_level_has_the_place_and_the_channels_that_each_side_gives_it():
+    mine = [FeatureLevel("a", 16, 5), FeatureLevel("b", 8, 6), FeatureLevel("c", 64, 7)]
+    theirs = [FeatureLevel("d", 4, 1), FeatureLevel("e", 8, 2), FeatureLevel("f", 16, 3)]
+    got = shared_levels(SimpleNamespace(levels=mine), SimpleNamespace(levels=theirs))
+    assert got == [(8, (1, 1), (6, 2)), (16, (0, 2), (5, 3))]
+
+
+def test_anchors_are_compared_on_the_levels_of_each_side_and_on_all():
+    def views(*anchors):
+        return SimpleNamespace(cell_anchors=[torch.tensor([[float(x)]]) for x in anchors])
+
+    levels = [SharedLevel(8, (0, 1), (1, 1)), SharedLevel(16, (1, 2), (1, 1))]
+    assert same_anchors(views(1, 2), views(9, 1, 2), levels)
+    assert not same_anchors(views(1, 2), views(1, 2, 3), levels)
+    assert not same_anchors(views(1, 2), views(9, 1, 3), levels)
+
+
+def test_levels_go_from_fine_to_coarse_whatever_their_order_in_the_backbone():
+    teacher = faster_rcnn()
+    shapes = teacher.backbone.output_shape()
+    teacher.backbone.output_shape = lambda: dict(sorted(shapes.items(), reverse=True))
+    assert [level.stride for level in view(teacher).levels] == [8, 16, 32, 64]
+
+
+def test_a_backbone_that_takes_any_size_wants_no_padding():
+    free = SimpleNamespace(size_divisibility=0)
+    assert DetectorView(SimpleNamespace(backbone=free)).size_divisibility == 1
+
+
 def test_maps_of_other_sizes_keep_their_cells_in_place():
     x = torch.arange(12.0).reshape(1, 1, 3, 4)
     output = DenseOutput([x, x], None, [x, x], raw="left out")
@@ -128,11 +159,24 @@ def test_maps_of_other_sizes_keep_their_cells_in_place():
     assert torch.equal(longer[..., :3, :], x) and torch.equal(longer[..., 3, :], x[..., 2, :])
 
 
+def test_a_users_head_of_the_same_kind_gives_its_own_logits():
+    class Shifted(RetinaNetHead):
+        def forward(self, features):
+            logits, deltas = super().forward(features)
+            return [x + 1 for x in logits], deltas
+
+    model = detector().eval()
+    model.head.__class__ = Shifted
+    images = torch.randn(1, 3, 64, 64)
+    full, part = (view(model).run(images, boxes=b).logits for b in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(full, part))
+
+
 # --- padding ---
 
 
 class Square(FPN):
-    """An FPN that wants a square, as ViTDet's pyramid does."""
+    """An FPN that needs square inputs, like ViTDet's feature pyramid."""
 
     padding_constraints = {"square_size": 128}
 
@@ -198,7 +242,7 @@ def test_a_two_stage_teacher_by_config_needs_neither_our_classes_nor_our_anchors
 
 
 def test_nothing_left_to_learn_is_an_error():
-    with pytest.raises(TeacherError, match="FG_WEIGHT over 0"):
+    with pytest.raises(TeacherError, match="no term left, .*over 0 .MODEL.KD.FGBG.FG_WEIGHT"):
         distiller(detector(), faster_rcnn(), fg_weight=0.0)
     with pytest.raises(TeacherError, match="METHOD QFL compares predictions"):
         distiller(detector(), faster_rcnn(), name="QFL")
@@ -225,11 +269,13 @@ def test_the_students_classes_are_found_by_name(kind):
     full = view(teacher.eval()).run(images).logits
     distiller(detector(seed=0), teacher, classes=["square", "stripe"], teacher_classes=names)
     kept = view(teacher).run(images).logits
+    anchors = len(view(teacher).cell_anchors[0])
     for level, before in zip(kept, full):
         before = before.unflatten(1, (-1, 3))
         expected = torch.stack([before[:, :, 2], before[:, :, 0]], dim=2).flatten(1, 2)
         torch.testing.assert_close(level, expected)
-    assert teacher.num_classes == 2
+    assert teacher.num_classes == teacher.head.cls_score.out_channels // anchors == 2
+    assert not any(p.requires_grad for p in teacher.parameters())
     with torch.no_grad():
         teacher([{"image": torch.zeros(3, 64, 64)}])  # detects as a detector of two classes
 
@@ -247,12 +293,20 @@ def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
     def three(cfg):
         cfg.MODEL.RETINANET.NUM_CLASSES = 3
 
-    with pytest.raises(TeacherError, match="2 classes, the teacher 3: name the teacher's"):
+    with pytest.raises(TeacherError, match="2 classes, but the teacher has 3: name the teacher's"):
         distiller(detector(), detector(edit=three), classes=["square", "stripe"])
     with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
         model = distiller(detector(), detector(), classes=["square", "stripe"])
     assert model.teacher.view.num_classes == 2
     assert "names of the teacher's classes are not known" in caplog.text
+
+
+def test_names_that_are_not_one_a_class_of_the_student_name_nothing():
+    teacher = detector()
+    before = teacher.head.cls_score.weight.clone()
+    names = {"classes": ["disc", "square", "stripe"], "teacher_classes": ["stripe", "square"]}
+    distiller(detector(seed=0), teacher, **names)
+    assert torch.equal(teacher.head.cls_score.weight, before)
 
 
 @pytest.mark.parametrize("source", ["key", "file", "registered set"])
@@ -284,7 +338,7 @@ def test_the_teachers_names_come_from_key_file_or_registered_set(
 
 
 def test_a_number_of_names_that_is_not_the_teachers_is_named(teacher_files):
-    with pytest.raises(TeacherError, match="CLASSES has 3 names, the teacher 2 classes"):
+    with pytest.raises(TeacherError, match="CLASSES has 3 names, but the teacher has 2 classes"):
         build_teacher(*teacher_files, classes=["a", "b", "c"])
 
 
@@ -317,6 +371,15 @@ def test_what_fits_is_inherited_as_it_was_before_folding(caplog):
         assert torch.equal(v, saved[k] if part and k in saved else mine[k]), k
     assert "Inherited from the teacher: backbone.fpn_lateral3.weight" in caplog.text
     assert "Not inherited, head: head.cls_subnet.2.weight" in caplog.text
+
+
+def test_weights_are_inherited_once():
+    student = detector(seed=0)
+    model = distiller(student, detector(), inherit=["head"])
+    model.inherit()
+    torch.nn.init.zeros_(student.head.cls_score.weight)
+    model.inherit()
+    assert (student.head.cls_score.weight == 0).all()
 
 
 def test_parts_of_another_kind_or_name_are_an_error():

@@ -1,4 +1,4 @@
-"""The core stands alone: what it imports, and how its files depend on each other."""
+"""What the core imports, and how its files depend on each other."""
 
 import ast
 import subprocess
@@ -16,7 +16,7 @@ LARGEST_KERNEL = "predictions_triton.py"
 
 
 def test_the_core_never_imports_experiments():
-    """A process that builds a distiller loads nothing of them."""
+    """A process that builds a distiller does not import fgbg_kd.experiments."""
     code = (
         "import sys, fgbg_kd, fgbg_kd.engine, fgbg_kd.deploy\n"
         "from detectron2.modeling import build_model\n"
@@ -33,7 +33,7 @@ def test_the_core_never_imports_experiments():
 
 
 def imported(file: Path, everywhere: bool) -> set[Path]:
-    """Files of this package that a file imports.
+    """The files of this package that a file imports.
 
     Args:
         everywhere: also inside functions.
@@ -55,7 +55,7 @@ def imported(file: Path, everywhere: bool) -> set[Path]:
 
 
 def test_there_is_no_circle_of_imports_between_files():
-    """A package's __init__ stands for the files that it imports."""
+    """A package's __init__ counts as the files that it imports."""
     graph = {f: imported(f, everywhere=True) for f in FILES}
     done: set[Path] = set()
 
@@ -88,7 +88,7 @@ def test_no_function_of_the_core_is_over_60_lines_and_no_file_over_350():
 
 @pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
 def test_one_file_knows_the_detectors_by_name(name):
-    """Code outside detectors/ never asks for one of them; texts may name them."""
+    """Code outside detectors/ never names RetinaNet or FCOS. Docstrings may name them."""
     known = []
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):

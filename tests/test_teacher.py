@@ -1,16 +1,19 @@
-"""A teacher that is not whole, or not there, stops the run with a message that names the fix."""
+"""A missing or incomplete teacher stops the run with a message that names the fix."""
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_batch, tiny_cfg
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import build_teacher
-from fgbg_kd.teacher import accelerate
+from fgbg_kd.teacher import accelerate, check_teacher_file, padded, renormalized, same_input
 from fgbg_kd.utils.errors import TeacherError
 
 
@@ -65,7 +68,7 @@ def test_a_pkl_in_the_zoos_format_is_loaded_whole(tmp_path, teacher_files):
 
 
 def test_a_lazy_py_config_names_an_fcos_teacher_that_gates_a_retinanet(tmp_path, distil_cfg):
-    """Detectron2's own FCOS, at small size: it is in no registry, only a lazy config."""
+    """A small version of Detectron2's own FCOS. It has a lazy config, but is not registered."""
     text = """
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
@@ -116,9 +119,117 @@ train = dict(init_checkpoint="")
     assert losses["loss_kd_fg"] > 0 and losses["loss_kd_fg"].isfinite()
 
 
+def input_view(mean=0.0, std=1.0, order="BGR", pad=0.0, divisor=1, square=0, size=None):
+    """What a DetectorView tells of its input."""
+    return SimpleNamespace(
+        normalization=(torch.full((3, 1, 1), mean), torch.full((3, 1, 1), std)),
+        channel_order=order,
+        pad_value=pad,
+        size_divisibility=divisor,
+        square_size=square,
+        input_size=size,
+    )
+
+
+def test_the_teacher_sees_the_raw_pixels_in_its_normalisation_and_its_own_padding():
+    sizes = [(8, 5), (6, 12)]
+    student = input_view(mean=10.0, std=2.0, order="RGB", pad=1.0)
+    teacher = input_view(mean=-3.0, std=5.0, order="BGR", pad=7.0)
+    raw = torch.randint(0, 256, (2, 3, 8, 12)).float()
+    seen, expected = torch.full_like(raw, 1.0), torch.full_like(raw, 7.0)
+    for i, (h, w) in enumerate(sizes):
+        seen[i, :, :h, :w] = (raw[i, :, :h, :w] - 10) / 2
+        expected[i, :, :h, :w] = (raw[i, :, :h, :w].flip(0) + 3) / 5
+    got = renormalized(teacher, student, ImageList(seen, sizes))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wanted, shape",
+    [
+        ({"divisor": 16}, (16, 48)),
+        ({"divisor": 5}, (10, 35)),
+        ({"size": (20, 40)}, (20, 40)),
+        ({"square": 64}, (64, 64)),
+        ({}, (10, 33)),
+    ],
+)
+def test_a_batch_is_padded_below_and_at_the_right_to_the_height_and_width_wanted(wanted, shape):
+    images = torch.randn(2, 3, 10, 33)
+    got = padded(input_view(pad=7.0, **wanted), images, [(10, 33), (9, 30)])
+    assert got.shape[-2:] == shape and torch.equal(got[..., :10, :33], images)
+    assert (got[..., 10:, :] == 7).all() and (got[..., 33:] == 7).all()
+
+
+@pytest.mark.parametrize("size", [(17, 32), (16, 33)])
+def test_one_size_bounds_height_and_width_each(size):
+    view = input_view(size=(16, 32))
+    assert padded(view, torch.zeros(1, 3, 16, 32), [(16, 32)]).shape[-2:] == (16, 32)
+    with pytest.raises(TeacherError, match=f"16x32 pixels, and an image has {size[0]}x{size[1]}"):
+        padded(view, torch.zeros(1, 3, *size), [size])
+
+
+@pytest.mark.parametrize("change", [{"mean": 1.0}, {"std": 2.0}, {"order": "RGB"}, {"pad": 3.0}])
+def test_each_difference_of_the_inputs_is_seen(change):
+    assert same_input(input_view(), input_view())
+    assert not same_input(input_view(), input_view(**change))
+
+
+def test_a_convolution_with_a_bias_before_its_norm_gives_the_same_after_acceleration():
+    conv = Conv2d(3, 4, kernel_size=3, bias=True, norm=torch.nn.BatchNorm2d(4, eps=0.5)).eval()
+    with torch.no_grad():
+        for x in (conv.norm.weight, conv.norm.running_var):
+            x.uniform_(0.5, 2)
+        for x in (conv.bias, conv.norm.bias, conv.norm.running_mean):
+            x.normal_()
+        images = torch.randn(1, 3, 8, 8)
+        before = conv(images)
+        after = accelerate(torch.nn.Sequential(conv))(images)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model_final.pth", "model_0000123.pth"])
+def test_only_a_checkpoint_of_the_runs_own_folder_is_overwritten_by_it(tmp_path, name):
+    with pytest.raises(TeacherError, match="would overwrite the teacher's weights"):
+        check_teacher_file(str(tmp_path / name), "", str(tmp_path / "." / "x" / ".."))
+    check_teacher_file(str(tmp_path / name), "", str(tmp_path / "other"))
+    check_teacher_file(str(tmp_path / "teacher.pth"), "", str(tmp_path))
+
+
+def test_a_link_to_the_students_weights_is_the_same_file(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"x")
+    (tmp_path / "b.pth").symlink_to("a.pth")
+    with pytest.raises(TeacherError, match="both start from"):
+        check_teacher_file(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), str(tmp_path / "out"))
+
+
+def test_a_checksum_that_is_not_the_files_refuses_the_teacher(teacher_files):
+    with pytest.raises(TeacherError, match="(?i)sha256"):
+        build_teacher(*teacher_files, sha256="0" * 64)
+
+
+def test_given_weights_and_given_names_go_before_those_of_the_config(tmp_path, coco, teacher_files):
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.WEIGHTS = 24, str(tmp_path / "nowhere.pth")
+    path = tmp_path / "teacher.yaml"
+    path.write_text(cfg.dump())
+    assert build_teacher(str(path), teacher_files[1]).class_names == ["square", "stripe"]
+    names = build_teacher(str(path), teacher_files[1], classes=["a", "b"]).class_names
+    assert names == ["a", "b"]
+
+
+def test_the_names_of_another_number_of_classes_are_not_the_teachers(tmp_path, coco, teacher_files):
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RETINANET.NUM_CLASSES = 24, 3
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
+    teacher = build_teacher(str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth"))
+    assert teacher.class_names is None
+
+
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
 def test_acceleration_changes_the_output_by_rounding_only(tmp_path, norm):
-    """Detectron2's ResNet with random statistics; GroupNorm is left alone."""
+    """Detectron2's ResNet with random statistics. GroupNorm stays unchanged."""
     cfg = tiny_cfg()
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH = "build_resnet_fpn_backbone", 50
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]

@@ -1,4 +1,4 @@
-"""The teacher's cache: the same losses, a teacher that rests, and no use where images change."""
+"""The teacher's cache: equal losses, fewer teacher passes, and an error if images change."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.data import register_datasets
+from fgbg_kd.detectors.dense import DenseOutput
 from fgbg_kd.engine import FgBgTrainer
+from fgbg_kd.teacher_cache import TeacherCache
 
 
 def build(cfg, cache):
@@ -66,6 +68,15 @@ def test_other_pixels_or_another_padding_are_not_taken_for_the_same_image(distil
     flipped = [{**small[0], "image": small[0]["image"].flip(2)}]
     with pytest.raises(ValueError, match="TEACHER.CACHE needs .*small.png has other pixels"):
         losses_of(cached, flipped)
+
+
+def test_what_is_kept_is_a_copy_that_later_changes_do_not_reach():
+    cache, batch = TeacherCache(), [{"image": torch.zeros(3, 2, 2), "file_name": "a"}]
+    output = torch.ones(1, 1, 2, 2)
+    for _ in range(2):
+        got = cache(lambda x: DenseOutput([output]), torch.zeros(1, 3, 2, 2), batch)
+        assert (got.features[0] == 1).all()
+        output.zero_()
 
 
 @pytest.mark.parametrize(

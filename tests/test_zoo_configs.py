@@ -1,6 +1,6 @@
-"""Every config in configs/COCO-Detection trains, and the zoo's kinds of checkpoint load whole.
+"""Every config in configs/COCO-Detection trains, and the zoo's checkpoint formats load fully.
 
-Neither COCO nor the zoo's files are here: images of COCO's shape, random weights, small networks.
+COCO and the zoo's files are not needed: images are like COCO's, weights random, networks small.
 """
 
 import json
@@ -69,7 +69,7 @@ def shrink(cfg):
 
 
 def write_teacher(name, folder):
-    """A small detector of a config, the zoo's or ours, with random weights: paths of both files."""
+    """Saves a small detector of a config with random weights. Returns the paths of both files."""
     if name.endswith(".py"):
         return write_vitdet(FOLDER.parents[1] / name, folder)
     ours = FOLDER.parents[1] / name
@@ -176,7 +176,7 @@ def test_a_config_is_short_and_has_an_output_folder_of_its_name(path):
 
 @pytest.mark.parametrize("schedule", ["1x", "3x"])
 def test_the_distilled_r50_is_the_zoos_r50(schedule):
-    """So that its AP stands beside the zoo's: they differ in nothing but distillation."""
+    """They differ only in distillation, so their APs can be compared."""
     ours = load_config(str(FOLDER / f"retinanet_R101_3x_to_R50_{schedule}.yaml"))
     zoos = get_fgbg_kd_cfg()
     zoos.merge_from_file(
@@ -245,7 +245,7 @@ CAFFE2 = [
 
 
 def to_caffe2(saved):
-    """A Faster R-CNN's blobs as Caffe2's Detectron keeps them."""
+    """Converts a Faster R-CNN's tensors to the blobs of Caffe2's Detectron."""
     blobs = {}
     for key, value in saved.items():
         if "running" in key:  # it merges them into scale and bias
@@ -265,7 +265,7 @@ def to_caffe2(saved):
 
 @pytest.mark.parametrize("detector", ["faster_rcnn"], indirect=True)
 def test_caffe2s_names_load_whole(detector, tmp_path):
-    """As Detectron's zoo has them; Detectron2 converts its two-stage detectors."""
+    """Names in the format of Detectron's zoo. Detectron2 converts its two-stage detectors."""
     _, config, saved = detector
     blobs = to_caffe2(saved)
     assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch2a_w", "fpn_res2_2_sum_b"} <= blobs.keys()
@@ -276,7 +276,7 @@ def test_caffe2s_names_load_whole(detector, tmp_path):
 
 
 def test_imagenet_weights_in_caffe2s_names_fill_the_students_backbone(coco_like, tmp_path):
-    """R-50.pkl, from which the zoo's detectors and their distilled twins start."""
+    """Tests R-50.pkl, from which the zoo's detectors and the distilled detectors start."""
     cfg = load_small(FOLDER / "retinanet_R101_3x_to_R50_1x.yaml", coco_like, tmp_path)
     bottom_up = build_model(student_config(cfg)).backbone.bottom_up.state_dict()
     saved = {f"backbone.bottom_up.{k}": v for k, v in bottom_up.items()}

@@ -26,6 +26,6 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
         action=_Import,
         default=[],
         metavar="MODULE",
-        help="your own module, or the path of a .py file: it is imported before the config is "
-        "read, and can register methods, detectors and config keys; repeatable",
+        help="a module name or the path of a .py file. It is imported before the config is "
+        "read and can register methods, detectors and config keys; repeatable",
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, random boxes, a table of rows."""
+"""Functions that the benchmarks share: timing, random boxes, tables."""
 
 import csv
 import math
@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from fgbg_kd.utils.markdown import table_of
+from fgbg_kd.utils.timing import times_in_turn, wall_clock
 
 
 def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, float, float]:
-    """20 %, 50 % and 80 % quantile of the time of a call in milliseconds, after three to warm up.
+    """20 %, 50 % and 80 % quantiles of the time per call in ms, after three warm-up calls.
 
     Args:
-        device: "cuda": the time of the GPU's own work; "cpu": the wall clock.
-        seconds: that are measured.
+        device: "cuda": GPU time is measured. "cpu": wall-clock time is measured.
+        seconds: duration of the measurement.
         ahead: seconds that a GPU sleeps before each call, so that the host can issue all work
             before the GPU starts.
     """
@@ -23,19 +24,11 @@ def quantiles(function, device: str, seconds: float, ahead=0.0) -> tuple[float, 
 
 
 def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0.0) -> dict:
-    """:func:`quantiles` of several functions by name.
-
-    They are called in turn, so that other work on the machine slows all of them alike.
-    """
-    for function in calls.values():
-        for _ in range(3):
-            function()
-    times, stop = {name: [] for name in calls}, time.perf_counter() + seconds * len(calls)
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() < stop and rounds < 500):
-        rounds += 1
-        for name, function in calls.items():
-            times[name].append(milliseconds(function, device, ahead))
+    """:func:`quantiles` of several functions by name, which are called in turn."""
+    numbered = {name: lambda _, function=function: function() for name, function in calls.items()}
+    times = times_in_turn(
+        numbered, 500, lambda call: milliseconds(call, device, ahead), seconds * len(calls)
+    )
     at = torch.tensor([0.2, 0.5, 0.8])
     return {
         name: tuple(round(v, 3) for v in torch.tensor(found).quantile(at).tolist())
@@ -44,11 +37,13 @@ def quantiles_in_turn(calls: dict, device: str, seconds: float, ahead: float = 0
 
 
 def host_seconds(function) -> float:
-    """Median of five: seconds that the host needs to issue the work of a function to the GPU."""
+    """Seconds that the host needs to issue a function's work to the GPU (median of five)."""
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
-        times.append(milliseconds(function, "cpu") / 1000)
+        start = time.perf_counter()  # the host alone: the GPU is not waited for
+        function()
+        times.append(time.perf_counter() - start)
     return sorted(times)[2]
 
 
@@ -63,9 +58,7 @@ def milliseconds(function, device: str, ahead: float = 0.0) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
-    start = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - start)
+    return wall_clock(function)
 
 
 def random_boxes(count: int, height: int, width: int, generator) -> torch.Tensor:
@@ -87,7 +80,7 @@ def show(rows: list[dict], path: Path | None) -> None:
 
 
 def rounded(row: dict) -> dict:
-    """The row with its numbers rounded to three digits after the point."""
+    """The row with its numbers rounded to three decimal places."""
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 

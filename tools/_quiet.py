@@ -1,12 +1,12 @@
-"""Import this module first in a tool: it prints no more than the user of the tool needs.
+"""Import this module first in a tool. It hides output that the user does not need.
 
-- Ctrl-C ends the tool with one line instead of a stack trace, also while other modules are being
-  imported. The process still ends by the signal, as a shell or a script expects.
+- Ctrl-C ends the tool with one line instead of a stack trace, even while other modules are being
+  imported. The process still ends by the signal, as shells and scripts expect.
 - An error of fgbg_kd (a subclass of FgBgError) is printed as its message, without a stack trace.
 - Warnings about the functions of PyTorch that Detectron2 calls are suppressed.
 
-``--traceback`` anywhere among the arguments switches the first two off: every error is printed with
-its stack trace. The tool itself does not see this argument.
+The argument ``--traceback`` switches the first two off: every error is printed with its stack
+trace. The tool itself does not see this argument.
 """
 
 import signal
@@ -18,7 +18,7 @@ _report = sys.excepthook
 
 
 def _excepthook(kind, error, trace):
-    # Imported already if the error is one of its own; importing it here could fail.
+    # An error of fgbg_kd has already imported this module. An import here could fail.
     errors = sys.modules.get("fgbg_kd.utils.errors")
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
@@ -36,13 +36,13 @@ else:
 
 
 def stop(tool: str, error: Exception) -> NoReturn:
-    """Ends a tool with the message of an error that the tool expects: no file, no disk space."""
+    """Ends a tool with the message of an expected error: a missing file or a full disk."""
     if _trace:
         raise error
     sys.exit(f"{tool}: {error}")
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the shell ignores it
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What detectors cost: parameters, GFLOPs and latency; teacher and student side by side.
+"""Measures the cost of detectors: parameters, GFLOPs and latency. Compares teacher and student.
 
 Example:
     tools/analyze.py configs/COCO-Detection/retinanet_R50_3x_to_MobileNetV3_1x.yaml
     tools/analyze.py COCO-Detection/retinanet_R_101_FPN_3x.yaml my_student.yaml --size 480 640
 
-A config is a name of the model zoo, or a local .yaml or .py file. Weights are random: nothing is
-downloaded, and NMS has little to do.
+A config is a name of the model zoo, or a local .yaml or .py file. The weights are random. Therefore
+nothing is downloaded, and NMS has few detections.
 """
 
 import argparse
@@ -27,16 +27,24 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"), help="in pixels"
+        "--size",
+        type=int,
+        nargs=2,
+        default=(800, 1333),
+        metavar=("H", "W"),
+        help="of the image, in pixels",
     )
     parser.add_argument(
-        "--runs", type=int, default=10, help="latency is the median of them; default: %(default)s"
+        "--runs", type=int, default=10, help="calls; latency is their median; default: %(default)s"
     )
     add_import_flag(parser)
     args = parser.parse_args()
     try:
         torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA in it
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # AssertionError: PyTorch was built without CUDA
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     rows, two_stage = costs_of(
         args.configs,
@@ -48,7 +56,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(f"one image of {args.size[0]}x{args.size[1]}, {device}, fp32\n\n{table(rows)}")
     if two_stage:
-        print("\nGFLOPs of a two-stage detector are those of its backbone and RPN.")
+        print("\nGFLOPs of a two-stage detector: only its backbone and RPN are counted.")
 
 
 if __name__ == "__main__":

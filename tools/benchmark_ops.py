@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Times the operators (split, cosine, comparison) and counts the bytes that they read and write.
+"""Times the operators (split, cosine, compare) and counts the bytes that they read and write.
 
 Example:
     tools/benchmark_ops.py --plot ops.png         times on the shapes of an FPN; needs a GPU
     tools/benchmark_ops.py --counts-only          bytes, launches and memory; needs no GPU
-    tools/benchmark_ops.py --impls torch triton   without torch.compile, which compiles for minutes
+    tools/benchmark_ops.py --impls torch triton   without torch.compile, which takes minutes
 
-Times are the 20 %, 50 % and 80 % quantiles of the GPU's own time by CUDA events. As in a training
-step, the host issues the work before the GPU needs it; "host ms" is the time that this takes.
+Times are the 20 %, 50 % and 80 % quantiles of the GPU time, measured with CUDA events. As in a
+training step, the host issues the work before the GPU needs it. "host ms" is the time that the host
+needs for this.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 TIMED = torch.cuda.is_available() and "--counts-only" not in sys.argv
 if not TIMED:
-    os.environ["TRITON_INTERPRET"] = "1"  # for the memory of the kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # runs the kernels on the CPU to measure their memory
 
 from _benchmark import (  # noqa: E402
     describe,
@@ -36,7 +37,7 @@ from _benchmark import (  # noqa: E402
 
 from fgbg_kd.ops import compare_predictions, cosine_loss, split  # noqa: E402
 
-CASES = {  # images of 800x1333, anchors a cell
+CASES = {  # number of images of 800x1333, anchors per cell
     "RetinaNet, 16 images": (16, 9),
     "RetinaNet, 2 images": (2, 9),
     "FCOS, 16 images": (16, 1),
@@ -48,13 +49,13 @@ IMPLS = ("torch", "compile", "triton")
 
 
 class Scene:
-    """Random boxes, features and predictions of one case, and the three operators on them."""
+    """Random boxes, features and predictions of a case, and the three operators on them."""
 
     def __init__(self, images: int, anchors: int, size, dtype: str, device: str):
         generator = torch.Generator().manual_seed(0)
         self.shapes = [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in STRIDES]
         self.sizes, self.anchors, self.itemsize = [size] * images, anchors, DTYPES[dtype].itemsize
-        at = "cpu" if device == "meta" else device  # maps without content still have counts
+        at = "cpu" if device == "meta" else device  # counts need no content of the maps
         self.boxes = [random_boxes(BOXES, *size, generator).to(at) for _ in range(images)]
         self.classes = torch.randint(CLASSES, (images, BOXES), generator=generator).to(at)
         self.cells = self.split("torch")
@@ -75,7 +76,7 @@ class Scene:
         return cosine_loss(features, self.teacher_features, self.cells.weight, impl)
 
     def compare(self, logits, impl):
-        """As FgBg has it by default: no boxes."""
+        """Compares as FgBg does by default, without boxes."""
         found = compare_predictions(
             logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
         )
@@ -83,31 +84,31 @@ class Scene:
         return (gate * found.kl).sum()
 
     def counts(self) -> dict[str, tuple[float, float, int]]:
-        """Memory traffic of forward and backward by operator, with the gate open everywhere.
+        """Memory traffic of forward and backward by operator, with an open gate in all cells.
 
         Returns:
-            The smallest possible number of bytes, the bytes that the kernels move, and the number
-            of kernel launches.
+            For each operator: the smallest possible number of bytes, the number of bytes that the
+            kernels move, and the number of kernel launches.
         """
         cells = self.cells.box_index.numel()
         fg, bg = (x.sum().item() for x in (self.cells.foreground, self.cells.background))
         feature, logit = CHANNELS * self.itemsize, self.anchors * CLASSES * self.itemsize
-        # Read: both maps on foreground cells, forward and backward. Written: the whole gradient.
+        # Read: both maps in foreground cells, forward and backward. Written: the whole gradient.
         cosine = 4 * fg * feature + cells * feature
-        # Read: both maps on background cells, forward and backward, and on foreground cells the
-        # class of the owner for each anchor. Written: the whole gradient.
+        # Read: both maps in background cells, forward and backward. In foreground cells, the score
+        # of the owner's class for each anchor, in both maps. Written: the whole gradient.
         compare = 4 * bg * logit + 2 * fg * self.anchors * self.itemsize + cells * logit
         return {
             "split": (4 * cells, 4 * cells, 1),
-            # The kernels also read a weight and write 3 sums; backward, they read 2 factors.
+            # Forward, kernels also read a weight and write 3 sums. Backward, they read 2 factors.
             "cosine": (cosine, cosine + cells * 4 * (4 + 2), 2 * len(STRIDES)),
-            # The kernels also read the owner, write KL and qualities; backward, they read a weight.
+            # Forward, they also read the owner and write KL and qualities. Backward, a weight.
             "compare": (compare, compare + cells * 4 * (4 + 1), 2 * len(STRIDES)),
         }
 
 
 def peak_memory(function) -> int:
-    """Largest number of bytes that a call on the CPU allocates at one time."""
+    """Peak memory of a call on the CPU, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     events = profiled.profiler.kineto_results.events()
@@ -117,7 +118,7 @@ def peak_memory(function) -> int:
 
 
 def operators(args) -> list[dict]:
-    """Rows of the table; with times where there is a GPU."""
+    """The rows of the table. On a GPU, they include times."""
     rows, copy = [], copy_bandwidth(args) if TIMED else None
     for case in args.cases:
         images, anchors = CASES[case]
@@ -141,7 +142,7 @@ def gradient(function, leaves: list, impl: str) -> tuple:
 
 
 def extra_memory(args) -> list[dict]:
-    """Peak memory of forward and backward beyond inputs and gradient, for small maps on the CPU."""
+    """Peak memory of forward and backward beyond inputs and gradient, for small maps on a CPU."""
     scene = Scene(1, 9, (64, 96), args.dtype, "cpu")
     rows = []
     for operator, maps in (("cosine", scene.features), ("compare", scene.logits)):
@@ -157,7 +158,7 @@ def extra_memory(args) -> list[dict]:
 
 
 def copy_bandwidth(args) -> float:
-    """GB/s that the device reads and writes together when it copies 268 MB."""
+    """Bandwidth of a copy of 268 MB on the device: GB/s, read and written together."""
     source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     copied = torch.empty_like(source)
     _, p50, _ = quantiles(lambda: copied.copy_(source), "cuda", args.seconds)
@@ -205,7 +206,10 @@ def timed(case: str, scene: Scene, args, copy: float) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws the times of the first case: a panel for each operator and mode, with error bars."""
+    """Draws the times of the first case, with a panel for each operator and mode.
+
+    Error bars are the 20 % and 80 % quantiles.
+    """
     import matplotlib.pyplot as plt
 
     case = rows[0]["case"]
@@ -228,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of the maps")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of the maps")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS))

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Times training steps in turn: plain, the teacher's forward pass, and each method.
+"""Times the plain training step, the teacher's forward pass and the step of each method, in turn.
 
 Example:
     tools/benchmark_step.py --images 2 --size 384 640 --methods FgBg "FgBg GATE=off" PKD
 
-Weights, images and boxes are random. Times are the 20 %, 50 % and 80 % quantiles, by CUDA events on
-a GPU and by the wall clock on a CPU.
+Weights, images and boxes are random. Times are the 20 %, 50 % and 80 % quantiles. They are measured
+with CUDA events on a GPU, and with the wall clock on a CPU.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from fgbg_kd.utils.errors import FgBgError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 R101_TO_R50 = str(CONFIGS / "COCO-Detection" / "retinanet_R101_3x_to_R50_1x.yaml")
-BOXES = 20  # in each image
+BOXES = 20  # per image
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Student and teacher of a config that distils, with random weights."""
+    """Builds student and teacher of a config that distils, with random weights."""
     cfg = read_detector_config(config_file)
     torch.manual_seed(0)
     student, teacher = map(build_detector, (cfg, read_detector_config(cfg.MODEL.KD.TEACHER.CONFIG)))
@@ -46,10 +46,10 @@ def method_of(config_file: str, spec: str) -> dict:
     """Name and options of a method, for FgBgDistiller.
 
     Args:
-        spec: the name, and any number of KEY=VALUE with a key of the method: "PKD WEIGHT=2".
+        spec: the name, then any number of KEY=VALUE with an option of the method: "PKD WEIGHT=2".
 
     Raises:
-        ValueError: a wrong method or option.
+        ValueError: the method or an option does not exist.
     """
     name, *options = spec.split()
     get_method(name)
@@ -57,13 +57,13 @@ def method_of(config_file: str, spec: str) -> dict:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise ValueError(f"{spec!r}: {option!r} is not KEY=VALUE.")
+            raise ValueError(f"{spec!r}: {option!r} has no value: write {option}=VALUE.")
         overrides += [f"MODEL.KD.{name.upper()}.{key}", value]
     return {"name": name, **method_options(read_config(config_file, overrides), name)}
 
 
 def random_batch(images: int, height: int, width: int, channels: int, classes: int) -> list[dict]:
-    """Detectron2 inputs of random pixels and boxes."""
+    """A batch of Detectron2's model inputs with random pixels and boxes."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(images):
@@ -80,7 +80,7 @@ def random_batch(images: int, height: int, width: int, channels: int, classes: i
 
 
 def steps(args) -> list[dict]:
-    """Rows: the plain step, the teacher's forward pass, and the step of each method."""
+    """Measures the plain step, the teacher's forward pass and the step of each method, as rows."""
     student, detector = pair(args.config_file, args.device)
     teacher = Teacher(detector, precision=args.precision)
     distillers = {
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="of the teacher's pass"
+        "--precision", choices=PRECISIONS, default="auto", help="of the teacher's forward pass"
     )
     parser.add_argument(
         "--methods",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tests a training run: does it survive being killed, and does its memory stay constant?
+"""Tests a training run: whether it resumes after kills, and whether its memory stays constant.
 
 Examples:
     tools/chaos.py kill --config-file my_distilled.yaml --kills 20 SOLVER.MAX_ITER 100
@@ -41,7 +41,7 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
 
 
 def kill(args) -> None:
-    """Checks that a run that is killed and resumed many times ends as one that is not killed."""
+    """Checks that killing and resuming a run many times does not change its final checkpoint."""
     whole, killed = args.output_dir / "whole", args.output_dir / "killed"
     shutil.rmtree(whole, ignore_errors=True)
     process = start(args, whole)
@@ -80,16 +80,16 @@ def kill(args) -> None:
         print(
             f"Run {runs} ends with the same checkpoint as the run that was not killed, bit for bit."
         )
-    print(f"{kills} kills, {writing} of them while a checkpoint was written. Runs: {runs}.")
+    print(f"{kills} kills, {writing} of them while a checkpoint was being written. Runs: {runs}.")
 
 
 def begun(folder: Path) -> int:
-    """How many times the training has begun."""
+    """Number of times that the training has begun."""
     return (folder / "stdout.txt").read_text().count("Starting training from iteration")
 
 
 def wait_for(process: subprocess.Popen, happened, timeout: float = float("inf")) -> float:
-    """Waits until an event happens, the process ends, or the time is over.
+    """Waits until an event happens, the process ends, or the timeout is reached.
 
     Returns:
         How long it waited, in seconds.
@@ -147,7 +147,7 @@ def soak(args) -> None:
         if step and process.poll() is None and (not samples or step > samples[-1][0]):
             samples.append((step, memory(process.pid)))
     finish(process, folder)
-    samples = [x for x in samples if x[0] < samples[-1][0]]  # at the last, processes are ending
+    samples = [x for x in samples if x[0] < samples[-1][0]]  # at the last iteration, processes end
     if len(samples) < 8:
         sys.exit(
             f"The run was too short: {len(samples)} samples, at least 8 are needed. Increase "
@@ -156,7 +156,7 @@ def soak(args) -> None:
     print("| iteration | MiB |\n|---|---|")
     for step, size in samples[:: max(len(samples) // 10, 1)]:
         print(f"| {step} | {size:.1f} |")
-    # The first quarter is left out: caches are being filled.
+    # The first quarter is left out, because caches fill during it.
     quarter = len(samples) // 4
     early, late = (
         statistics.median(size for _, size in part)
@@ -204,11 +204,11 @@ def main() -> None:
         if function is kill:
             command.add_argument("--kills", type=int, default=20)
             command.add_argument(
-                "--seed", type=int, default=0, help="of the random moments of the kills"
+                "--seed", type=int, default=0, help="seed for the random times of the kills"
             )
         else:
             command.add_argument(
-                "--interval", type=float, default=1.0, help="between two measurements, in seconds"
+                "--interval", type=float, default=1.0, help="seconds between two measurements"
             )
         command.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""Trains a student by several methods, over seeds, and shows what each of them gains.
+"""Trains a student with several methods and seeds, and shows the gain of each method.
 
 Example:
     tools/compare.py --config-file configs/quickstart/scenes_distilled.yaml --seeds 5 \\
         --methods plain FgBg PKD "PKD WEIGHT=2" "FgBg GATE=off" --set SOLVER.MAX_ITER 1000
 
-A method is `plain` (no distillation) or a name of MODEL.KD.METHOD; its options follow as KEY=VALUE.
-A run that was interrupted goes on; a run that is done is not run again. Every run adds a line to
-results.jsonl; tables (results.md) and plots are made from these lines. Each run is evaluated once,
-after its last iteration. Do not choose options on the test set: name a validation set by
---set DATASETS.TEST_JSON. The teacher has a row if it has the classes of that set. --errors adds a
-table of the kinds of errors that each method leaves (it needs `make analysis`).
+A method is `plain` (no distillation) or a value of MODEL.KD.METHOD. Options follow as KEY=VALUE.
+A finished run is not repeated. An interrupted run is resumed. Each run is evaluated once, after its
+last iteration, and adds a line to results.jsonl. Tables (results.md) and plots are made from these
+lines. The teacher has a row if its classes are the classes of the test set. --errors adds a table
+with the kinds of errors of each method (it needs `make analysis`).
+
+Do not choose options on the test set: name a validation set with --set DATASETS.TEST_JSON.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 import _quiet
+from _arguments import add_import_flag
 
 from fgbg_kd.experiments.compare_methods import (
     Comparison,
@@ -28,7 +30,6 @@ from fgbg_kd.experiments.compare_methods import (
     tables_of,
 )
 from fgbg_kd.utils.errors import FgBgError
-from fgbg_kd.utils.user_code import import_user_module
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
 
@@ -41,32 +42,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help='such as plain FgBg "PKD WEIGHT=2"'
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY VALUE", help="for all methods")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
-    parser.add_argument("--errors", action="store_true", help="measure kinds of errors too (TIDE)")
-    parser.add_argument("--output", type=Path, help="default: output/compare/NAME_OF_THE_CONFIG")
     parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module, or a .py file, that registers methods or detectors; may be repeated",
+        "--seeds", type=int, default=5, help="number of seeds (default: %(default)s)"
     )
     parser.add_argument(
-        "--table-only", type=Path, nargs="+", metavar="FILE", help="results.jsonl: only print them"
+        "--set", nargs="+", default=[], metavar="KEY VALUE", help="overrides for all methods"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared cores")
+    parser.add_argument("--errors", action="store_true", help="also measure kinds of errors (TIDE)")
+    parser.add_argument("--output", type=Path, help="default: output/compare/NAME_OF_THE_CONFIG")
+    add_import_flag(parser)
+    parser.add_argument(
+        "--table-only",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="only print the tables of results.jsonl files",
     )
     parser.add_argument(
         "--fill",
         type=Path,
         metavar="FILE",
-        help="a document: only make its tables anew, from files named as seen from here",
+        help="only update the tables in a document; paths in it are relative to the current folder",
     )
     args = parser.parse_args()
     for file in args.table_only or ():
         if not file.is_file():
-            parser.error(f"--table-only: there is no {file}")
+            parser.error(f"--table-only: {file} does not exist")
     if not (args.table_only or args.fill or (args.config_file and args.methods)):
         parser.error("give --config-file and --methods, or --table-only, or --fill")
     if args.seeds < 1 or args.jobs < 1 or len(args.set) % 2:
@@ -76,8 +78,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    for module in args.imports:
-        import_user_module(module)
     if args.table_only:
         print(tables_of(args.table_only))
         return
@@ -101,10 +101,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.getLogger("fgbg_kd").setLevel(logging.ERROR)  # each run's own log has its notices
+    logging.getLogger("fgbg_kd").setLevel(logging.ERROR)  # the log of each run has these messages
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; run it again to go on")
+        sys.exit("\nstopped: run the same command again to continue")
     except (FgBgError, OSError, ValueError) as error:
         _quiet.stop("compare", error)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes a trained detector into an ONNX or TorchScript file, checks it, and times it.
+"""Exports a trained detector to an ONNX or TorchScript file, checks the file, and times it.
 
 Examples:
     tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
@@ -7,7 +7,7 @@ Examples:
     tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
         --output student.onnx --int8 static --evaluate
 
-The file takes one image, uint8 RGB (H, W, 3) of any size, and gives boxes, scores and classes.
+The file takes one image, uint8 RGB (H, W, 3) of any size, and returns boxes, scores and classes.
 --int8 also writes student.int8.onnx. ONNX needs `pip install -e '.[export]'`.
 """
 
@@ -31,19 +31,21 @@ def main() -> None:
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="YAML config of the student"
     )
-    parser.add_argument("--weights", required=True, metavar="FILE", help="its model_final.pth")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", help="its checkpoint, such as model_final.pth"
+    )
     parser.add_argument("--output", required=True, help="name.onnx, or name.pt for TorchScript")
     parser.add_argument(
         "--nms",
         choices=("inside", "outside"),
         default="inside",
-        help="outside: the file gives candidates, and you apply NMS; default: %(default)s",
+        help="outside: the file returns candidates, and you apply NMS; default: %(default)s",
     )
     parser.add_argument(
         "--int8",
         choices=("static", "dynamic"),
-        help="take the ranges of activations from training images (static), or from each image "
-        "when the file is run (dynamic)",
+        help="also write an int8 file, with activation ranges from training images (static) or "
+        "from each image when the file is run (dynamic)",
     )
     parser.add_argument(
         "--calibration",

@@ -6,9 +6,9 @@ If a working Detectron2 is installed, nothing is done. Otherwise Detectron2 is b
 commit of its GitHub repository. This takes minutes and needs a C++ compiler.
 
 If GitHub cannot be reached, or the build fails, Detectron2 v0.6 is installed from the package
-index: only its Python files, patched here for current versions of other packages. RetinaNet, FCOS
-and COCO evaluation work with it. Functions that need compiled code (deformable convolution, rotated
-boxes) raise an ImportError that says so.
+index. It has only Python files, which are patched for current versions of other packages.
+RetinaNet, FCOS and COCO evaluation work with it. Functions that need compiled code (deformable
+convolution, rotated boxes) raise an ImportError that says so.
 
 Install torch and torchvision first: Detectron2 is built against them. If the installation is
 interrupted, run it again.
@@ -92,7 +92,7 @@ def probe():
     Returns:
         ("working", "version folder"), ("absent", ""), or ("broken", last line of the error).
     """
-    with tempfile.TemporaryDirectory() as empty:  # no `detectron2` folder in . is imported
+    with tempfile.TemporaryDirectory() as empty:  # ignores a `detectron2` folder in .
         done = run([sys.executable, "-c", PROBE], cwd=empty, capture_output=True, text=True)
     if done.returncode == 0:
         return "working", done.stdout.strip().splitlines()[-1]
@@ -113,21 +113,21 @@ def is_editable():
 
 
 def remove_leftovers():
-    """Removes what an interrupted pip left: it cannot uninstall a package without a RECORD."""
+    """Removes the files of an interrupted pip, which cannot uninstall them without a RECORD."""
     import sysconfig
 
     for site in {Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")}:
         infos = [*site.glob("detectron2-*.dist-info"), *site.glob("detectron2-*.egg-info")]
         half = [i for i in infos if i.suffix == ".dist-info" and not (i / "RECORD").exists()]
         if half or not infos:
-            # `~etectron2*`: pip renames folders so before it removes them
+            # pip renames folders to `~etectron2*` before it removes them
             for path in [*half, site / "detectron2", *site.glob("~etectron2*")]:
                 if path.is_dir() and not path.is_symlink():
                     say(f"removing {path}, left by an interrupted installation")
                     shutil.rmtree(path)
 
 
-# ---- The patches. An unexpected text is an error -----------------------------------------------
+# ---- The patches. An unexpected source text is an error ------------------------------------------
 
 
 def substitute(text, pattern, replacement, count, where):
@@ -141,7 +141,7 @@ def substitute(text, pattern, replacement, count, where):
     return text
 
 
-NUMPY_ALIAS = (r"\bnp\.(int|bool|float|str)\b", r"\1")  # gone since numpy 1.24
+NUMPY_ALIAS = (r"\bnp\.(int|bool|float|str)\b", r"\1")  # removed in numpy 1.24
 
 # setuptools 82 no longer contains pkg_resources, which v0.6 and main import.
 ZOO = "detectron2/model_zoo/model_zoo.py"
@@ -162,16 +162,16 @@ V06_PATCHES = ZOO_PATCHES + [
     ("detectron2/structures/masks.py", *NUMPY_ALIAS, 3),
     ("detectron2/utils/video_visualizer.py", *NUMPY_ALIAS, 1),
     ("detectron2/utils/visualizer.py", *NUMPY_ALIAS, 3),
-    # gone since Pillow 10
+    # removed in Pillow 10
     ("detectron2/data/transforms/transform.py", r"\bImage\.LINEAR\b", "Image.BILINEAR", 1),
-    # v0.6 makes a norm of one channel to find out its class; GroupNorm now refuses one channel
+    # v0.6 builds a norm with one channel to get its class. GroupNorm now refuses one channel.
     (
         "detectron2/modeling/meta_arch/retinanet.py",
         r"str\(type\(get_norm\(norm, 1\)\)\)",
         "str(type(get_norm(norm, 32)))",
         1,
     ),
-    # The fast evaluation is compiled code: pycocotools is used in its place, as in main.
+    # The fast evaluation needs compiled code. pycocotools is used instead, as in main.
     (
         "detectron2/evaluation/coco_evaluation.py",
         r"(?m)^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt\n",
@@ -226,8 +226,8 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 '''
 
-# Replaces Detectron2's setup.py. It has no compiled extension, since the archive lacks its sources,
-# and no extra that pip refuses. It names the folder of the model zoo's configs.
+# Replaces Detectron2's setup.py. It has no compiled extension, because the archive lacks its
+# sources. It has no extra that pip refuses. It includes the model zoo's configs.
 SETUP_PY = f'''\
 from setuptools import find_packages, setup
 
@@ -317,13 +317,13 @@ def install_from_github(work):
         if run(command).returncode:
             raise InstallError(f"`git {command[-1]}` failed: see its error above.")
     apply_patches(src, ZOO_PATCHES)
-    say(f"building with {os.environ.get('MAX_JOBS', build_jobs())} process(es): some minutes")
+    say(f"building with {os.environ.get('MAX_JOBS', build_jobs())} process(es): takes some minutes")
     pip_install("--no-build-isolation", src, what="Detectron2 from source (is there a compiler?)")
 
 
 def install_from_index(work):
     say(f"fetching the source archive {SDIST} from the package index")
-    # unearth is installed into a temporary folder, not into the environment
+    # unearth is installed to a temporary folder, not to the environment
     tool = work / "unearth"
     pip_install("--target", tool, "unearth>=0.15", what="unearth, which fetches the archive")
     env = {**os.environ, "PYTHONPATH": str(tool)}
@@ -395,8 +395,8 @@ def ensure(source="auto", force=False, check=False):
             else f"Detectron2 does not work: {detail}"
         )
     if state == "broken" and "No module named 'pkg_resources'" in detail and not force:
-        # Detectron2 itself is fine: an older setuptools has what it imports
-        say("it needs pkg_resources, which setuptools >= 82 does not have: installing an older one")
+        # Detectron2 itself works. An older setuptools has the module that it imports.
+        say("Detectron2 needs pkg_resources, which setuptools >= 82 lacks: installing an older one")
         pip_install("setuptools<82", what="setuptools < 82")
         state, detail = probe()
         if state == "working":
@@ -431,7 +431,7 @@ def main(argv=None):
     parser.add_argument("--force", action="store_true", help="also replace a Detectron2 that works")
     parser.add_argument("--check", action="store_true", help="only report whether Detectron2 works")
     args = parser.parse_args(argv)
-    # temporary folders are removed also on `kill`
+    # so that `kill` also removes temporary folders
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("[detectron2] interrupted: run it again"))
     try:
         ensure(args.source, args.force, args.check)

@@ -6,14 +6,13 @@ Examples:
     tools/predict.py student.pt val2017/ --json results.json --ids val2017.json --score 0.05
     tools/predict.py my_student.yaml --weights output/distilled/model_final.pth photo.jpg
 
-A detector is a file of tools/export.py, or a YAML config with --weights.
+DETECTOR is a file from tools/export.py, or a YAML config with --weights.
 
-In the JSON, the id of an image is its name, or its path below a folder that is given
-("more/1.png"). The id of a frame is "film.mp4:FRAME". With --ids, the ids of images are those of
-the COCO file, whose file_name must be that name or path, and the ids of categories are those of the
-file's categories of the same name.
+In the JSON, the id of an image is its file name, or its path relative to the given folder
+("more/1.png"). The id of a frame is "film.mp4:FRAME". With --ids, the ids come from the COCO file.
+The file_name of its images must be this name or path. Its categories are matched by name.
 
-Inputs that cannot be read are named and left out, and the exit status is 1.
+Inputs that cannot be read are reported and skipped. The exit status is then 1.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from fgbg_kd.utils.errors import FgBgError
 
 
 class Terminal:
-    """Lines of progress that overwrite each other on a terminal and are left out elsewhere."""
+    """Shows progress in one line on a terminal. Elsewhere, progress is not printed."""
 
     live = sys.stderr.isatty()
 
@@ -53,9 +52,9 @@ def main() -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="draw the detections there; default: predictions, and nothing with --json",
+        help="folder for drawn detections; default: predictions, or none with --json",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write COCO's results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write COCO's results to it")
     parser.add_argument(
         "--ids", type=Path, metavar="FILE", help="COCO file that gives the ids for --json"
     )

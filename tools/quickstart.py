@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Trains a teacher, a plain student and a distilled student, and shows what distilling gained.
+"""Trains a teacher, a plain student and a distilled student, and shows the gain by distillation.
 
 Example:
-    tools/quickstart.py digits                   what `make quickstart` runs
-    tools/quickstart.py trees --seeds 0 1 2      every seed in the table
+    tools/quickstart.py digits                   the same as `make quickstart`
+    tools/quickstart.py trees --seeds 0 1 2      students with three seeds
 
-A run that was interrupted goes on where it stopped; one that is done is not run again.
+A finished run is not repeated. An interrupted run is resumed.
 """
 
 import argparse
@@ -42,9 +42,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("set", choices=("digits", "scenes", "trees"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the students")
     parser.add_argument(
-        "--output", type=Path, help="default: output/quickstart of digits, else output/SET"
+        "--output", type=Path, help="default: output/quickstart for digits, otherwise output/SET"
     )
     args = parser.parse_args()
     output = args.output or Path("output") / {"digits": "quickstart"}.get(args.set, args.set)
@@ -78,7 +78,7 @@ def main() -> None:
     for config, title, result, checkpoint in runs:
         model = load_detector(load_config(str(configs[config])), str(checkpoint))
         rows.append(row(title, result, model, cfg, records[0]["file_name"]))
-        models.setdefault(title.split(",")[0], model)  # the first seed's
+        models.setdefault(title.split(",")[0], model)  # of the first seed
     (output / "results.json").write_text(json.dumps(rows, indent=1))
     picture = np.vstack([draw_side_by_side(cfg, r, models, score=0.3) for r in records])
     cv2.imwrite(str(output / "comparison.png"), picture)
@@ -88,7 +88,7 @@ def main() -> None:
         values = [r["AP"] for r in rows if r["name"].startswith(name)]
         if len(values) > 1:
             print(f"{name}: mean {np.mean(values):.2f}, sd {np.std(values, ddof=1):.2f} AP")
-    print(f"\nthe table: {output / 'results.json'}")
+    print(f"\ntable: {output / 'results.json'}")
     print(f"test images, ground truth and detections: {output / 'comparison.png'}")
 
 
@@ -96,6 +96,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped; run it again to go on")
+        sys.exit("\nstopped: run the same command again to continue")
     except (RunError, OSError, ValueError, subprocess.CalledProcessError) as error:
         _quiet.stop("\nquickstart", error)

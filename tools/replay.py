@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Computes the losses of the iteration again at which a run stopped because one was not finite.
+"""Computes the losses of an iteration in which a run stopped at a loss that was not finite.
 
 Example:
     tools/replay.py --config-file my_distilled.yaml output/distilled/not_finite_0000123_rank0.pth
@@ -9,6 +9,7 @@ import argparse
 
 import _quiet  # noqa: F401
 import torch
+from _arguments import add_import_flag
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.detectors.load import without_pretrained
@@ -30,6 +31,7 @@ def main():
     parser.add_argument(
         "opts", nargs="*", metavar="OVERRIDE", help="the overrides that the run was started with"
     )
+    add_import_flag(parser)
     args = parser.parse_args()
 
     if args.config_file.endswith(".py"):

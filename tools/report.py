@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""Writes a page about runs: tables, curves, pictures, configuration, all in one HTML file.
+"""Writes an HTML page about runs: tables, curves, pictures and configuration in one file.
 
 Example:
     tools/report.py output/quickstart      writes output/quickstart/report.html
     tools/report.py output/teacher output/plain output/distilled -o my_report.html
 
-A folder is the OUTPUT_DIR of a run, or has runs below it. Runs whose names differ only in seed0,
-seed1, ... are one group. The page needs no network and no other file. Kinds of errors need tidecv
-(`make analysis`). Pictures and cost need the checkpoints, and the data at the paths that the runs'
-configs name, seen from the current folder. The page says what it could not show.
+A folder is the OUTPUT_DIR of a run, or it contains such folders. Runs whose names differ only in
+seed0, seed1, ... are a group. The page needs no network and no other file.
+
+Kinds of errors need tidecv (`make analysis`). Pictures and cost need the checkpoints and the data.
+Paths in the configs of the runs are relative to the current folder. The page lists its missing
+parts.
 """
 
 import argparse
@@ -17,10 +19,10 @@ import sys
 from pathlib import Path
 
 import _quiet
+from _arguments import add_import_flag
 
 from fgbg_kd.experiments.report import write_report
 from fgbg_kd.utils.errors import FgBgError
-from fgbg_kd.utils.user_code import import_user_module
 
 
 def main() -> None:
@@ -33,19 +35,10 @@ def main() -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="default: report.html in the first of the folders",
+        help="default: report.html in the first folder",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module, or a .py file, that registers methods or detectors; may be repeated",
-    )
+    add_import_flag(parser)
     args = parser.parse_args()
-    for module in args.imports:
-        import_user_module(module)
     output = args.output or args.folders[0] / "report.html"
     write_report(args.folders, output, lambda text: print(text, file=sys.stderr))
     print(output)

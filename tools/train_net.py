@@ -40,7 +40,7 @@ from fgbg_kd.utils.user_code import import_user_module
 
 
 def main(args):
-    for module in args.imports:  # each process of --num-gpus is a new one
+    for module in args.imports:  # --num-gpus starts new processes
         import_user_module(module)
     return main_lazy(args) if args.config_file.endswith(".py") else main_yaml(args)
 
@@ -54,7 +54,7 @@ def prepare(cfg, output_dir, args):
 
 
 def write_results(output_dir, results):
-    """Keeps the results of an evaluation, as Detectron2 returns them, in results.json."""
+    """Writes the results of an evaluation to results.json, in Detectron2's format."""
     if comm.is_main_process():
         write_whole(Path(output_dir, "results.json"), json.dumps(results, indent=1))
     return results
@@ -81,7 +81,7 @@ def main_yaml(args):
         cfg.freeze()
     prepare(cfg, cfg.OUTPUT_DIR, args)
     register_datasets(cfg, training=not args.eval_only)
-    if args.eval_only:  # the student alone: no teacher is built
+    if args.eval_only:  # only the student is built, no teacher
         model = FgBgTrainer.build_model(without_pretrained(student_config(cfg)))
         load_exactly(model, last_checkpoint(run_dir if args.resume else "") or cfg.MODEL.WEIGHTS)
         results = FgBgTrainer.test(cfg, model)

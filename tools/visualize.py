@@ -1,20 +1,23 @@
 #!/usr/bin/env python
-"""Draws what distillation sees: split, gate, cosine and KL cell by cell, and detections.
+"""Draws the split, gate, cosine and KL of distillation for each cell, and detections.
 
 Example:
     tools/visualize.py --config-file configs/quickstart/digits_distilled.yaml \\
         --weights output/quickstart/distilled_seed0/model_final.pth \\
         --before output/quickstart/student_seed0/model_final.pth --count 4
 
-Each picture shows one image: ground truth and detections above, and below, per level, which object
-owns each cell, where the gate is open (MODEL.KD.FGBG.GATE), the cosine of the student's and the
-teacher's features, and the background KL that enters the loss.
+Each picture shows an image. The first row has ground truth and detections. Each other row is a
+level, with four maps:
+- the object that owns each cell,
+- where the gate is open (MODEL.KD.FGBG.GATE),
+- the cosine between the features of student and teacher,
+- the background KL, as in the loss.
 
-A checkpoint without adapters, such as a plain student's, gets adapters for the cosine where
-channels differ: linear maps, fitted by least squares on 64 images of the training set.
+The cosine needs adapters if the channels differ. A checkpoint without adapters, such as a plain
+student, gets linear maps. They are fitted by least squares on 64 images of the training set.
 
---angle-and-kl FILE draws one other picture instead, from all these images: two real feature vectors
-whose softmax has a small KL although they point in different directions.
+--angle-and-kl FILE draws another picture instead, from all images: two feature vectors with
+different directions, whose softmax has a small KL.
 """
 
 import argparse
@@ -35,26 +38,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="one that distils")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a config that distils"
+    )
     parser.add_argument("--weights", required=True, metavar="FILE", help="checkpoint of a student")
-    parser.add_argument("--before", default="", metavar="FILE", help="checkpoint of another one")
+    parser.add_argument(
+        "--before", default="", metavar="FILE", help="checkpoint of another student"
+    )
     parser.add_argument(
         "--set", default="", metavar="NAME", help="a registered set; default: the test set"
     )
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="of the set; repeatable"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image of the set; repeatable",
     )
     images.add_argument("--count", type=int, default=4, help="images, spread evenly over the set")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, default=Path("output/visualize"), metavar="FOLDER")
     where.add_argument("--show", action="store_true", help="show the pictures in a window")
-    where.add_argument("--angle-and-kl", type=Path, metavar="FILE", help="see above")
+    where.add_argument(
+        "--angle-and-kl", type=Path, metavar="FILE", help="draw this picture instead"
+    )
     add_import_flag(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_args()
     if args.count < 1:
-        parser.error("--count: at least 1")
+        parser.error("--count must be at least 1")
     if not args.show:
         check_writable(args.angle_and_kl or args.output / "x.png")
     pictures = visualize(
@@ -88,4 +101,4 @@ if __name__ == "__main__":
     except (FgBgError, ValueError, OSError) as error:
         _quiet.stop("visualize", error)
     except cv2.error as error:
-        sys.exit(f"visualize: OpenCV has no window here: use --output ({error})")
+        sys.exit(f"visualize: OpenCV cannot open a window: use --output ({error})")

@@ -2,11 +2,11 @@
 """Prints the published results of Detectron2's model zoo, and the results of your own runs.
 
 Example:
-    tools/zoo.py                     runs in output/COCO-Detection/NAME, where the configs write
-    tools/zoo.py --runs elsewhere    runs in elsewhere/NAME
+    tools/zoo.py                     reads output/COCO-Detection/NAME, the default of the configs
+    tools/zoo.py --runs elsewhere    reads elsewhere/NAME
 
-The runs are those of configs/COCO-Detection. Columns are those of Detectron2's MODEL_ZOO.md. The
-numbers of a run come from its metrics.json, config.yaml and log.txt.
+NAME is a config in configs/COCO-Detection. The table has the columns of Detectron2's MODEL_ZOO.md.
+The numbers of a run are from its metrics.json, config.yaml and log.txt.
 """
 
 import argparse
@@ -31,8 +31,8 @@ COLUMNS = (
     "box AP",
     "model id",
 )
-# From MODEL_ZOO.md and projects/ViTDet/README.md of Detectron2, commit 02b5c4e2: measured on eight
-# V100, ViTDet on 64 A100.
+# From MODEL_ZOO.md and projects/ViTDet/README.md of Detectron2, commit 02b5c4e2. They were measured
+# on eight V100 GPUs, ViTDet on 64 A100 GPUs.
 PUBLISHED = (
     ("RetinaNet R50", "1x", "0.205", "0.041", "4.1", "37.4", "190397773"),
     ("RetinaNet R50", "3x", "0.205", "0.041", "4.1", "38.7", "190397829"),
@@ -40,11 +40,11 @@ PUBLISHED = (
     ("Faster R-CNN X101-FPN", "3x", "0.638", "0.098", "6.7", "43.0", "139173657"),
     ("Mask R-CNN ViTDet-B", "100 epochs", "0.314", "0.079", "10.9", "51.6", "325346929"),
 )
-ONE_SCHEDULE = 90_000  # the iterations of "1x"
+ONE_SCHEDULE = 90_000  # iterations of "1x"
 
 
 def run_row(name: str, folder: Path) -> dict[str, str]:
-    """The row of a config's run, which may be missing, unfinished or damaged."""
+    """The row of a config's run. The run can be missing, unfinished or damaged."""
     row = dict.fromkeys(COLUMNS, "")
     row["name"] = name
     if not (folder / "metrics.json").is_file():
@@ -52,7 +52,7 @@ def run_row(name: str, folder: Path) -> dict[str, str]:
     try:
         metrics, cfg = last_rows(folder), read_config_file(folder)
         log = (folder / "log.txt").read_text() if (folder / "log.txt").is_file() else ""
-    except (FgBgError, OSError, ValueError) as error:  # the other rows stand without this one
+    except (FgBgError, OSError, ValueError) as error:  # the other rows are still printed
         print(f"{name}: {error}", file=sys.stderr)
         return row | {"box AP": "damaged"}
     if "SOLVER" in cfg:

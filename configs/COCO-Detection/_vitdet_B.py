@@ -1,4 +1,4 @@
-# Mask R-CNN on ViTDet-B with the weights of Detectron2's projects/ViTDet. Needs Detectron2 main.
+# Mask R-CNN with ViTDet-B and weights of Detectron2's projects/ViTDet. It needs Detectron2 main.
 from detectron2 import model_zoo
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model

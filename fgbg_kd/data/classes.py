@@ -1,4 +1,4 @@
-"""Names of classes. Sets, detectors and files agree on a class by its name, not by its number."""
+"""Class names. Sets, detectors and files are matched by class name, not by class number."""
 
 import difflib
 import functools
@@ -15,7 +15,7 @@ from ..utils.errors import ConfigError, DataError
 
 
 def class_names(path: str) -> list[str]:
-    """The names of the categories in a COCO file, in the order of their ids.
+    """The category names of a COCO file, in the order of their ids.
 
     Raises:
         DataError: the file has no list of named categories.
@@ -35,18 +35,18 @@ def _class_names(path: str, _modified: float) -> tuple[str, ...]:
 def names_of(categories: list[dict]) -> list[str]:
     """The names of a COCO file's categories, in the order of their ids.
 
-    This is the order of a detector's classes 0, 1, ... that is trained on the file.
+    A detector that is trained on the file has its classes 0, 1, ... in this order.
     """
     return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
 
 
 def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
-    """The names of the classes of a config's training set, in the order of their numbers.
+    """The class names of a config's training set, in the order of the class numbers.
 
     They are read from DATASETS.TRAIN_JSON, or from the metadata of a registered set.
 
     Returns:
-        None if neither gives names.
+        The names; None if neither source has names.
 
     Raises:
         DataError: DATASETS.TRAIN_JSON is not a COCO file.
@@ -64,12 +64,12 @@ def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
 
 
 def match_categories(classes: Sequence[str], categories: list[dict], path: str) -> dict[int, int]:
-    """The category ids of a COCO file, matched by name to the classes of a detector.
+    """Matches the categories of a COCO file to the classes of a detector by name.
 
     Args:
         classes: names of the detector's classes 0, 1, ...
-        categories: of the file: dicts with "id" and "name", in any order and numbering.
-        path: of the file, for the message.
+        categories: the file's categories: dicts with "id" and "name", in any order and numbering.
+        path: the file's path, for the message.
 
     Returns:
         Class number by category id: {1: 1, 2: 0} if the file has the detector's two classes in the
@@ -92,8 +92,8 @@ def match_categories(classes: Sequence[str], categories: list[dict], path: str) 
         extra = sorted(set(ids) - set(classes) - {near[0] for near in hints.values() if near})
         fixes = [*renamed]
         if lacking:
-            fixes.append(f'add {_listed(lacking)} to its list "categories" (annotations of them '
-                         "are not needed)")  # fmt: skip
+            fixes.append(f'add {_listed(lacking)} to its list "categories" (they need no '
+                         "annotations)")  # fmt: skip
         if extra:
             fixes.append(f"remove {_listed(extra)} with their annotations")
         raise DataError(
@@ -108,14 +108,14 @@ def match_categories(classes: Sequence[str], categories: list[dict], path: str) 
 def check_num_classes(cfg: CfgNode, num_classes: int) -> None:
     """Checks that a detector and the registered sets of a config have the same classes.
 
-    Otherwise it would be trained on, or evaluated as, other classes without an error.
+    Otherwise the detector could be trained or evaluated with wrong classes without an error.
 
     Args:
-        num_classes: of the detector.
+        num_classes: the detector's number of classes.
 
     Raises:
         DataError: two sets have different classes.
-        ConfigError: the detector has another number of classes than the sets.
+        ConfigError: the detector and the sets have different numbers of classes.
     """
     sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     check_same_classes(sets)
@@ -130,10 +130,11 @@ def check_num_classes(cfg: CfgNode, num_classes: int) -> None:
 
 
 def check_same_classes(sets: Sequence[str]) -> None:
-    """Checks that registered sets have the same names of classes in the same order.
+    """Checks that registered sets have the same class names in the same order.
 
     Args:
-        sets: names in Detectron2's MetadataCatalog. Those without ``thing_classes`` are skipped.
+        sets: names in Detectron2's MetadataCatalog. Sets without ``thing_classes`` are
+            skipped.
 
     Raises:
         DataError: two sets differ. The message lists the classes of both.
@@ -145,8 +146,9 @@ def check_same_classes(sets: Sequence[str]) -> None:
         if classes != expected:
             same = set(classes) == set(expected)
             raise DataError(
-                f"The sets {first} and {name} have {'another order of' if same else 'different'} "
-                f"classes.\n  {first}: {_listed(expected)}\n  {name}: {_listed(classes)}\n"
+                f"The sets {first} and {name} have "
+                f"{'the same classes in different orders' if same else 'different classes'}.\n"
+                f"  {first}: {_listed(expected)}\n  {name}: {_listed(classes)}\n"
                 "Give both the same classes in the same order (thing_classes of their metadata)."
             )
 

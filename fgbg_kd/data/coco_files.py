@@ -1,4 +1,4 @@
-"""COCO-format data of the user, named by keys of the config. No Python is needed."""
+"""Registers the user's COCO-format data, which config keys name. No Python code is needed."""
 
 import json
 import logging
@@ -21,18 +21,17 @@ _registered: dict[str, tuple] = {}
 
 
 def register_datasets(cfg: CfgNode, training: bool = True) -> None:
-    """Checks and registers the sets of DATASETS.{TRAIN,TEST}_JSON and _IMAGES, where given.
+    """Checks and registers the sets that DATASETS.{TRAIN,TEST}_JSON and _IMAGES name.
 
-    The classes of the test set are matched to those of the training set by name. So both files may
+    The classes of the test set are matched to the training classes by name. So the two files may
     number them differently.
 
     Args:
-        training: False: only the test set. The training file then need not exist; if it does, its
-            names of classes are still used.
+        training: False: registers only the test set. The training file need not exist. If it
+            exists, its class names are used.
 
     Raises:
-        ConfigError: several names for one file, a name that is taken, or a path that does not
-            exist.
+        ConfigError: a file has several names, a name is already used, or a path does not exist.
         DataError: a file is not valid COCO format, its images do not fit it, or the test set has
             other classes than the training set.
     """
@@ -67,6 +66,7 @@ def _register(
     if name in _registered:
         *origin, known = _registered[name]
         if origin == [path, images, shapes] and classes in (None, known):
+            read_coco(path, training=part == "TRAIN")  # a test set needs other fields too
             return
     if name in DatasetCatalog.list():
         raise ConfigError(
@@ -96,14 +96,14 @@ def _register(
 def read_records(
     path: str, folder: str, numbers: dict[int, int], shapes: bool = False
 ) -> list[dict]:
-    """A COCO file's images with their boxes, as Detectron2's dataset dicts, by image id.
+    """A COCO file's images and boxes as Detectron2's dataset dicts, sorted by image id.
 
     Args:
-        path: of the COCO file, which :func:`read_coco` has checked.
-        folder: where the images are.
+        path: a COCO file that :func:`read_coco` has checked.
+        folder: the folder of the images.
         numbers: class number by category id, as from :func:`match_categories`.
-        shapes: also read masks and keypoints, with Detectron2's own reader. It leaves out objects
-            whose mask is unusable, so it is not used for a box detector.
+        shapes: also read masks and keypoints, with Detectron2's reader. This reader leaves out
+            objects with an invalid mask, so it is not used for a box detector.
     """
     if shapes:
         records = load_coco_json(path, folder)
@@ -115,7 +115,7 @@ def read_records(
 
 
 def box_records(content: dict, folder: str, numbers: dict[int, int]) -> list[dict]:
-    """:func:`read_records` for the content of a file, without masks and keypoints."""
+    """:func:`read_records` for a parsed file, without masks and keypoints."""
     records = {
         i["id"]: {
             "file_name": os.path.join(folder, i["file_name"]),

@@ -1,4 +1,4 @@
-"""Detectron2's COCO evaluator for boxes, which also works where pycocotools or the file is odd."""
+"""Detectron2's COCO evaluator for boxes. It also handles unusual files and pycocotools versions."""
 
 import logging
 
@@ -9,22 +9,22 @@ logger = logging.getLogger(__name__)
 
 
 class BoxEvaluator(COCOEvaluator):
-    """COCOEvaluator of boxes.
+    """COCOEvaluator for boxes.
 
-    It differs from Detectron2's in four ways:
+    It differs from COCOEvaluator in four ways:
 
     - A file without "info" is evaluated: pycocotools 2.0.9 and 2.0.10 raise a KeyError.
     - If nothing was detected, AP is 0, not NaN.
     - If AP cannot be computed, the log says why.
-    - The AP of each class gets the right name, also if the file numbers its classes differently
-      from the training set.
+    - The AP of each class has the right name, even if the file and the training set number the
+      classes differently.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
         """
         Args:
             dataset_name: a registered set with a COCO file.
-            output_dir: where detections are written; None: nowhere.
+            output_dir: folder for the detections. None: they are not written.
         """
         super().__init__(dataset_name, tasks=("bbox",), output_dir=output_dir)
         self._coco_api.dataset.setdefault("info", {})
@@ -39,8 +39,8 @@ class BoxEvaluator(COCOEvaluator):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if not self._objects:
             logger.warning(
-                "AP cannot be computed: the test set has no objects (or only crowds). Give "
-                "annotations of the test set, or set DATASETS.TEST ()."
+                "AP cannot be computed: the test set has no objects (or only crowds). Add "
+                "annotations to the test set, or set DATASETS.TEST ()."
             )
         elif coco_eval is None:
             logger.warning(

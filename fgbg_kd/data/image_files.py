@@ -7,23 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image, TiffImagePlugin
 
 from ..utils.errors import DataError
-from .images import too_large
+from .images import header_orientation, too_large
 
 logger = logging.getLogger(__name__)
 
-_ORIENTATION = 0x0112  # EXIF's tag; for values over 4, height and width are exchanged
-
 
 def check_images(images: list[dict], folder: str) -> None:
-    """Reads the header of every image file and compares it with the file's entry.
+    """Reads the header of every image file and compares it with the image's entry.
 
     Args:
         images: the entries of a COCO file's list "images".
         folder: where the files are.
 
     Raises:
-        DataError: files are missing, empty, not images, have more than 8 bits per channel, or have
-            another size than their entry says.
+        DataError: a file is missing, empty, or not an image, has more than 8 bits per channel, or
+            its size differs from its entry.
     """
     turned = 0
     faults = []
@@ -53,39 +51,29 @@ def _image_fault(entry: dict, folder: str) -> tuple[str, int]:
     """What is wrong with an image file ("" = nothing), and its EXIF orientation (1 = upright)."""
     try:
         with Image.open(os.path.join(folder, entry["file_name"])) as image:
-            size, mode, orientation = _stored_size(image), image.mode, _orientation(image)
+            size, mode, orientation = _stored_size(image), image.mode, header_orientation(image)
     except FileNotFoundError:
         return "there is no such file", 1
     except Image.DecompressionBombError as error:
         return too_large(error), 1
-    except Exception as error:  # PIL has many
+    except Exception as error:  # Pillow raises many types
         return str(error), 1
     if mode[0] in "IF":  # Detectron2 would clip values at 255
         fix = "convert it to 8 bits per channel"
-        return f"it has more than 8 bits per channel (PIL's mode {mode}): {fix}", orientation
-    upright = size[::-1] if orientation > 4 else size
+        return f"it has more than 8 bits per channel (Pillow's mode {mode}): {fix}", orientation
+    upright = size[::-1] if orientation > 4 else size  # over 4: turned by 90 degrees
     recorded = entry["width"], entry["height"]
     if upright != recorded:
-        how = " after turning it as its EXIF orientation says" if orientation > 4 else ""
+        how = " after its EXIF orientation is applied" if orientation > 4 else ""
         return (
-            f"the JSON file says {recorded} (width, height), but it is {upright}{how}",
+            f"the JSON file says {recorded} (width, height), but the image is {upright}{how}",
             orientation,
         )
     return "", orientation
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height before an image is turned; ``size`` of a TIFF may be that afterwards."""
+    """Width and height before an image is turned. For a TIFF, ``size`` may be the size after."""
     if image.format == "TIFF":
         return image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
     return image.size
-
-
-def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info and image.format != "TIFF":
-        return 1  # getexif() would decode the whole image if it is a PNG
-    try:
-        value = image.getexif().get(_ORIENTATION)
-    except Exception:  # Detectron2 does not turn such an image either
-        return 1
-    return value if value in range(1, 9) else 1

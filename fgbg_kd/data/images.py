@@ -1,4 +1,4 @@
-"""The one reader of images: training, evaluation and prediction see the same pixels of a file."""
+"""The only image reader: training, evaluation and prediction see the same pixels of a file."""
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -7,6 +7,8 @@ from PIL import ExifTags, Image
 
 from ..utils.errors import DataError
 
+# Keys of Pillow's image.info in which an orientation can stand.
+_METADATA = {"exif", "xmp", "XML:com.adobe.xmp"}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,7 +26,7 @@ def read_image(path: str, order: str) -> np.ndarray:
     Detectron2's own reader turns a TIFF twice, and OpenCV's turns a JPEG only.
 
     Args:
-        path: of any format that Pillow reads; the first image of several.
+        path: a file that Pillow can read. If it holds several images, the first is read.
         order: "RGB", "BGR", "L" (grey), or another format of Detectron2's INPUT.FORMAT.
 
     Returns:
@@ -32,15 +34,15 @@ def read_image(path: str, order: str) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: it cannot be decoded, is too large, or has pixels of more than 8 bits.
+        DataError: the image cannot be decoded, is too large, or has more than 8 bits per channel.
     """
     try:
         with PathManager.open(str(path), "rb") as file:
             image = _upright(Image.open(file))
-            if image.mode[0] in "IF":  # a conversion to 8 bits would cut them off at 255
+            if image.mode[0] in "IF":  # a conversion to 8 bits would clip values at 255
                 raise DataError(
-                    f"{path} has pixels of more than 8 bits (Pillow's mode {image.mode}): scale "
-                    "them to 8 bits."
+                    f"{path} has more than 8 bits per channel (Pillow's mode {image.mode}): "
+                    "convert it to 8 bits per channel."
                 )
             return convert_PIL_to_numpy(image, order)
     except (FileNotFoundError, DataError):
@@ -48,34 +50,45 @@ def read_image(path: str, order: str) -> np.ndarray:
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: {too_large(error)}") from error
     except Exception as error:  # a damaged file can raise anything
-        raise DataError(f"{path} is a damaged image, or none ({error}).") from error
+        raise DataError(f"{path} is damaged, or is not an image ({error}).") from error
 
 
 def too_large(error: Image.DecompressionBombError) -> str:
-    """What to do about an image that Pillow refuses for its size, in words."""
+    """The message for an image that Pillow refuses because of its size."""
     fact = str(error).partition(", could be")[0]
     return (
-        f"the image is too large ({fact}). Cut it into parts or make it smaller. To read it all "
-        "the same, write `import PIL.Image; PIL.Image.MAX_IMAGE_PIXELS = None` into a file "
+        f"the image is too large ({fact}). Split the image or make it smaller. To read it "
+        "anyway, write `import PIL.Image; PIL.Image.MAX_IMAGE_PIXELS = None` into a file "
         "large_images.py and give --import large_images.py to the tool."
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # some formats (TIFF) are turned here, and forget their orientation
+def header_orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8, without decoding the image."""
+    if image.format != "TIFF" and not _METADATA & image.info.keys():
+        return 1  # getexif() would decode the whole image if it is a PNG
     try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata: the image is taken as it is stored
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = header_orientation(image)
+    turned_by_pillow = image.format == "TIFF"
+    image.load()
+    if turned_by_pillow:  # its orientation is gone now
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data: the image is taken as it is stored
-        return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def pick(records: list[dict], count: int) -> list[dict]:
-    """Images spread evenly over a set, so that no result decides which are shown.
+    """Chooses images that are spread evenly over a set, independent of any results.
 
     Args:
-        records: Detectron2's dataset dicts. If any has objects, the others are left out.
-        count: how many images at most.
+        records: Detectron2's dataset dicts. If some have objects, the others are left out.
+        count: largest number of images.
     """
 
     def has_objects(record):

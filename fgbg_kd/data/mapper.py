@@ -1,4 +1,4 @@
-"""Detectron2's mapper with this package's reader, and the image's name in what goes wrong."""
+"""Detectron2's mapper with this package's image reader. Its errors name the image."""
 
 import copy
 
@@ -13,7 +13,7 @@ from .images import read_image
 
 
 class NamingMapper(DatasetMapper):
-    """DatasetMapper for boxes that reads by :func:`read_image`. Its errors name the image."""
+    """DatasetMapper for boxes that uses :func:`read_image`. Its errors name the image."""
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -29,7 +29,7 @@ class NamingMapper(DatasetMapper):
             ) from error
 
     def _map(self, dataset_dict: dict) -> dict:
-        """DatasetMapper.__call__ without its masks of semantic segmentation and proposals."""
+        """DatasetMapper.__call__ without semantic segmentation and proposals."""
         image = read_image(dataset_dict["file_name"], self.image_format)
         utils.check_image_size(dataset_dict, image)
         augmented = AugInput(image)

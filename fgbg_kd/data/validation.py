@@ -1,6 +1,6 @@
-"""Checks of a COCO file before training starts on it. Every fault is named with its entries.
+"""Checks a COCO file before training. Each error names the entries with the fault.
 
-docs/bad_input.md lists all cases. Faults that Detectron2 handles by itself are left to it.
+docs/bad_input.md lists all cases. Faults that Detectron2 handles itself are not checked.
 """
 
 import json
@@ -18,19 +18,19 @@ _KEYS = {
 }
 _EVALUATED = {"area": (int, float), "iscrowd": (int, float)}  # read by COCO's evaluation only
 _LARGEST_AREA = 1e10  # COCO's evaluation ignores larger objects
-_MOST_DETECTIONS = 100  # of one class in one image: COCO's evaluation ignores the others
+_MOST_DETECTIONS = 100  # per class and image: COCO's evaluation ignores further detections
 
 
 def read_coco(path: str, *, training: bool) -> dict:
     """Reads a COCO file and checks all of it.
 
-    Boxes without area, and boxes outside or partly outside their image, are not errors. Training
-    leaves them out or cuts them at the border. A warning counts them.
+    Boxes without area or outside their image are not errors: training leaves them out. Boxes partly
+    outside are not errors either: training clips them at the border. A warning counts these boxes.
 
     Args:
-        path: of the JSON file.
-        training: True: there must be a box to learn from. False: COCO's evaluation must be able to
-            use the file.
+        path: the JSON file.
+        training: True: the file must have a box to train on. False: COCO's evaluation must be able
+            to use the file.
 
     Returns:
         The content of the file.
@@ -51,15 +51,15 @@ def read_coco(path: str, *, training: bool) -> dict:
 
 
 def check_coco(content, path: str, *, training: bool) -> None:
-    """The checks of :func:`read_coco`, for the content of a file.
+    """The checks of :func:`read_coco` for a parsed file.
 
     Args:
-        content: what the JSON file holds.
-        path: of the file, for the messages.
-        training: as there.
+        content: the parsed JSON.
+        path: the file's path, for the messages.
+        training: see :func:`read_coco`.
 
     Raises:
-        DataError: as there.
+        DataError: see :func:`read_coco`.
     """
     _check_entries(content, path, training)
     _check_references(content, path)
@@ -97,7 +97,7 @@ def _check_entries(content: dict, path: str, training: bool) -> None:
         _refuse(
             path,
             f"{group} with an id that repeats",
-            "give each its own id",
+            "give each entry its own id",
             [e for e in entries if count[e["id"]] > 1],
         )
 
@@ -110,7 +110,7 @@ def _check_references(content: dict, path: str) -> None:
     _refuse(
         path,
         "categories with a name that repeats",
-        "rename or remove one of each",
+        "rename or remove the duplicates",
         [c for c in content["categories"] if count[c["name"]] > 1],
     )
     _refuse(
@@ -144,7 +144,7 @@ def _check_references(content: dict, path: str) -> None:
 
 
 def _check_evaluated(annotations: list[dict], path: str) -> None:
-    """Refuses or counts what COCO's evaluation would silently ignore or never find."""
+    """Refuses or counts objects that COCO's evaluation would silently ignore or never match."""
     _refuse(
         path,
         "annotations with an id under 1, which COCO's evaluation counts as never found",
@@ -165,7 +165,7 @@ def _check_evaluated(annotations: list[dict], path: str) -> None:
         logger.warning(
             f"{path}: in {crowded} cases an image has more than {_MOST_DETECTIONS} objects of one "
             f"class. COCO's evaluation uses at most {_MOST_DETECTIONS} detections of a class in an "
-            "image, so AP stays below 100 whatever the detector finds."
+            "image, so AP cannot reach 100."
         )
 
 
@@ -204,7 +204,7 @@ def _check_boxes(content: dict, path: str, training: bool) -> None:
             useful += not a.get("iscrowd", 0)
     if empty or outside or cut:
         effect = (
-            "Training leaves out the first two kinds and cuts the third at the border."
+            "Training leaves out the first two kinds and clips the third kind at the border."
             if training
             else "COCO's evaluation counts the first two kinds as objects that were not found."
         )
@@ -215,8 +215,8 @@ def _check_boxes(content: dict, path: str, training: bool) -> None:
         )
     if training and not useful:
         raise DataError(
-            f"{path} has no box to learn from. Of its {len(annotations)} annotations, all are "
-            "crowds (iscrowd 1), have no area or lie outside their image: add annotated objects."
+            f"{path} has no box to learn from: all of its {len(annotations)} annotations are "
+            "crowds (iscrowd 1), have no area, or lie outside their image. Add annotated objects."
         )
 
 
@@ -238,13 +238,13 @@ def _check_units(boxes: list[tuple[list, tuple[int, int]]], path: str) -> None:
     """Refuses boxes that are clearly not x, y, width, height in pixels.
 
     Args:
-        boxes: each with its image's (width, height).
+        boxes: pairs of a box and the (width, height) of its image.
     """
-    if len(boxes) < 10:  # too few to judge
+    if len(boxes) < 10:  # too few boxes to decide
         return
     if all(max(box) <= 1 for box, _ in boxes) and any(max(box[2:]) > 0 for box, _ in boxes):
         raise DataError(
-            f"{path}: no box is larger than a pixel. They seem to be fractions of the image: "
+            f"{path}: no box is larger than a pixel. The boxes seem to be fractions of the image: "
             "multiply x and width by the image's width, y and height by its height."
         )
     out = sum(_reaches_out(*box) for box in boxes)
@@ -260,13 +260,13 @@ def _check_units(boxes: list[tuple[list, tuple[int, int]]], path: str) -> None:
 
 
 def _count_unusable_shapes(annotations: list[dict], path: str) -> None:
-    """Warns of masks and keypoints that cannot be read. A box detector does not need them."""
+    """Warns about masks and keypoints that cannot be read. A box detector does not need them."""
     masks = sum(not _is_mask(a.get("segmentation")) for a in annotations)
     keypoints = sum(not _is_keypoints(a.get("keypoints")) for a in annotations)
     if masks or keypoints:
         logger.warning(
             f"{path}: {masks} annotations have a segmentation and {keypoints} have keypoints that "
-            "are not valid COCO format. Their boxes are used all the same."
+            "are not valid COCO format. Their boxes are still used."
         )
 
 

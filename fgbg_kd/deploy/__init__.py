@@ -1,15 +1,15 @@
-"""The student as a file of its own, ONNX or TorchScript, and running such files.
+"""Exports the student to an ONNX or TorchScript file, and runs such files.
 
-An exported detector takes one image of any size, uint8 RGB of shape (H, W, 3), and gives
+An exported detector takes one image of any size, uint8 RGB of shape (H, W, 3), and returns
 
 - boxes: (M, 4) float32, x0, y0, x1, y1 in pixels of that image,
 - scores: (M,) float32,
 - classes: (M,) int64.
 
-With NMS inside, these are the detections, best first. With NMS outside, they are candidates, at
+If the file includes NMS, these are the detections, best first. Otherwise they are candidates, at
 most ``test_topk_candidates`` per level, and the caller applies :func:`suppress` or a similar
-function. Normalisation and padding are inside. Resizing is not: the metadata in the file say the
-size, and the names of the classes (:func:`describe`).
+function. The file includes normalisation and padding, but not resizing. Its metadata give the input
+size and the class names (:func:`describe`).
 """
 
 from ..utils.errors import DeployError

@@ -1,4 +1,4 @@
-"""An exported file is kept only if it detects what PyTorch does."""
+"""Compares an exported file with PyTorch. The file is kept only if their detections agree."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,17 +14,19 @@ from ..utils.files import whole
 from .export import export
 from .run import ExportedDetector, detect
 
-_PARTNERS = 0.99  # smallest share of detections that must agree
+_PARTNERS = 0.99  # smallest share of detections that must have a partner
 
 
 class Agreement(NamedTuple):
     """How much the detections of two detectors agree.
 
-    A detection has a partner if the other detector has one of the same class with an IoU over 0.9.
+    A detection has a partner if the other detector has a detection of the same class with an
+    IoU over 0.9.
 
     Attributes:
         detections: number of detections of the first detector.
-        partners: share of the detections of both that have a partner; NaN without detections.
+        partners: share of all detections (of both detectors) that have a partner; NaN if there are
+            no detections.
         score: largest difference between the scores of partners.
         pixels: largest difference between the corners of partners, in pixels.
     """
@@ -42,7 +44,7 @@ def agreement(
 
     Args:
         reference, other: Detectron2 models.
-        about: their description (:func:`describe`).
+        about: the description of both (:func:`describe`).
         images: (H, W, 3) uint8 RGB.
     """
     total = paired = detections = 0
@@ -67,29 +69,29 @@ def agreement(
 def export_checked(
     model: nn.Module, about: dict, output: Path, images: list[np.ndarray], nms_inside: bool = True
 ) -> tuple[ExportedDetector, Agreement]:
-    """Writes a detector into a file and compares it with PyTorch. A bad file is not kept.
+    """Exports a detector to a file and compares the file with PyTorch.
 
-    A file that is there already stays until the new one has passed.
+    The new file replaces an existing file only after it has passed the comparison.
 
     Args:
         model, about, nms_inside: see :func:`export`.
-        images: (H, W, 3) uint8 RGB, on which both are run.
+        images: (H, W, 3) uint8 RGB, for the comparison.
 
     Raises:
-        DeployError: the file detects something else than PyTorch, or nothing is detected.
+        DeployError: the detections of the file and PyTorch differ, or nothing is detected.
     """
     if output.is_dir():
         raise DeployError(f"{output} is a folder: give the name of a file.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole(output) as partial:
-        partial.touch()  # shows whether it can be written
+        partial.touch()  # fails early if it cannot be written
         export(model, about, str(partial), images[0], nms_inside)
         exported = ExportedDetector(str(partial))
         found = agreement(model, exported, about, images)
         if math.isnan(found.partners):
             raise DeployError(
-                f"{output} is not written: it cannot be checked, for nothing is detected in the "
-                "images. Give --images with objects, and trained weights."
+                f"{output} is not written: nothing is detected in the images, so the file "
+                "cannot be checked. Give --images with objects, and trained weights."
             )
         if found.partners < _PARTNERS:
             raise DeployError(

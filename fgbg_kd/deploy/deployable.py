@@ -10,7 +10,7 @@ from ..utils.errors import DeployError, DetectorError
 
 OUTPUTS = ["boxes", "scores", "classes"]
 
-# Number of channels of an image in each order that a deployed detector may take.
+# Number of image channels for each channel order that a deployed detector may take.
 _CHANNELS = {"RGB": 3, "BGR": 3, "L": 1}
 
 
@@ -21,8 +21,8 @@ def suppress(
 
     Args:
         boxes, scores, classes: the candidates, (M, 4) XYXY, (M,) and (M,).
-        score: candidates of this score or less are left out.
-        iou: of two boxes that overlap by more than this, the better one stays.
+        score: candidates with this score or a lower score are left out.
+        iou: of two boxes with a larger IoU, the box with the lower score is left out.
         limit: largest number of detections.
 
     Returns:
@@ -30,8 +30,8 @@ def suppress(
     """
     good = (scores > score).nonzero()[:, 0]
     boxes, scores, classes = boxes[good], scores[good], classes[good]
-    # Each class is moved to a place of its own, so that one NMS does for all. The 0 stands for an
-    # empty list of boxes.
+    # The boxes of each class are moved to a separate region, so that one NMS handles all classes.
+    # The extra 0 makes max() valid for an empty list of boxes.
     corners = torch.cat([boxes.flatten(), boxes.new_zeros(1)])
     offset = classes.to(boxes.dtype) * (corners.max() - corners.min() + 1)
     keep = nms(boxes + offset[:, None], scores, iou)[:limit]
@@ -39,7 +39,7 @@ def suppress(
 
 
 def in_order(pixels: Tensor, order: str) -> Tensor:
-    """(3, H, W) RGB in 0..255 -> the channels that a detector takes.
+    """(3, H, W) RGB in 0..255 -> the image in the channel order that a detector takes.
 
     Args:
         order: "RGB", "BGR", or "L": grey, (1, H, W), rounded as Pillow does.
@@ -54,7 +54,7 @@ def in_order(pixels: Tensor, order: str) -> Tensor:
 
 
 class Deployable(nn.Module):
-    """A dense detector from pixels to detections, by operations that tracing can follow."""
+    """A dense detector from pixels to detections, with operations that tracing supports."""
 
     def __init__(self, detector: nn.Module, nms_inside: bool = True):
         """
@@ -84,7 +84,7 @@ class Deployable(nn.Module):
         if not self.nms_inside:
             return boxes, scores, classes
         boxes, scores, classes = suppress(boxes, scores, classes, **of.suppression)
-        # After NMS, as in Detectron2: boxes are cut at the image's border, empty ones left out.
+        # As in Detectron2: after NMS, boxes are clipped to the image and empty boxes are left out.
         border = torch.stack([torch.as_tensor(x) for x in (width, height, width, height)])
         boxes = boxes.clamp(min=0).minimum(border.to(boxes))
         good = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
@@ -92,7 +92,7 @@ class Deployable(nn.Module):
 
 
 def _padded(of: DenseView, pixels: Tensor) -> Tensor:
-    """(C, H, W) with the padding of the detector's own preprocessing."""
+    """(C, H, W) with the same padding as in the detector's preprocessing."""
     height, width = pixels.shape[1:]
     if of.square_size:
         more = (0, of.square_size - width, 0, of.square_size - height)
@@ -113,7 +113,7 @@ def _candidates(of: DenseView, boxes: Tensor, scores: Tensor) -> tuple[Tensor, T
     scores = scores[0].flatten(1).unflatten(0, (-1, of.num_classes))  # (A, K, HW)
     scores = scores.permute(2, 0, 1).flatten()  # in Detectron2's order: cells, anchors, classes
     boxes = boxes[0].flatten(1).unflatten(0, (-1, 4)).permute(2, 0, 1).reshape(-1, 4)
-    # A tensor, so that tracing sees the minimum.
+    # A tensor, so that tracing records the minimum.
     count = torch.as_tensor(scores.shape[0]).clamp(max=of.candidates_per_level)
     scores, index = scores.topk(count)
     rows = torch.div(index, of.num_classes, rounding_mode="floor")
@@ -124,19 +124,20 @@ def dense_view(detector: nn.Module) -> DenseView:
     """The view of a detector that can be deployed.
 
     Raises:
-        DeployError: it is not dense, not known, or takes images that are neither RGB nor grey.
+        DeployError: the detector is not dense, is unknown, or takes images that are neither RGB nor
+            grey.
     """
     try:
         found = view(detector)
     except DetectorError as error:
         raise DeployError(str(error)) from error
     if not isinstance(found, DenseView):
-        raise DeployError(f"A {found.name} is not exported: only one-stage detectors are.")
+        raise DeployError(f"A {found.name} cannot be exported: only one-stage detectors can.")
     order, channels = found.channel_order, len(found.normalization[0])
     if _CHANNELS.get(order) != channels:
         raise DeployError(
             f"The {found.name} takes images of {channels} channels in the format {order} "
             "(MODEL.PIXEL_MEAN, INPUT.FORMAT). A deployed detector takes RGB or BGR with 3 "
-            "channels, or L with 1: correct these keys, and train with them."
+            "channels, or L with 1: correct these keys and train again."
         )
     return found

@@ -1,4 +1,4 @@
-"""Writing a detector into a file of its own, and into a smaller one in int8."""
+"""Exports a detector to a file, and to a smaller file in int8."""
 
 import json
 import logging
@@ -21,28 +21,30 @@ from ..utils.files import whole
 from .deployable import OUTPUTS, Deployable, dense_view
 
 FORMATS = (".onnx", ".pt")
-METADATA = "fgbg_kd.json"  # name of the metadata in either kind of file
+METADATA = "fgbg_kd.json"  # key of the metadata in both file formats
 
 logger = logging.getLogger(__name__)
 
 
 def load_for_deployment(config: str, weights: str, need_ids: bool = True) -> tuple[nn.Module, dict]:
-    """The detector (of a config that distils: the student) of a YAML config, and its description.
+    """Loads the detector of a YAML config and describes it.
+
+    The detector of a distillation config is the student.
 
     Args:
-        config: path, or a name of the model zoo.
-        weights: its checkpoint; "": the one that the config names.
+        config: a path, or a name in the model zoo.
+        weights: its checkpoint. "": the checkpoint that the config names.
         need_ids: see :func:`describe`.
 
     Raises:
         DeployError: the config is not YAML, or its detector cannot be deployed or described.
-        ConfigError: there is no such config.
+        ConfigError: the config does not exist.
         CheckpointError: the weights do not fill the detector exactly.
     """
     if config.endswith(".py"):
         raise DeployError(
-            f"{config} is a Python config. Only a YAML config is deployed: write one with the "
-            "same detector. It loads the same checkpoint."
+            f"{config} is a Python config. Only a YAML config can be deployed: write a YAML "
+            "config with the same detector. It loads the same checkpoint."
         )
     cfg = read_detector_config(config)
     detector = load_detector(cfg, weights or weights_of(config, cfg))
@@ -53,18 +55,19 @@ def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
     """What a user of a detector needs to know, as values that JSON can hold.
 
     Args:
-        need_ids: False: classes are numbered, with a warning, where the data of the config do not
-            give the categories.
+        need_ids: what to do if the config's data do not give the categories. True: raise an error.
+            False: number the classes and log a warning.
 
     Returns:
         - "categories": COCO's [{"id", "name"}, ...] in the order of the classes' numbers.
-        - "min_size", "max_size": to resize an image, its shorter side to "min_size" unless the
-          longer one exceeds "max_size" (INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST).
+        - "min_size", "max_size": an image is resized so that its shorter side is "min_size". If its
+          longer side would exceed "max_size", the longer side is "max_size" (INPUT.MIN_SIZE_TEST,
+          INPUT.MAX_SIZE_TEST).
         - "input_size": [height, width] if the detector takes one size only; otherwise None.
         - "suppression": keyword arguments of :func:`suppress`.
 
     Raises:
-        DeployError: the detector cannot be deployed, or the data of the config do not give the
+        DeployError: the detector cannot be deployed, or the config's data do not give the
             categories.
     """
     of = dense_view(detector)
@@ -89,7 +92,7 @@ def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
         if os.path.isfile(path):
             found = json.loads(Path(path).read_text())["categories"]
         elif path:
-            problems.append(f"DATASETS.{part}_JSON {path} is not there")
+            problems.append(f"DATASETS.{part}_JSON {path} does not exist")
         elif cfg.DATASETS[part]:
             known = MetadataCatalog.get(cfg.DATASETS[part][0])
             ids = known.get("thing_dataset_id_to_contiguous_id") or {}
@@ -100,26 +103,26 @@ def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
         if found:
             problems.append(f"DATASETS.{part} has {len(found)} categories for {number} classes")
     if problems:
-        unknown = f"Names and COCO ids of the classes are not known: {', '.join(problems)}."
+        unknown = f"Class names and COCO ids are not known: {', '.join(problems)}."
         if need_ids:
             raise DeployError(f"{unknown} Put the file there, or correct the config.")
-        logger.warning(f"{unknown} They are numbered.")
+        logger.warning(f"{unknown} The classes are numbered.")
     return [{"id": i + 1, "name": f"class {i}"} for i in range(number)]
 
 
 def export(
     detector: nn.Module, about: dict, output: str, image: np.ndarray, nms_inside: bool = True
 ) -> None:
-    """Writes a detector into a file.
+    """Exports a detector to a file.
 
     Args:
-        detector, about: of :func:`load_for_deployment`.
+        detector, about: results of :func:`load_for_deployment`.
         output: name.onnx, or name.pt for TorchScript.
-        image: (H, W, 3) uint8, an example. The file takes other sizes too.
-        nms_inside: False: the file gives candidates.
+        image: an example, (H, W, 3) uint8. The file also takes other sizes.
+        nms_inside: False: the file returns candidates.
 
     Raises:
-        DeployError: the name has another ending, or the package onnx is missing.
+        DeployError: ``output`` has another suffix, or the package onnx is missing.
     """
     if Path(output).suffix not in FORMATS:
         raise DeployError(f"{output}: give a name that ends in .onnx, or in .pt for TorchScript.")
@@ -127,8 +130,9 @@ def export(
     model, example = Deployable(detector, nms_inside), torch.from_numpy(image.copy())
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings():
-        # PyTorch warns that sizes are traced, which is intended, and that the exporter is the
-        # older one: the newer one cannot follow Detectron2's use of the number of boxes.
+        # PyTorch warns that sizes are traced, which is intended. It also warns that this exporter
+        # is the older one. The newer exporter does not support how Detectron2 uses the number of
+        # boxes.
         warnings.simplefilter("ignore")
         if output.endswith(".pt"):
             extra = {METADATA: json.dumps(about)}
@@ -152,13 +156,13 @@ def export(
 
 
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:
-    """Writes an ONNX file with convolutions in int8, by onnxruntime's quantiser.
+    """Writes an ONNX file with int8 convolutions, using onnxruntime's quantiser.
 
-    If it fails or is interrupted, a file that was there before stays.
+    If it fails or is interrupted, an existing output file is not changed.
 
     Args:
-        source: an ONNX file of :func:`export`.
-        images: (H, W, 3) uint8 RGB, which give the ranges of activations (static quantisation).
+        source: an ONNX file from :func:`export`.
+        images: (H, W, 3) uint8 RGB. They give the ranges of activations (static quantisation).
             None: the ranges are taken from each image when the file is run (dynamic).
 
     Raises:
@@ -172,7 +176,7 @@ def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = Non
         prepared = os.path.join(folder, "prepared.onnx")
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         if images is None:
-            # onnxruntime's integer convolution on a CPU takes unsigned weights only.
+            # On CPUs, onnxruntime's integer convolution takes unsigned weights only.
             q.quantize_dynamic(
                 prepared, partial, op_types_to_quantize=["Conv"], weight_type=q.QuantType.QUInt8
             )

@@ -1,4 +1,4 @@
-"""From a config and a checkpoint to checked files, with their size, speed and accuracy."""
+"""Exports a config's detector, checks the files, and measures size, speed and accuracy."""
 
 import os
 import tempfile
@@ -34,24 +34,25 @@ def export_config(
     evaluate: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Exports the detector of a config, checks the file, and measures it beside PyTorch.
+    """Exports the detector of a config, checks the file, and measures the file and PyTorch.
 
     Args:
         config: a YAML config.
         weights: its checkpoint.
         output: name.onnx, or name.pt for TorchScript.
-        nms_inside: False: the file gives candidates.
+        nms_inside: False: the file returns candidates.
         int8: "static" or "dynamic": also writes name.int8.onnx (:func:`quantize`).
         calibration: number of training images for "static".
-        images: files to check it on; none: 8 of DATASETS.TEST.
+        images: image files for the check. Empty: 8 images of DATASETS.TEST.
         evaluate: whether AP on DATASETS.TEST is measured.
-        say: gets a line of text about the check.
+        say: is called with a line of text about the check.
 
     Returns:
         A row for each detector: "detector", "MB", "ms_per_image", and "AP" if it is measured.
 
     Raises:
-        DeployError: the detector cannot be exported, or its file does not do what PyTorch does.
+        DeployError: the detector cannot be exported, or the file and PyTorch detect different
+            objects.
     """
     model, about = load_for_deployment(config, weights)
     cfg = None
@@ -82,7 +83,7 @@ def export_config(
 def _measured(
     models: dict[str, Callable], about: dict, images: list[np.ndarray], cfg: CfgNode | None
 ) -> list[dict]:
-    """A row for each detector; with AP if there is a config."""
+    """A row for each detector. It contains AP if a config is given."""
     calls = {
         name: lambda i, m=m: detect(m, about, images[i % len(images)]) for name, m in models.items()
     }

@@ -1,4 +1,4 @@
-"""A detector on images, folders and videos: pictures of what it finds, and COCO's JSON."""
+"""Runs a detector on images, folders and videos. Draws detections and writes COCO's JSON."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -37,23 +37,24 @@ def predict(
     say: Callable[[str], None] = print,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Summary:
-    """Runs a detector on files and writes what it finds.
+    """Runs a detector on files and writes its detections.
 
     Args:
         detector: name.onnx, name.pt, or a YAML config.
         inputs: images, videos, and folders of images.
-        weights: of a config.
-        output: folder for pictures and videos with the detections drawn; None: nothing is drawn.
-        results: JSON file for COCO's results; None: not written.
+        weights: checkpoint for a config.
+        output: folder for images and videos with drawn detections. None: nothing is drawn.
+        results: JSON file for COCO's results. None: it is not written.
         ids: COCO file that gives the ids of images and categories in ``results``.
-        score: detections under it are left out.
-        say: gets warnings.
-        progress: gets the state after each image.
+        score: detections with a lower score are left out.
+        say: is called with each warning.
+        progress: is called with a line of text after each image.
 
     Raises:
-        DataError: some inputs could not be read, and the others are done. Or the file of ``ids`` is
-            damaged, and nothing is done.
-        DeployError, ConfigError, CheckpointError: nothing is done, or a file cannot be written.
+        DataError: some inputs could not be read (all others are processed). Or the file of ``ids``
+            is damaged or has other classes (no input is processed).
+        DeployError, ConfigError, CheckpointError: no input is processed, or a file cannot be
+            written.
     """
     found = find(inputs)
     drawn_to = targets(found, output) if output else {}
@@ -68,16 +69,16 @@ def predict(
     if score < (lowest := about["suppression"]["score"]):
         say(
             f"--score {score:g}: the detector itself leaves out scores of {lowest:g} and less. For "
-            "more, lower SCORE_THRESH_TEST of the detector in its config, and export it again."
+            "more detections, lower SCORE_THRESH_TEST in its config and export it again."
         )
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
     if results:
-        results.open("a").close()  # shows whether it can be written
+        results.open("a").close()  # fails early if it cannot be written
     run = _Run(model, about, score, category_ids if results else None, drawn_to, say, progress)
     try:
         unread = run.all(found, image_ids)
-    finally:  # a damaged file or Ctrl-C does not lose what was found before
+    finally:  # after a damaged file or Ctrl-C, earlier detections are kept
         if results:
             results.write_text(json.dumps(run.rows))
     if unread:
@@ -96,7 +97,7 @@ class _Run:
         self.images = self.detections = 0
 
     def all(self, inputs: dict[Path, Path], ids: dict[Path, int]) -> int:
-        """Goes through the inputs of :func:`find`; returns how many could not be read."""
+        """Processes the inputs of :func:`find`. Returns how many could not be read."""
         unread = 0
         for place, file in inputs.items():
             try:
@@ -141,22 +142,23 @@ class _Run:
             if writer:
                 writer.release()
         if number < 0:
-            raise DataError(f"{file}: no frame of it can be read.")
+            raise DataError(f"{file}: none of its frames can be read.")
         if number + 1 < video.count:
             self.say(
-                f"{file}: its header counts {video.count} frames, and only {number + 1} could be "
+                f"{file}: its header counts {video.count} frames, but only {number + 1} could be "
                 "read."
             )
 
 
 def find(paths: list[Path]) -> dict[Path, Path]:
-    """Images, videos, and the images of folders.
+    """Finds the images and videos in a list of files and folders.
 
     Returns:
-        Files by their place in the output: the name, or the path below the folder that was given.
+        The file for each place in the output. The place is the file's name, or its path relative to
+        the given folder.
 
     Raises:
-        DeployError: a path does not exist, or two files have one place.
+        DeployError: a path does not exist, or two files have the same place.
     """
     found = {}
     for path in paths:
@@ -169,14 +171,15 @@ def find(paths: list[Path]) -> dict[Path, Path]:
             place = file.relative_to(path if path.is_dir() else path.parent)
             if place in found:
                 raise DeployError(
-                    f"{found[place]} and {file} would both be {place}: give the folder above them."
+                    f"{found[place]} and {file} would both be written to {place}: give "
+                    "the folder above them."
                 )
             found[place] = file
     return found
 
 
 def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
-    """Where each place is drawn.
+    """The output file for each place.
 
     An image keeps its name, but a format that OpenCV cannot write becomes PNG. A video becomes MP4.
     """
@@ -195,19 +198,19 @@ def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
 def check_not_overwritten(inputs: dict[Path, Path], written: list[Path]) -> None:
     """
     Raises:
-        DeployError: a file would be written that is an input, or that is written twice.
+        DeployError: an output file is also an input, or would be written twice.
     """
     sources, seen = {file.resolve() for file in inputs.values()}, set()
     for path in (p.resolve() for p in written):
         if path in sources:
             raise DeployError(f"{path} is an input: give another --output or --json.")
         if path in seen:
-            raise DeployError(f"{path} would be written twice: give one of its inputs.")
+            raise DeployError(f"{path} would be written twice: give only one of its inputs.")
         seen.add(path)
 
 
 def image_ids_in(file: Path, content: dict, inputs: dict[Path, Path]) -> dict[Path, int]:
-    """The ids of all inputs in a COCO file, whose file_name is their place.
+    """The image ids of all inputs in a COCO file. Its file_name must be the input's place.
 
     Raises:
         DeployError: an input is not in the file.
@@ -220,10 +223,10 @@ def image_ids_in(file: Path, content: dict, inputs: dict[Path, Path]) -> dict[Pa
 
 
 def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
-    """The ids that a COCO file gives to the detector's classes, which it finds by their names.
+    """The category ids of the detector's classes in a COCO file, matched by name.
 
     Returns:
-        In the order of the classes' numbers.
+        The ids in the order of the class numbers.
 
     Raises:
         DataError: the names differ.
@@ -235,18 +238,18 @@ def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is read as an image; otherwise it is tried as a video."""
+    """Whether a file is read as an image. Otherwise it is read as a video."""
     if path.suffix.lower() in _IMAGES:
         return True
     try:
         with Image.open(path) as image:
-            return image.format != "MPEG"  # Pillow knows this kind of video, but reads no frame
-    except Exception:  # no image, or one that cannot be read
+            return image.format != "MPEG"  # Pillow opens MPEG videos, but cannot read a frame
+    except Exception:  # not an image, or not readable
         return False
 
 
 class Video:
-    """Frames of a video, (H, W, 3) RGB, and a writer for a video like it.
+    """Frames of a video, (H, W, 3) RGB, and a writer for a similar video.
 
     Raises:
         DataError: OpenCV cannot open it.
@@ -266,7 +269,7 @@ class Video:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
-        """An MP4 of (width, height) with the same number of frames a second.
+        """An MP4 of (width, height) with the same frame rate.
 
         Raises:
             DeployError: OpenCV cannot write it.
@@ -274,5 +277,5 @@ class Video:
         rate = self.capture.get(cv2.CAP_PROP_FPS) or 25
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         if not writer.isOpened():
-            raise DeployError(f"{path} cannot be written: OpenCV opens no MP4 there.")
+            raise DeployError(f"{path} cannot be written: OpenCV cannot open an MP4 file there.")
         return writer

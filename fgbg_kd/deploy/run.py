@@ -1,4 +1,4 @@
-"""Running an exported file, or a config with its weights, on images."""
+"""Runs an exported file, or a config with its weights, on images."""
 
 import json
 import os
@@ -29,8 +29,8 @@ class ExportedDetector:
     Images are RGB (``input_format``). A TorchScript file is a program: run only files you trust.
 
     Attributes:
-        about: the description in the file, of :func:`describe`, with "nms_inside".
-        run: from an image (H, W, 3) uint8 RGB to boxes, scores and classes as arrays.
+        about: the description in the file: the result of :func:`describe`, and "nms_inside".
+        run: function from an image (H, W, 3) uint8 RGB to boxes, scores and classes as arrays.
     """
 
     input_format = "RGB"
@@ -38,10 +38,10 @@ class ExportedDetector:
     def __init__(self, file: str):
         """
         Args:
-            file: .onnx or .pt, of :func:`export` or :func:`quantize`.
+            file: a .onnx or .pt file from :func:`export` or :func:`quantize`.
 
         Raises:
-            DeployError: there is no such file, or another program wrote it.
+            DeployError: the file does not exist, is damaged, or was written by another program.
         """
         if not os.path.isfile(file):
             raise DeployError(f"{file}: there is no such file.")
@@ -54,8 +54,8 @@ class ExportedDetector:
             raise DeployError(f"{file} cannot be read: {error}") from error
         if lacking := sorted(_DESCRIBED - about.keys()):
             raise DeployError(
-                f"{file} does not say {', '.join(lacking)}: it was not written by this version's "
-                "tools/export.py. Export the detector again."
+                f"{file} has no metadata for {', '.join(lacking)}: it was not written by this "
+                "version's tools/export.py. Export the detector again."
             )
         self.about = about
 
@@ -96,16 +96,16 @@ class ExportedDetector:
 
 
 def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[Callable, dict]:
-    """A detector to run, from an exported file or from a YAML config and its weights.
+    """Opens a detector: an exported file, or a YAML config and its weights.
 
     Args:
-        need_ids: of a config; see :func:`describe`.
+        need_ids: for a config; see :func:`describe`.
 
     Returns:
         A Detectron2 model, and its description (:func:`describe`).
 
     Raises:
-        DeployError, ConfigError, CheckpointError: of :class:`ExportedDetector` and
+        DeployError, ConfigError, CheckpointError: see :class:`ExportedDetector` and
             :func:`load_for_deployment`.
     """
     if Path(path).suffix in FORMATS:
@@ -115,7 +115,7 @@ def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[
 
 
 def resized(image: np.ndarray, about: dict) -> np.ndarray:
-    """An image (H, W, 3) in the size that the detector takes."""
+    """Resizes an image (H, W, 3) to the size that the detector takes."""
     if about["input_size"]:
         return ResizeTransform(*image.shape[:2], *about["input_size"]).apply_image(image)
     resize = ResizeShortestEdge(about["min_size"], about["max_size"])
@@ -127,9 +127,10 @@ def detect(model: Callable, about: dict, image: np.ndarray, score: float = 0.0) 
     """Detections in an image.
 
     Args:
-        model, about: of :func:`open_detector`.
+        model, about: results of :func:`open_detector`.
         image: (H, W, 3) uint8 RGB.
-        score: detections under it are left out, beside those that the detector leaves out itself.
+        score: detections with a lower score are left out. The detector's own threshold also
+            applies.
 
     Returns:
         "pred_boxes" in pixels of the image, "scores", "pred_classes"; on the CPU.
@@ -142,10 +143,10 @@ def detect(model: Callable, about: dict, image: np.ndarray, score: float = 0.0) 
 
 
 def coco_results(found: Instances, ids: list[int], image_id: int | str) -> list[dict]:
-    """Detections of an image in the format of COCO's results.
+    """Detections of an image in COCO's results format.
 
     Args:
-        ids: COCO's category ids in the order of the classes' numbers.
+        ids: COCO's category ids in the order of the class numbers.
     """
     rows = instances_to_coco_json(found, image_id)
     for row in rows:
@@ -154,7 +155,7 @@ def coco_results(found: Instances, ids: list[int], image_id: int | str) -> list[
 
 
 def draw(found: Instances, about: dict, image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) uint8 RGB with the detections drawn into it."""
+    """An image (H, W, 3) uint8 RGB with the detections drawn."""
     with readable([category["name"] for category in about["categories"]]) as names:
         metadata = Metadata(name="detections", thing_classes=names)
         return Visualizer(image, metadata).draw_instance_predictions(found).get_image()

@@ -1,7 +1,8 @@
-"""Detectors: the contract that distillation needs, and parts that Detectron2 lacks."""
+"""Detectors: the interface that distillation needs, and parts that Detectron2 lacks."""
 
 from .dense import DenseOutput, DenseView, DetectorView, FeatureLevel, register_view, view
 from .fcos import FCOS, build_fcos_resnet_fpn_backbone
+from .retinanet_fcos import FCOSView, RetinaNetView  # registers both
 from .timm_backbone import (
     build_retinanet_timm_fpn_backbone,
     build_timm_backbone,
@@ -10,6 +11,8 @@ from .timm_backbone import (
 
 __all__ = [
     "FCOS",
+    "FCOSView",
+    "RetinaNetView",
     "DenseOutput",
     "DenseView",
     "DetectorView",

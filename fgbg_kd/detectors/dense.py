@@ -1,19 +1,15 @@
-"""What distillation asks of a detector. The only file that knows RetinaNet and FCOS by name.
+"""The interface to detectors, and the registry of the one-stage detectors that are known.
 
-The rest of the package asks a :class:`DetectorView` and never looks into a detector. A new
-one-stage detector needs one subclass of :class:`DenseView` (docs/extending.md).
+Other code uses a :class:`DetectorView`, not the detector's own attributes. A new one-stage detector
+needs one subclass of :class:`DenseView` (docs/extending.md).
 
-Shapes: N images, level l with (H_l, W_l) cells, C channels, K classes, A_l anchors a cell.
+Shapes: N images, level l with (H_l, W_l) cells, C channels, K classes, A_l anchors per cell.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from detectron2.modeling import RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
@@ -23,7 +19,7 @@ Maps = Sequence[Tensor]  # one per level
 
 
 class FeatureLevel(NamedTuple):
-    """A feature map of a detector: its name, its stride in pixels, its number of channels."""
+    """A feature map of a detector: its name, stride in pixels and number of channels."""
 
     name: str
     stride: int
@@ -47,7 +43,7 @@ class DenseOutput(NamedTuple):
 
 
 class DetectorView:
-    """A detector of which only the features are used, such as Faster R-CNN."""
+    """View of a detector that gives only features to distillation, such as Faster R-CNN."""
 
     dense = False
     # Value of padding after normalisation.
@@ -64,7 +60,7 @@ class DetectorView:
 
     @property
     def levels(self) -> list[FeatureLevel]:
-        """Its feature maps, finest first."""
+        """The feature maps, finest first."""
         shapes = self.detector.backbone.output_shape()
         names = sorted(shapes, key=lambda name: shapes[name].stride)
         return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
@@ -81,7 +77,7 @@ class DetectorView:
 
     @property
     def size_divisibility(self) -> int:
-        """Height and width of a padded batch are multiples of it."""
+        """Height and width of a padded batch are multiples of this number."""
         backbone = self.detector.backbone
         constraints = getattr(backbone, "padding_constraints", {})  # v0.6 has none
         return max(constraints.get("size_divisibility", backbone.size_divisibility), 1)
@@ -93,7 +89,7 @@ class DetectorView:
 
     @property
     def loss_normalizer(self) -> float | None:
-        """Number by which the detector divides its own losses; None: it keeps none."""
+        """Number by which the detector divides its own losses; None: it has none."""
         return getattr(self.detector, "loss_normalizer", None)
 
     @loss_normalizer.setter
@@ -110,23 +106,23 @@ class DetectorView:
 
         Args:
             images: (N, 3, H, W), normalised and padded.
-            logits: whether the class logits are needed. A detector that is not dense has none.
-            boxes: whether decoded boxes are needed, likewise.
+            logits, boxes: whether class logits, and decoded boxes, are needed. A detector that is
+                not dense has neither.
         """
         return DenseOutput(self.features(images))
 
     def network(self, images: Tensor) -> Any:
-        """The part that costs the same for every image; its operations are counted."""
+        """Runs the part with the same cost for every image, for counting its operations."""
         maps, rpn = self.detector.backbone(images), self.detector.proposal_generator
         return rpn.rpn_head([maps[name] for name in rpn.in_features])
 
 
 class DenseView(DetectorView):
-    """A one-stage detector: it predicts classes and boxes in every cell.
+    """View of a one-stage detector, which predicts classes and boxes in every cell.
 
-    A subclass for a new detector defines :meth:`levels`, :attr:`cell_anchors`, :meth:`head`,
-    :meth:`logits`, :meth:`decode`, :meth:`losses`, :attr:`suppression` and, if they differ from
-    Detectron2's habits, the attributes of :class:`DetectorView`.
+    A subclass for a new detector defines :attr:`levels`, :attr:`cell_anchors`, :meth:`head`,
+    :meth:`logits`, :meth:`decode`, :meth:`losses` and :attr:`suppression`. It also defines the
+    attributes of :class:`DetectorView` that differ from Detectron2's conventions.
     """
 
     dense = True
@@ -137,7 +133,7 @@ class DenseView(DetectorView):
 
     @property
     def cell_anchors(self) -> list[Tensor]:
-        """Per level (A_l, 4), XYXY around the cell. Equal anchors mean comparable logits."""
+        """Per level (A_l, 4), XYXY around the cell. With equal anchors, logits are comparable."""
         raise NotImplementedError
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
@@ -145,17 +141,17 @@ class DenseView(DetectorView):
         return self.detector.preprocess_image(batched_inputs)
 
     def head(self, features: Maps) -> Any:
-        """The head's own output; :attr:`DenseOutput.raw`."""
+        """The head's own output, kept as :attr:`DenseOutput.raw`."""
         raise NotImplementedError
 
     def class_logits(self, features: Maps) -> Maps:
-        """The logits alone, for a teacher whose boxes are not needed."""
+        """Only the logits, for a teacher whose boxes are not needed."""
         return self.logits(self.head(features))
 
     def logits(self, raw: Any) -> Maps:
-        """Per level (N, A_l*K, H_l, W_l), classes fastest; sigmoid(logits) is the class score.
+        """Per level (N, A_l*K, H_l, W_l), classes innermost; sigmoid(logits) is the class score.
 
-        A head of another form (objectness, softmax) returns the logits of its final score.
+        For another kind of head (objectness, softmax), these are the logits of its final score.
         """
         raise NotImplementedError
 
@@ -178,30 +174,30 @@ class DenseView(DetectorView):
 
     @property
     def candidates_per_level(self) -> int:
-        """Number of best-scored predictions of a level that go into suppression."""
+        """Number of predictions per level, by highest score, that enter suppression."""
         return self.detector.test_topk_candidates
 
     def keep_classes(self, keep: list[int]) -> None:
-        """Removes the other classes from the head, so that they cost nothing.
+        """Removes all other classes from the head, to save computation.
 
         Raises:
             DetectorError: the head cannot be reduced.
         """
         raise DetectorError(
-            f"Classes cannot be taken out of a {self.name}: train it on the student's classes."
+            f"Classes cannot be removed from a {self.name}: train it on the student's classes."
         )
 
     def run(self, images: Tensor, *, logits: bool = True, boxes: bool = True) -> DenseOutput:
         features = self.features(images)
         if not logits:
             return DenseOutput(features)
-        if not boxes:  # half of the head is enough
+        if not boxes:  # the classification branch is enough
             return DenseOutput(features, self.class_logits(features))
         raw = self.head(features)
         return DenseOutput(features, self.logits(raw), raw=raw)
 
     def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
-        """Maps of the head per level, by names for error messages."""
+        """The head's maps per level, by names for error messages."""
         return {"class logits": output.logits or ()}
 
     def with_boxes(self, output: DenseOutput) -> DenseOutput:
@@ -213,7 +209,7 @@ class DenseView(DetectorView):
 
 
 def channel_order(model: Any) -> str:
-    """ "RGB" or "BGR" of a Detectron2 model: BGR unless its ``input_format`` says so."""
+    """ "RGB" or "BGR": the ``input_format`` of a Detectron2 model; BGR if it has none."""
     return getattr(model, "input_format", None) or "BGR"
 
 
@@ -221,7 +217,7 @@ _views: dict[type, type[DenseView]] = {}
 
 
 def register_view(detector: type) -> Callable[[type[DenseView]], type[DenseView]]:
-    """Class decorator: the :class:`DenseView` of a detector's class and of its subclasses."""
+    """Class decorator: registers a :class:`DenseView` for a detector class and its subclasses."""
 
     def register(cls: type[DenseView]) -> type[DenseView]:
         _views[detector] = cls
@@ -238,7 +234,8 @@ def view(detector: nn.Module) -> DetectorView:
     """
     found = lenient_view(detector)
     if found is None:
-        raise DetectorError(f"A {type(detector).__name__} has no backbone: it is no detector.")
+        name = type(detector).__name__
+        raise DetectorError(f"A {name} has no backbone: give a detector of Detectron2.")
     if not found.dense and isinstance(detector, DenseDetector):
         known = ", ".join(cls.__name__ for cls in _views)
         raise DetectorError(
@@ -250,7 +247,7 @@ def view(detector: nn.Module) -> DetectorView:
 
 
 def lenient_view(detector: nn.Module) -> DetectorView | None:
-    """:func:`view` for a model that is trained without distillation: any model will do."""
+    """:func:`view` for plain training: it accepts any model. None: there is no backbone."""
     for cls in type(detector).__mro__:
         if cls in _views:
             return _views[cls](detector)
@@ -258,93 +255,6 @@ def lenient_view(detector: nn.Module) -> DetectorView | None:
 
 
 def num_classes_of(detector: nn.Module) -> int | None:
-    """Number of classes of a dense detector; None for any other model."""
+    """A dense detector's number of classes; None for any other model."""
     found = lenient_view(detector)
     return found.num_classes if isinstance(found, DenseView) else None
-
-
-class _Detectron2View(DenseView):
-    """Detectron2's DenseDetector: its first two predictions are class logits and box deltas."""
-
-    @property
-    def levels(self) -> list[FeatureLevel]:
-        shapes = self.detector.backbone.output_shape()
-        names = self.detector.head_in_features
-        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
-
-    @property
-    def cell_anchors(self) -> list[Tensor]:
-        return list(self.detector.anchor_generator.cell_anchors)
-
-    def head(self, features: Maps) -> Any:
-        return self.detector.head(features)
-
-    def class_logits(self, features: Maps) -> Maps:
-        head = self.detector.head
-        if type(head) not in (RetinaNetHead, FCOSHead):  # a user's head may work differently
-            return super().class_logits(features)
-        return [head.cls_score(head.cls_subnet(x)) for x in features]
-
-    def logits(self, raw: Any) -> Maps:
-        return raw[0]
-
-    def decode(self, features: Maps, raw: Any) -> Maps:
-        anchors = self.detector.anchor_generator(features)
-        return [self._decode(a.tensor, d) for a, d in zip(anchors, raw[1])]
-
-    def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        """(H*W*A, 4), (N, A*4, H, W) -> (N, A*4, H, W)."""
-        n, channels, h, w = deltas.shape
-        flat = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
-        flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
-        boxes = self.detector.box2box_transform.apply_deltas(
-            flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1)
-        )
-        return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
-
-    def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
-        return {"class logits": output.raw[0], "box deltas": output.raw[1]}
-
-    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
-        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
-
-    @property
-    def suppression(self) -> dict[str, Any]:
-        return {
-            "score": self.detector.test_score_thresh,
-            "iou": self.detector.test_nms_thresh,
-            "limit": self.detector.max_detections_per_image,
-        }
-
-    def keep_classes(self, keep: list[int]) -> None:
-        conv = getattr(self.detector.head, "cls_score", None)
-        if not isinstance(conv, nn.Conv2d):
-            raise DetectorError(
-                f"The {type(self.detector.head).__name__} of the teacher has no convolution "
-                "cls_score from which classes can be taken: train it on the student's classes."
-            )
-        for name, _ in list(conv.named_parameters()):  # the weight, and the bias if there is one
-            per_class = getattr(conv, name).detach().unflatten(0, (-1, self.num_classes))
-            kept = per_class[:, keep].flatten(0, 1)  # (A*K, ...)
-            setattr(conv, name, nn.Parameter(kept, requires_grad=False))
-        conv.out_channels = len(conv.weight)
-        self.detector.num_classes = len(keep)
-
-
-@register_view(RetinaNet)
-class RetinaNetView(_Detectron2View):
-    """Detectron2's RetinaNet."""
-
-
-@register_view(FCOS)
-class FCOSView(_Detectron2View):
-    """Detectron2's FCOS. Distillation compares its class logits; centerness ranks detections."""
-
-    def scores(self, raw: Any) -> Maps:
-        logits, _, centerness = raw
-        return [self._ranked(x.sigmoid(), c.sigmoid()) for x, c in zip(logits, centerness)]
-
-    def _ranked(self, score: Tensor, centerness: Tensor) -> Tensor:
-        """(N, A*K, H, W), (N, A, H, W) -> (N, A*K, H, W)."""
-        per_class = score.unflatten(1, (-1, self.num_classes))
-        return (per_class * centerness[:, :, None]).sqrt().flatten(1, 2)

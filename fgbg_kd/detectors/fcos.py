@@ -1,4 +1,4 @@
-"""Detectron2's FCOS by YAML: it registers none, and has a lazy config only."""
+"""FCOS for YAML configs. Detectron2 does not register its FCOS and has only a lazy config."""
 
 import torch
 from detectron2.config import configurable
@@ -13,9 +13,10 @@ from detectron2.structures import Boxes, Instances
 
 @META_ARCH_REGISTRY.register()
 class FCOS(_FCOS):
-    """Detectron2's FCOS, built from MODEL.FCOS.* too, and trained on images without objects too.
+    """Detectron2's FCOS. It can also be built from MODEL.FCOS.*.
 
-    Its checkpoints are those of Detectron2's class: the names of all tensors agree.
+    It can also be trained on images without objects. It has the same checkpoints as Detectron2's
+    class, because all tensors have the same names.
     """
 
     @configurable
@@ -23,7 +24,7 @@ class FCOS(_FCOS):
         """
         Args:
             input_format: channel order of the images, "BGR" or "RGB".
-            kwargs: those of Detectron2's FCOS.
+            kwargs: arguments of Detectron2's FCOS.
         """
         super().__init__(**kwargs)
         self.input_format = input_format
@@ -59,8 +60,8 @@ class FCOS(_FCOS):
         }
 
     def label_anchors(self, anchors, gt_instances):
-        # v0.6 fails on an empty list of boxes. An empty box lies around no anchor: all of them are
-        # background, as main labels such an image.
+        # Detectron2 v0.6 fails on an empty list of boxes, so such a list gets one empty box. It
+        # contains no anchor. So all anchors are background, as in Detectron2's main branch.
         return super().label_anchors(anchors, [_at_least_one(x) for x in gt_instances])
 
 
@@ -74,7 +75,7 @@ def _at_least_one(gt: Instances) -> Instances:
 
 @BACKBONE_REGISTRY.register()
 def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """ResNet and FPN with P6 and P7 made from P5, where RetinaNet makes them from C5."""
+    """ResNet and FPN. P6 and P7 are computed from P5; RetinaNet computes them from C5."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(
         bottom_up=build_resnet_backbone(cfg, input_shape),

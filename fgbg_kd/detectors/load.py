@@ -1,4 +1,4 @@
-"""From a config and a checkpoint to a detector that has all of the weights, or to an error."""
+"""Builds a detector from a config and a checkpoint that must contain all of its weights."""
 
 import logging
 import os
@@ -96,9 +96,9 @@ def without_pretrained(cfg: CfgNode) -> CfgNode:
 
 
 def build_detector(cfg: CfgNode | DictConfig) -> nn.Module:
-    """Builds the detector of a config with random weights. Of a config that distils, the student.
+    """Builds a config's detector with random weights. If the config distils, it is the student.
 
-    The random state stays unchanged, so that the weights of a student do not depend on its teacher.
+    The random state stays unchanged, so that a student's weights do not depend on its teacher.
     """
     with torch.random.fork_rng(devices=[]):
         if isinstance(cfg, CfgNode):
@@ -112,7 +112,7 @@ def load_detector(cfg: CfgNode | DictConfig, weights: str, sha256: str = "") -> 
     """Builds the detector of a config and fills it by :func:`load_exactly`.
 
     Args:
-        cfg: of a config that distils, the student is built.
+        cfg: config of the detector. If the config distils, the student is built.
         weights, sha256: see :func:`load_exactly`.
 
     Returns:
@@ -124,11 +124,11 @@ def load_detector(cfg: CfgNode | DictConfig, weights: str, sha256: str = "") -> 
 
 
 def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
-    """Fills a detector from a checkpoint, which must have its tensors and no others.
+    """Loads a checkpoint into a detector. It must contain exactly the detector's tensors.
 
     Args:
         weights: path or URL of the checkpoint.
-        sha256: hex digits of the file's sum, or the first of them; "": not checked.
+        sha256: sha256 of the file in hex digits, or its first digits; "": not checked.
 
     Returns:
         The other entries of the checkpoint.
@@ -144,7 +144,7 @@ def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
         rest = checkpointer.load(weights)
     except CheckpointError:
         raise
-    except Exception as error:  # absent, unreachable: each kind of path has its own
+    except Exception as error:  # each kind of path has its own exceptions
         raise CheckpointError(
             f"{weights} cannot be read ({error}). If this machine has no network, download the "
             "file elsewhere and give its path."
@@ -153,7 +153,7 @@ def load_exactly(detector: nn.Module, weights: str, sha256: str = "") -> dict:
     shapes = {k: f"{k} {tuple(a)} in the file, {tuple(b)}" for k, a, b in report.incorrect_shapes}
     faults = {
         "missing in the file": [k for k in report.missing_keys if k not in shapes],
-        # Old checkpoints of Detectron2 hold these two; the config gives them.
+        # Old Detectron2 checkpoints contain these two. Their values come from the config.
         "not in the model": [
             k for k in report.unexpected_keys if k not in ("pixel_mean", "pixel_std")
         ],

@@ -22,7 +22,7 @@ from ..utils.safe_checkpoint import load_tensors
 logger = logging.getLogger(__name__)
 
 _STRIDES = {f"res{i}": 2**i for i in range(1, 7)}
-# Unequal sizes, even and odd multiples of 32: a map that fits all has the stride that it claims.
+# Unequal sizes, even and odd multiples of 32. If a map's size fits all, its stride is as claimed.
 _PROBES = ((64, 160), (96, 128))
 
 
@@ -39,18 +39,18 @@ class TimmBackbone(Backbone):
     ):
         """
         Args:
-            name: a timm model with ``features_only``. A tag ("resnet18.tv_in1k") says which
-                weights it is meant for.
+            name: a timm model that supports ``features_only``. A tag ("resnet18.tv_in1k") names its
+                pretrained weights.
             out_features: names of the maps to return.
             weights: path of a state dict (.pth, .safetensors) with timm's names. It may hold more
                 tensors (the classifier), but not fewer. "": random weights.
-            freeze_bn: fix the statistics and affine parameters of the batch norms.
-            freeze_at: 2 fixes all parameters and batch norms that the map res2 is computed from, 3
-                those of res3, and so on. 0: none.
+            freeze_bn: whether to freeze the statistics and affine parameters of the batch norms.
+            freeze_at: 2 freezes all parameters and batch norms that the map res2 is computed from,
+                3 those of res3, and so on. 0: none.
 
         Raises:
-            ConfigError: no such model or map, maps that are not what they claim to be, or a
-                ``freeze_at`` that names no map.
+            ConfigError: there is no such model or map, a map's shape is not as timm claims, or
+                ``freeze_at`` names no map.
             CheckpointError: the file does not fill the model, or it holds more than numbers.
         """
         super().__init__()
@@ -64,7 +64,7 @@ class TimmBackbone(Backbone):
         self._out_feature_channels = dict(zip(self._out_features, channels))
         self._channels_last = _probe(self.body, name, list(self._out_feature_strides.values()))
         pretrained = self.body.pretrained_cfg
-        # Normalisation of this name's ImageNet weights, RGB in 0..255.
+        # Normalisation for the model's pretrained weights, RGB in 0..255.
         self.pixel_mean, self.pixel_std = (
             [round(255 * v, 3) for v in pretrained[key]] for key in ("mean", "std")
         )
@@ -123,13 +123,13 @@ def _said(error: Exception) -> str:
 
 @torch.no_grad()
 def _probe(body: nn.Module, name: str, strides: list[int]) -> bool:
-    """Proves stride, channels and layout of every map by two small inputs.
+    """Checks stride, channels and layout of every map with two small inputs.
 
     Returns:
         Whether the maps are (N, H, W, C).
 
     Raises:
-        ConfigError: a map has another size than its stride says.
+        ConfigError: a map's shape does not fit its stride and channels, or layouts differ.
     """
     device = next(body.parameters()).device
     was_training, layouts = body.training, set()
@@ -138,7 +138,7 @@ def _probe(body: nn.Module, name: str, strides: list[int]) -> bool:
     for size in _PROBES:
         try:
             maps = body(torch.zeros(1, 3, *size, device=device))
-        except Exception as error:  # a fixed input size, an assertion of its own
+        except Exception as error:  # for example a fixed input size
             raise ConfigError(
                 f"MODEL.TIMM.NAME: timm's {name} does not take images of {size} pixels "
                 f"({_said(error)}): choose a model without a fixed input size."
@@ -183,14 +183,14 @@ def _freeze(body: nn.Module, names: set[str]) -> None:
 
 
 def _load(body: nn.Module, path: str, name: str) -> None:
-    """Fills the model. timm's extractors flatten names ("blocks.0" to "blocks_0"): both work."""
+    """Loads a file. Names may be a timm model's ("blocks.0") or an extractor's ("blocks_0")."""
     if not os.path.isfile(path):
         raise CheckpointError(
-            f"MODEL.TIMM.WEIGHTS: there is no file {path}. This command makes it where there is a "
-            f"network:\n"
+            f"MODEL.TIMM.WEIGHTS: there is no file {path}. Create it with this command on a "
+            f"machine with a network:\n"
             f"  python -c \"import timm, torch; torch.save(timm.create_model('{name}', "
             f"pretrained=True).state_dict(), '{path}')\"\n"
-            'Where MODEL.WEIGHTS holds the whole detector, set MODEL.TIMM.WEIGHTS "".'
+            'If MODEL.WEIGHTS holds the whole detector, set MODEL.TIMM.WEIGHTS "" instead.'
         )
     saved = {k.replace(".", "_"): v for k, v in _read(path).items()}
     state = body.state_dict()
@@ -202,13 +202,14 @@ def _load(body: nn.Module, path: str, name: str) -> None:
     if missing:
         raise CheckpointError(
             f"MODEL.TIMM.WEIGHTS: {path} lacks {len(missing)} of the {len(state)} tensors of "
-            f"timm's {name}, such as {missing[:3]}: it is not the state dict of that model."
+            f"timm's {name}, such as {missing[:3]}: give a state dict of this model."
         )
     loaded = {k: saved[k.replace(".", "_")] for k in state}
     bad = [k for k, v in loaded.items() if not v.isfinite().all()]
     if bad:
         raise CheckpointError(
-            f"MODEL.TIMM.WEIGHTS: {len(bad)} tensors of {path} are not finite, such as {bad[:3]}."
+            f"MODEL.TIMM.WEIGHTS: {len(bad)} tensors of {path} are not finite, such as {bad[:3]}: "
+            "use another checkpoint."
         )
     body.load_state_dict(loaded)
 
@@ -252,9 +253,9 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> TimmBackbo
 
 
 def _check_input(cfg, backbone: TimmBackbone) -> None:
-    """Warns if pretrained weights get other pixels than in their training.
+    """Warns if the input differs from the input that timm's pretrained weights expect.
 
-    It is no error: weights of another origin may have been trained on these pixels.
+    This is not an error, because weights from elsewhere may have been trained with this input.
     """
     mean, std = backbone.pixel_mean, backbone.pixel_std
     if (
@@ -264,7 +265,7 @@ def _check_input(cfg, backbone: TimmBackbone) -> None:
     ):
         return
     logger.warning(
-        f"timm's weights of {cfg.MODEL.TIMM.NAME} want another input than this config gives "
+        f"timm's weights of {cfg.MODEL.TIMM.NAME} need another input than this config gives "
         f"({cfg.INPUT.FORMAT}, mean {list(cfg.MODEL.PIXEL_MEAN)}, std {list(cfg.MODEL.PIXEL_STD)})."
         f" If {cfg.MODEL.TIMM.WEIGHTS} holds these weights, set\n"
         f"  INPUT: {{FORMAT: RGB}}\n  MODEL: {{PIXEL_MEAN: {mean}, PIXEL_STD: {std}}}"
@@ -273,13 +274,13 @@ def _check_input(cfg, backbone: TimmBackbone) -> None:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec | None = None) -> FPN:
-    """With an FPN from MODEL.FPN.* and a max-pooled last level, as build_resnet_fpn_backbone."""
+    """Adds an FPN (MODEL.FPN.*) and a max-pooled last level, like build_resnet_fpn_backbone."""
     return _fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg, input_shape: ShapeSpec | None = None) -> FPN:
-    """With an FPN from MODEL.FPN.* and P6, P7, as build_retinanet_resnet_fpn_backbone."""
+    """Adds an FPN (MODEL.FPN.*), P6 and P7, like build_retinanet_resnet_fpn_backbone."""
     bottom_up = build_timm_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()["res5"].channels
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))

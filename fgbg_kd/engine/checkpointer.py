@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, and resumed from the last undamaged one."""
+"""Writes the checkpoints of a run atomically and resumes from the newest undamaged checkpoint."""
 
 import contextlib
 import logging
@@ -11,21 +11,21 @@ from torch import nn
 
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.files import whole
-from ..utils.safe_checkpoint import SafeCheckpointer
+from ..utils.safe_checkpoint import SafeCheckpointer, read_pth
 
 logger = logging.getLogger(__name__)
 
-PARTIAL = ".partial"  # the file that a checkpoint is written to before it gets its name
+PARTIAL = ".partial"  # a checkpoint is written to this file, which is then renamed
 
 
 class RunCheckpointer(SafeCheckpointer):
-    """Writes a checkpoint whole or not at all, and resumes from the last one that is whole."""
+    """Writes checkpoints atomically and resumes from the newest undamaged checkpoint."""
 
     def __init__(self, model: nn.Module, save_dir: str = "", *, max_to_keep: int = 0, **kwargs):
         """
         Args:
-            max_to_keep: how many of the newest periodic checkpoints are kept, at least 2; 0 = all.
-            kwargs: SafeCheckpointer's.
+            max_to_keep: how many of the newest periodic checkpoints to keep, at least 2. 0: all.
+            kwargs: passed to SafeCheckpointer.
 
         Raises:
             ConfigError: ``max_to_keep`` is 1 or negative.
@@ -34,7 +34,7 @@ class RunCheckpointer(SafeCheckpointer):
         if max_to_keep < 0 or max_to_keep == 1:
             raise ConfigError(
                 f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {max_to_keep}: set it to 0 (keep all) or to "
-                "at least 2. With one checkpoint there is no other if that one is damaged."
+                "at least 2. A single checkpoint may be damaged."
             )
         self.max_to_keep = max_to_keep
         self.path_manager = _AtomicWrites(self.path_manager)
@@ -42,7 +42,7 @@ class RunCheckpointer(SafeCheckpointer):
     def save(self, name: str, **kwargs) -> None:
         """
         Raises:
-            OSError: the disk is full or fails. The checkpoints that were saved before are intact.
+            OSError: the disk is full or fails. Earlier checkpoints stay intact.
         """
         method = self.checkpointables.get("method")
         if method is not None:
@@ -50,7 +50,7 @@ class RunCheckpointer(SafeCheckpointer):
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:
-            # When a write fails, torch's writer raises a RuntimeError of its own on top.
+            # When a write fails, torch's writer raises a RuntimeError. Its context is the OSError.
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
@@ -65,8 +65,8 @@ class RunCheckpointer(SafeCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """
         Raises:
-            CheckpointError: there are checkpoints to resume from, but all are damaged, or they are
-                of a run with other settings. Or ``path`` cannot be read.
+            CheckpointError: all checkpoints are damaged, a run with other settings wrote them, or
+                ``path`` cannot be read.
         """
         if not (resume and self.has_checkpoint()):
             return self._load_start(path)
@@ -85,9 +85,8 @@ class RunCheckpointer(SafeCheckpointer):
             ) from error
 
     def _check_same_settings(self, path: str) -> None:
-        """Before anything is filled: the checkpoint has the tensors that this run has."""
-        self._expected = ""  # no sha256 is known of a run's own file
-        saved = self._load_file(path)
+        """Checks, before anything is loaded, that checkpoint and run have the same tensors."""
+        saved = read_pth(path)
         changes = [
             *_model_changes(saved.get("model", {}), self.model),
             *_method_changes(saved, self.checkpointables.get("method")),
@@ -95,18 +94,18 @@ class RunCheckpointer(SafeCheckpointer):
         ]
         if changes:
             raise CheckpointError(
-                f"--resume: {path} was written with other settings than those given now:\n  "
+                f"--resume: {path} was written with other settings than this run has:\n  "
                 + "\n  ".join(changes)
-                + f"\nGive the settings of that run ({self.save_dir}/config.previous.yaml, or "
-                "config.yaml where that file is missing). Or start a new run: without --resume, "
-                "or in another OUTPUT_DIR."
+                + f"\nUse the settings in {self.save_dir}/config.previous.yaml (or in config.yaml, "
+                "if that file is missing). Or start a new run: omit --resume, or set another "
+                "OUTPUT_DIR."
             )
 
     def last_whole_checkpoint(self) -> str:
         """Path of the newest checkpoint that is not damaged. Damaged ones are logged.
 
         Raises:
-            CheckpointError: all are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         last = self.get_checkpoint_file()
         others = [x for x in self._newest_first(r"model_(\d{7}|final)\.pth") if x != last]
@@ -122,8 +121,8 @@ class RunCheckpointer(SafeCheckpointer):
     def finish(self) -> None:
         """Copies the last checkpoint to model_final.pth, if that file is missing.
 
-        It is missing if the run was killed between the two checkpoints of its last iteration. A
-        resumed run has no iteration left that would write it.
+        The last iteration writes a periodic checkpoint and then model_final.pth. If the run was
+        killed between the two, a resumed run has no iteration left that writes model_final.pth.
         """
         last = self.last_whole_checkpoint()
         if os.path.basename(last) != "model_final.pth":
@@ -176,7 +175,7 @@ def _optimizer_changes(saved: dict, trainer) -> list[str]:
         return []
     optimizer = getattr(trainer, "_trainer", trainer).optimizer
     groups = [x["param_groups"] for x in (saved, optimizer.state_dict())]
-    # The schedule of the learning rate adds "initial_lr" when it begins.
+    # The learning rate scheduler adds "initial_lr" when it is created.
     options = [{*x[0]} - {"initial_lr"} for x in groups]
     if options[0] != options[1]:
         return ["another optimizer (SOLVER.OPTIMIZER)"]
@@ -194,7 +193,7 @@ def last_checkpoint(run_dir: str) -> str:
     """Path of the last undamaged checkpoint in a run's folder; "" if there is none (or no folder).
 
     Raises:
-        CheckpointError: there are checkpoints, but all are damaged.
+        CheckpointError: all checkpoints in the folder are damaged.
     """
     if not run_dir:
         return ""
@@ -203,7 +202,7 @@ def last_checkpoint(run_dir: str) -> str:
 
 
 def _damage(path: str) -> str | None:
-    """What is wrong with a .pth file, which is a zip archive with a checksum for each tensor."""
+    """What is wrong with a .pth file (a zip archive with checksums). None: it is undamaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -213,7 +212,7 @@ def _damage(path: str) -> str | None:
 
 
 class _AtomicWrites:
-    """A path manager whose files get their name only when all of their content is on the disk."""
+    """A path manager that gives a written file its final name only when the file is complete."""
 
     def __init__(self, path_manager):
         self._path_manager = path_manager

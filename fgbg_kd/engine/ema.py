@@ -1,6 +1,6 @@
 """Exponential moving average (EMA) of a detector's weights.
 
-It is switched on by SOLVER.EMA_DECAY in YAML and by train.ema_decay in a Python config.
+SOLVER.EMA_DECAY in YAML, or train.ema_decay in a Python config, switches it on.
 """
 
 from detectron2.engine import HookBase
@@ -11,11 +11,11 @@ from ..utils.errors import ConfigError
 
 
 class WeightAverage(HookBase):
-    """Averages the weights, and shows the average to evaluation and checkpoints.
+    """Averages the weights. Evaluation and checkpoints use the average.
 
     During a training step the detector holds the trained weights. Between two steps it holds the
-    average. So evaluation and checkpoints see the average under the detector's usual names. The
-    trained weights are saved in the trainer state of the checkpoint, for ``--resume``.
+    average, under the same parameter names. Checkpoints also hold the trained weights, in the
+    trainer state, for ``--resume``.
 
     Register this hook before the hooks that evaluate or save.
     """
@@ -25,7 +25,8 @@ class WeightAverage(HookBase):
         Args:
             detector: its parameters and buffers are averaged.
             decay: weight of the previous average in each update, in [0, 1). timm's ModelEmaV3
-                reduces it in the first iterations, so that the average forgets the initial weights.
+                reduces the decay in the first iterations, so that the average forgets the initial
+                weights.
 
         Raises:
             ConfigError: ``decay`` is outside [0, 1).
@@ -37,7 +38,8 @@ class WeightAverage(HookBase):
             )
         self.detector = detector
         self.ema = ModelEmaV3(detector, decay, use_warmup=True)
-        self.swapped = False  # True: the detector holds the average, self.ema the trained weights
+        # True: the detector holds the average, and self.ema holds the trained weights.
+        self.swapped = False
         self.resumed = False
 
     def before_train(self):
@@ -53,8 +55,10 @@ class WeightAverage(HookBase):
         self._swap()
 
     def _swap(self):
-        """Exchanges the storage of both: nothing is copied, and the parameters that the optimizer
-        knows stay the same objects."""
+        """Exchanges the storage of the two models.
+
+        Nothing is copied. The parameters stay the same objects, so the optimizer still has them.
+        """
         both = (m.state_dict(keep_vars=True).values() for m in (self.detector, self.ema.module))
         for a, b in zip(*both):
             a.data, b.data = b.data, a.data

@@ -12,19 +12,18 @@ _SHARES = "kd/fg_better", "kd/bg_better"
 class GateWatch(HookBase):
     """Warns if the teacher is better than the student on almost no foreground cell.
 
-    Nothing is distilled where the gate finds the student better, so such a run is plain training.
-    Two statistics of the event storage are averaged over the first iterations: kd/fg_better and
-    kd/bg_better, the shares of foreground and background cells on which the teacher is better. A
-    method without a gate does not write them, and is not watched. Reading them from the storage
-    does not wait for the GPU.
+    The hook averages two statistics over the first iterations: kd/fg_better and kd/bg_better. They
+    are the shares of foreground and background cells on which the teacher's quality is higher. A
+    method without a gate does not write them, so the hook does nothing. Reading them from the event
+    storage does not wait for the GPU.
     """
 
     def __init__(self, iterations: int = 100, least: float = 0.05):
         """
         Args:
-            iterations: how many of the first iterations of a new run are averaged.
-            least: the warning is given if the teacher is better on a smaller share of the
-                foreground cells.
+            iterations: number of iterations to average, from the start of a new run.
+            least: the hook warns if the teacher is better on a smaller share of the foreground
+                cells.
         """
         self.iterations, self.least = iterations, least
         self.shares = {name: [] for name in _SHARES}
@@ -46,9 +45,9 @@ class GateWatch(HookBase):
             logger.warning(
                 f"The teacher is hardly ever better than the student: in the first "
                 f"{self.trainer.iter + 1} iterations it was better on {foreground:.1%} of the "
-                f"foreground cells and {background:.1%} of the background cells. The gate lets the "
-                "student learn from the teacher only there. Check that MODEL.KD.TEACHER.CONFIG is "
-                "the config that the teacher was trained with (classes, INPUT.FORMAT, PIXEL_MEAN), "
-                "set MODEL.KD.TEACHER.MIN_AP to measure the teacher before training, and check "
-                "that the student does not start from better weights (MODEL.WEIGHTS)."
+                f"foreground cells and {background:.1%} of the background cells. Check that "
+                "MODEL.KD.TEACHER.CONFIG is the config that the teacher was trained with (classes, "
+                "INPUT.FORMAT, PIXEL_MEAN). Check that the student does not start from better "
+                "weights (MODEL.WEIGHTS). Set MODEL.KD.TEACHER.MIN_AP to measure the teacher "
+                "before training."
             )

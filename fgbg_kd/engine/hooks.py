@@ -1,4 +1,4 @@
-"""Hooks that both engines (YAML and Python config) put around the iterations of a run."""
+"""The hooks that runs from YAML configs and from Python configs share."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -28,13 +28,13 @@ def run_hooks(
     test_teacher: Callable[[nn.Module], dict],
     evaluations: Callable[[], Iterable[Evaluation]],
 ) -> list[HookBase]:
-    """The hooks of a run. They come before Detectron2's own.
+    """This package's hooks for a run. Register them before Detectron2's hooks.
 
     Args:
         model: a plain detector or an FgBgDistiller, distributed or not.
-        seed: of the run.
-        checkpoint_period: in iterations.
-        ema_decay: of the average of the weights; 0: no average.
+        seed: the run's seed.
+        checkpoint_period: number of iterations between two checkpoints.
+        ema_decay: decay of the weight average (EMA). 0: no average.
         min_ap, test_teacher: see :class:`TeacherCheck`.
         evaluations: see :class:`EvaluationTrial`.
     """
@@ -60,8 +60,8 @@ class TeacherCheck(HookBase):
     def __init__(self, min_ap: float, test: Callable[[nn.Module], dict]):
         """
         Args:
-            min_ap: COCO AP (0 to 100) that it must reach; 0: it is not measured.
-            test: from a detector to its results, in the form of DefaultTrainer.test.
+            min_ap: COCO AP (0 to 100) that the teacher must reach. 0: the AP is not measured.
+            test: evaluates a detector. It returns results in the format of DefaultTrainer.test.
         """
         self.min_ap, self.test = min_ap, test
 
@@ -69,7 +69,7 @@ class TeacherCheck(HookBase):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
         results = self.test(unwrapped(self.trainer.model).teacher.detector)
-        # Only the first process has the results, and all of them have to stop.
+        # Only the first process has the results, but all processes must stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if ap is None:
             raise TeacherError(
@@ -80,13 +80,14 @@ class TeacherCheck(HookBase):
             raise TeacherError(
                 f"The teacher reaches {ap:.1f} AP on the test set, less than "
                 f"MODEL.KD.TEACHER.MIN_AP {self.min_ap}. Check that it was trained on these "
-                "classes, and that its config has the INPUT.FORMAT and PIXEL_MEAN of its training."
+                "classes. Check that its config has the INPUT.FORMAT and PIXEL_MEAN of its "
+                "training."
             )
         logger.info(f"The teacher reaches {ap:.1f} AP on the test set.")
 
 
 class Inheritance(HookBase):
-    """MODEL.KD.INHERIT, before the first iteration, when all weights are loaded."""
+    """Applies MODEL.KD.INHERIT before the first iteration, after all weights are loaded."""
 
     def before_train(self):
         if self.trainer.iter == 0:
@@ -94,16 +95,16 @@ class Inheritance(HookBase):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
+    """The model without DistributedDataParallel around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def detector_of(model: nn.Module) -> nn.Module:
-    """The student of a distiller; a plain detector itself."""
+    """The student of a distiller, or the plain detector that is given."""
     return model.student if isinstance(model, FgBgDistiller) else model
 
 
 def beside_detector(model: nn.Module) -> dict[str, nn.Module]:
-    """What checkpoints keep beside the detector: {"method": its parameters}, or nothing."""
+    """The modules that checkpoints hold beside the detector: {"method": module}, or {}."""
     method = getattr(model, "method", None)
     return {} if method is None else {"method": method}

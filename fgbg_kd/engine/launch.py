@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 def launch(main: Callable, args) -> None:
     """Runs ``main(args)`` in every process of the job.
 
-    If the environment variable LOCAL_RANK is set, torchrun or a similar program has started this
-    process as one of the job's. Otherwise Detectron2's launcher starts the processes.
+    If the environment variable LOCAL_RANK is set, torchrun or a similar program has already
+    started the job's processes. Otherwise Detectron2's launcher starts the processes.
 
     Args:
         main: a function of ``args``.
         args: the parsed arguments of Detectron2's ``default_argument_parser``.
 
     Raises:
-        ConfigError: ``--num-gpus`` is more than the machine has.
+        ConfigError: ``--num-gpus`` is larger than the number of GPUs in the machine.
 
     Example::
 
@@ -57,7 +57,7 @@ def _join() -> None:
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     ):
-        # Restarted processes read the addresses of dead ones in the store: pytorch issue 135712.
+        # Restarted processes read addresses of dead ones from the store (pytorch issue 135712).
         logger.warning(
             "Processes that torchrun restarts may hang: set the environment variable "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 when you start torchrun."

@@ -39,17 +39,18 @@ from .trainer import distributed
 logger = logging.getLogger(__name__)
 
 
-# Keys of ``train`` that not all of Detectron2's configs have.
+# Valid keys of ``train`` that Detectron2's configs may lack.
 _OWN_KEYS = "train.seed", "train.ema_decay", "train.teacher_min_ap"
 
 
 def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = False) -> DictConfig:
-    """Reads a Python config, which is a program, with overrides such as ``train.max_iter=9``.
+    """Reads a Python config with overrides such as ``train.max_iter=9``.
 
-    An open ``train.seed`` (-1 or missing) is drawn, or, on resume, is that of the run.
+    A Python config is a program, and this function runs it. If ``train.seed`` is -1 or missing, a
+    seed is drawn. On resume, the seed that was drawn for the run is used again.
 
     Raises:
-        ConfigError: there is no such file, or an override of a key that is not there.
+        ConfigError: the file does not exist, or an override names an unknown key.
     """
     if not os.path.isfile(config_file):
         raise ConfigError(f"{config_file}: there is no such config.")
@@ -64,16 +65,16 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
     for part in ("train", "test"):
         mapper = OmegaConf.select(cfg, f"dataloader.{part}.mapper")
         if mapper is not None and _locate(mapper) is DatasetMapper:
-            mapper._target_ = NamingMapper  # reads images as every other part of this package
+            mapper._target_ = NamingMapper  # reads images like the rest of this package
     evaluator = cfg.dataloader.get("evaluator")
     if isinstance(evaluator, DictConfig) and _locate(evaluator) is COCOEvaluator:
         if set(evaluator) <= {"_target_", "dataset_name", "output_dir"}:
             evaluator._target_ = BoxEvaluator
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("No CUDA device here: train.device is set to cpu.")
+        logger.warning("No CUDA device is available: train.device is set to cpu.")
         cfg.train.device = "cpu"
     if cfg.train.device == "cpu" and cfg.train.amp.enabled:
-        logger.warning("Detectron2 has mixed precision on CUDA only: train.amp is set off.")
+        logger.warning("Detectron2 has mixed precision on CUDA only: train.amp is turned off.")
         cfg.train.amp.enabled = False
     return cfg
 
@@ -85,7 +86,10 @@ def _locate(node: DictConfig):
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    """Refuses an unknown key. Nodes of arguments (``_target_``, ``model.method``) do it later."""
+    """Refuses an unknown key.
+
+    Keys of nodes with ``_target_`` and of ``model.method`` are checked later, when they are called.
+    """
     where, _, name = key.lstrip("+~").rpartition(".")
     node = OmegaConf.select(cfg, where) if where else cfg
     if key in _OWN_KEYS or not isinstance(node, DictConfig):
@@ -93,7 +97,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     if name not in node and "_target_" not in node and where != "model.method":
         near = difflib.get_close_matches(name, [str(k) for k in node], 1)
         raise ConfigError(
-            f"{key} is no key of the config{f': is it {near[0]}?' if near else '.'} "
+            f"{key} is not a key of the config{f': did you mean {near[0]}?' if near else '.'} "
             f"{where or 'The config'} has {', '.join(sorted(map(str, node)))}."
         )
 
@@ -101,13 +105,13 @@ def _check_key(cfg: DictConfig, key: str) -> None:
 def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[HookBase] = ()) -> dict:
     """Trains ``cfg.model``, a plain detector or an FgBgDistiller.
 
-    Checkpoints are those of :class:`~fgbg_kd.engine.FgBgTrainer`.
+    Checkpoints have the same format as with :class:`~fgbg_kd.engine.FgBgTrainer`.
 
     Args:
-        extra_hooks: a user's own; they run after a step and before its results are written.
+        extra_hooks: the user's hooks. They run after each step, before its results are written.
 
     Returns:
-        The last results of the evaluation; {} without one.
+        The results of the last evaluation; {} without an evaluation.
     """
     train, output_dir = cfg.train, cfg.train.output_dir
     seed = run_seed(train.get("seed", -1), output_dir, resume)
@@ -146,7 +150,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[Hook
 
 
 def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate, extra_hooks):
-    """All hooks of a run, in the order of DefaultTrainer's."""
+    """All hooks of a run, in the same order as in DefaultTrainer."""
     train = cfg.train
     period, saving, writing = train.checkpointer.period, None, None
     if comm.is_main_process():
@@ -185,8 +189,8 @@ def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> 
     """Results of ``dataloader.evaluator`` on ``dataloader.test``; {} if the config has none.
 
     Args:
-        image_format: "RGB" or "BGR", for a model that takes another order than the config's mapper
-            gives.
+        image_format: "RGB" or "BGR": the model's channel order. "": the order that the config's
+            mapper gives.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
@@ -203,8 +207,8 @@ def load_lazy_student(cfg: DictConfig, run_dir: str = "") -> nn.Module:
     """The student of ``cfg.model``, or the plain detector; no teacher is built.
 
     Args:
-        run_dir: folder whose last checkpoint is loaded. "", or a folder without one:
-            ``train.init_checkpoint`` is loaded.
+        run_dir: the last checkpoint in this folder is loaded. If there is none, or ``run_dir`` is
+            "", ``train.init_checkpoint`` is loaded.
     """
     model = instantiate(student_model(cfg.model)).to(cfg.train.device)
     load_exactly(model, last_checkpoint(run_dir) or cfg.train.init_checkpoint)
@@ -215,7 +219,7 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
     """``dataloader.train``. Detectron2's own loader is replaced by one that can resume.
 
     Args:
-        cached: the teacher's outputs are kept, so images must be the same in every epoch.
+        cached: the teacher's outputs are cached, so images must be the same in every epoch.
     """
     options = set(cfg) - {"_target_"}
     target = _locate(cfg)
@@ -226,7 +230,7 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
     parts = {name: instantiate(cfg[name]) for name in options}
     if cached:
         check_fixed_input(parts["mapper"])
-    # The order of images is the one that this version of Detectron2 makes of SEED, as by YAML.
+    # This Detectron2 version derives the order of images from SEED, as for a YAML config.
     with_seed = get_cfg()
     with_seed.SEED = seed
     with random_numbers(seed):
@@ -239,8 +243,8 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
 def build_lazy(cfg: DictConfig) -> nn.Module:
     """Builds ``cfg.model`` and checks its number of classes against the training set.
 
-    An FgBgDistiller gets the names of the training set's classes and, if its ``warmup_iters`` is -1
-    or missing, the warm-up of ``lr_multiplier``, as by YAML.
+    As with a YAML config, an FgBgDistiller gets the class names of the training set. If its
+    ``warmup_iters`` is -1 or missing, it gets the warm-up length of ``lr_multiplier``.
     """
     classes = training_classes(cfg)
     check_same_classes(_sets(cfg))
@@ -258,8 +262,8 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
         raise ConfigError(
-            f"The training set has {len(classes)} classes ({', '.join(classes[:10])}), the "
-            f"detector {number}: set num_classes={len(classes)} of the model."
+            f"The training set has {len(classes)} classes ({', '.join(classes[:10])}), but the "
+            f"detector has {number}: set num_classes={len(classes)} in the model."
         )
     return model
 

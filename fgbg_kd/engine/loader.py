@@ -1,7 +1,7 @@
-"""Training data that can start at any iteration: batch i depends on the seed and i only.
+"""Training data that can start at any iteration: batch i depends only on the seed and i.
 
-So a checkpoint has to hold neither random states nor positions in the data. A saved random state
-would be wrong, because the loading processes are some batches ahead of the training.
+So a checkpoint needs no random states and no position in the data. A saved random state would be
+wrong, because the loading processes are some batches ahead of the training.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from ..utils.errors import ConfigError
 
 
 def derived_seed(seed: int, *key: int) -> int:
-    """A seed of 32 bits for one use.
+    """A 32-bit seed for one use.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         key: numbers that identify the use, such as iteration and rank. Different keys give
             statistically independent seeds.
     """
@@ -35,10 +35,12 @@ def derived_seed(seed: int, *key: int) -> int:
 class ResumableLoader:
     """``build_detection_train_loader`` that can start at any iteration.
 
-    Its batches contain the same images as those of Detectron2's loader with at most one loading
-    process. Here the number of loading processes makes no difference. The random numbers of the
-    augmentation are seeded for each image, by the seed and the image's position in the stream.
-    (Detectron2 draws them from one sequence per process: the same distribution, other numbers.)
+    Its batches contain the same images as the batches of Detectron2's loader with at most one
+    loading process. The number of loading processes does not change the batches.
+
+    The augmentation of each image has its own seed, which depends on the run's seed and the image's
+    position in the stream. Detectron2 draws the random numbers from one sequence per process. The
+    distribution is the same, but the numbers differ.
 
     Attributes:
         start: the iteration of the first batch. It can be set until the first batch is requested.
@@ -65,7 +67,7 @@ class ResumableLoader:
     ):
         """
         Args:
-            seed: of the augmentation, >= 0. The sampler decides the order of the images.
+            seed: for the augmentation, >= 0. The sampler decides the order of the images.
             dataset, mapper, sampler, total_batch_size, aspect_ratio_grouping, num_workers: as in
                 ``build_detection_train_loader``.
 
@@ -75,8 +77,8 @@ class ResumableLoader:
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
         if total_batch_size <= 0 or total_batch_size % self.world_size:
             raise ConfigError(
-                f"SOLVER.IMS_PER_BATCH is {total_batch_size}, which cannot be divided among "
-                f"{self.world_size} processes equally: choose a multiple of {self.world_size}."
+                f"SOLVER.IMS_PER_BATCH is {total_batch_size}, which cannot be divided equally "
+                f"among {self.world_size} processes: choose a multiple of {self.world_size}."
             )
         self.batch_size = total_batch_size // self.world_size
         self.wide = [x["width"] > x["height"] for x in dataset] if aspect_ratio_grouping else None
@@ -95,7 +97,7 @@ class ResumableLoader:
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             worker_init_fn=_leave_interrupts_to_the_training,
-            generator=torch.Generator(),  # else it draws from the training's random numbers
+            generator=torch.Generator(),  # the default draws from the training's numbers
         )
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
@@ -112,9 +114,9 @@ class ResumableLoader:
 def _leave_interrupts_to_the_training(_worker: int) -> None:
     """Makes a loading process ignore Ctrl-C, and end silently when the training ends.
 
-    Ctrl-C reaches all processes of a terminal; the training ends the loading processes itself. If
-    the training ends while a loading process is sending it a tensor, the sender would print an
-    error; that is suppressed. An error in the mapper is raised in the training, as usual.
+    Ctrl-C reaches all processes of a terminal, but the training ends the loading processes itself.
+    If the training ends while a loading process is sending it a tensor, the loading process gets an
+    error. This error is not printed. An error in the mapper is raised in the training, as usual.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = sys.excepthook

@@ -1,7 +1,7 @@
-"""A loss that is not finite stops the run at once, and what led to it is kept.
+"""Stops a run at the first loss that is not finite, and saves the input of the loss to a file.
 
-The file is a checkpoint, of the weights before the step, with the batch beside them, from which
-tools/replay.py computes the losses again and shows where the numbers went wrong.
+The file is a checkpoint with the weights before the step and the batch. From it, tools/replay.py
+computes the losses again and shows which values are not finite.
 """
 
 import os
@@ -21,7 +21,10 @@ from .hooks import beside_detector, detector_of, unwrapped
 
 
 class FiniteTrainer(SimpleTrainer):
-    """SimpleTrainer that checks each worker's losses when it reads them, which it does anyway."""
+    """SimpleTrainer that checks the losses of each process.
+
+    SimpleTrainer copies the losses to the CPU anyway, so the check does not wait for the GPU again.
+    """
 
     def __init__(self, model: nn.Module, data_loader, optimizer, *, output_dir: str, seed: int):
         super().__init__(model, data_loader, optimizer)
@@ -31,7 +34,7 @@ class FiniteTrainer(SimpleTrainer):
 
     @property
     def batch(self) -> list[dict]:
-        """The last that went into the model."""
+        """The last input of the model."""
         return self._last.batch
 
     def _write_metrics(self, loss_dict: Mapping[str, Tensor], *args, **kwargs):
@@ -53,21 +56,21 @@ class FiniteTrainer(SimpleTrainer):
         try:
             state = {"iteration": self.iter, "seed": self.seed, "rank": comm.get_rank()}
             save_batch(path, model, self.batch, {**state, "loss_normalizer": self._last.normalizer})
-            message += f" {path} holds them and the weights (tools/replay.py)."
+            message += f" The images and the weights are in {path}: use tools/replay.py."
         except OSError as error:
-            message += f" They could not be saved: {error}."
-        if comm.get_world_size() == 1:  # else the others would be waited for, by SyncBN
+            message += f" The images could not be saved: {error}."
+        if comm.get_world_size() == 1:  # with more, SyncBN would wait for the others
             device = next(model.parameters()).device.type
             try:
                 with torch.autocast(device, enabled=isinstance(self, AMPTrainer)):
                     message += f" {not_finite(model, self.batch)}"
-            except Exception as error:  # such as no memory left: the fault itself must be told
-                message += f" Where it began could not be found ({error})."
+            except Exception as error:  # such as out of memory: the loss must still be reported
+                message += f" The first value that is not finite could not be found ({error})."
         raise NonFiniteLossError(message)
 
 
 class _LastInput:
-    """A hook apart from the trainer, which cannot be copied along with a model."""
+    """Keeps the last input of a model. A copy of the model copies it, but not the trainer."""
 
     batch, normalizer = (), None
 
@@ -78,14 +81,14 @@ class _LastInput:
 
 
 class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
-    """AMPTrainer, likewise."""
+    """AMPTrainer with the check of FiniteTrainer."""
 
 
 def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> None:
-    """Writes a checkpoint of the student (and the adapters) with the batch, whole or not at all.
+    """Writes a checkpoint of the student, the adapters and the batch atomically.
 
     Args:
-        state: what else the losses depend on, under names of its own.
+        state: other values that the losses depend on. Its keys differ from the checkpoint's keys.
     """
     rows = []
     for x in batch:
@@ -99,12 +102,12 @@ def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> N
     with whole(Path(path)) as partial:
         try:
             torch.save(content, partial)
-        except RuntimeError as error:  # torch's name for a full disk
+        except RuntimeError as error:  # torch raises it for a full disk
             raise OSError(str(error)) from error
 
 
 def load_batch(saved: dict) -> list[dict]:
-    """The batch of such a file as Detectron2's models take it."""
+    """The batch in a file of :func:`save_batch`, as input of a Detectron2 model."""
     batch = []
     for row in saved["batch"]:
         x = dict(row)
@@ -117,7 +120,7 @@ def load_batch(saved: dict) -> list[dict]:
 
 @torch.no_grad()
 def not_finite(model: nn.Module, batch: list[dict]) -> str:
-    """Where a batch makes numbers that are not finite, in words: parameters, levels, losses."""
+    """Names the parameters, levels or losses that are not finite for a batch, in a sentence."""
     found = [k for k, v in model.named_parameters() if not v.isfinite().all()]
     found = [f"the parameters {', '.join(found[:5])}{', ...' * (len(found) > 5)}"] if found else []
     detector = detector_of(model)

@@ -2,11 +2,11 @@
 
 Three parts make this possible:
 
-- The data (loader.py) and the random numbers of an iteration depend on the seed and the number of
-  the iteration only. So nothing about them has to be saved.
+- The data (loader.py) and the random numbers of an iteration depend only on the seed and the
+  iteration number. So they need not be saved.
 - Detectron2's checkpoints hold the weights, the method's parameters, the optimizer, the schedule
   and the GradScaler. checkpointer.py writes them whole and skips damaged ones.
-- This file restores the rest: the loss normaliser, and the state of TorchScript.
+- This file restores the loss normaliser and the state of TorchScript.
 """
 
 import logging
@@ -40,9 +40,9 @@ class IterationState(HookBase):
         """
         Args:
             detector: the trained detector. Detectron2's dense detectors keep a running mean of the
-                positive anchors per batch in the attribute ``loss_normalizer``, which is not part
-                of the state dict.
-            seed: of the run.
+                number of positive anchors per batch in the attribute ``loss_normalizer``. This
+                attribute is not in the state dict.
+            seed: the run's seed.
             checkpoint_period: number of iterations between two checkpoints.
 
         Raises:
@@ -72,7 +72,8 @@ class IterationState(HookBase):
         normalizers = [n for n in state["loss_normalizers"] if n is not None]
         if len(normalizers) == comm.get_world_size():
             self.detector.loss_normalizer = normalizers[comm.get_rank()]
-        elif normalizers:  # another number of processes, which share the same number of positives
+        elif normalizers:
+            # The number of processes has changed, but the total number of positives has not.
             self.detector.loss_normalizer = sum(normalizers) / comm.get_world_size()
 
 
@@ -80,9 +81,9 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     """Seeds Python, NumPy and PyTorch for one iteration of a run in one process.
 
     Args:
-        seed: of the run.
-        iteration: counted from 0.
-        rank: of the process.
+        seed: the run's seed.
+        iteration: number of the iteration, from 0.
+        rank: the rank of the process.
     """
     seed = derived_seed(seed, iteration, rank)
     random.seed(seed)
@@ -94,9 +95,9 @@ def run_seed(seed: int, output_dir: str, resume: bool) -> int:
     """The seed of a run, the same in all processes.
 
     Args:
-        seed: of the config. If it is negative, a seed is drawn.
+        seed: the seed in the config. If it is negative, a seed is drawn.
         output_dir: the run's folder, where :func:`begin` writes the seed to seed.txt.
-        resume: whether a drawn seed is read from there, if the file exists.
+        resume: if true, seed.txt replaces a negative seed (if the file exists).
     """
     path = os.path.join(output_dir, SEED_FILE)
     if seed < 0 and resume and os.path.isfile(path):
@@ -110,9 +111,9 @@ def run_seed(seed: int, output_dir: str, resume: bool) -> int:
 def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool) -> None:
     """Prepares everything that is not in a checkpoint for a run that has done ``start`` iterations.
 
-    It sets the loader's position, writes the seed to seed.txt, and removes rows from metrics.json
-    that will be computed again. A run that starts at 0 moves the results of a previous run in its
-    folder aside.
+    It sets the loader's position and writes the seed to seed.txt. It removes the rows of
+    metrics.json that the run will write again. If ``start`` is 0, it moves the results of a
+    previous run to the folder "previous".
 
     Args:
         start: the first iteration to compute, as this process found it in the checkpoint.
@@ -120,7 +121,7 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
             model_final.pth.
         loader: a :class:`ResumableLoader`. The data of any other loader starts from the beginning.
         output_dir: the run's folder.
-        seed: of the run.
+        seed: the run's seed.
         resume: whether the user asked to resume.
 
     Raises:
@@ -155,9 +156,9 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
 def warm_up(iterations: int) -> None:
     """Brings TorchScript to the state that it has after a number of iterations.
 
-    TorchScript runs the first calls of a function without optimisation, then optimises it. Results
-    of the two differ by rounding. The function here is fvcore's focal loss, the only one that
-    Detectron2's dense detectors script. More than 4 calls change nothing.
+    TorchScript runs the first calls of a function without optimisation and later calls with it. The
+    results differ by rounding. Detectron2's dense detectors script one function: fvcore's focal
+    loss. Calls after the fourth change nothing.
     """
     for _ in range(min(iterations, 4)):
         logits = torch.zeros(2, 2, requires_grad=True)

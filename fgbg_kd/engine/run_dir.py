@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 SEED_FILE = "seed.txt"  # exists once a training has begun in the folder
 
-_locks = {}  # open files: the kernel frees a lock when its process ends, for whatever reason
+_locks = {}  # open files; the kernel releases a lock when its process ends for any reason
 
 
 def lock_output_dir(path: str) -> None:
-    """Makes the folder, and reserves it for this process until the process ends.
+    """Creates the folder and locks it until this process ends.
 
-    The lock is a POSIX record lock. Data loading processes do not inherit it, so a run that was
-    killed can be resumed at once, even if its loading processes still live.
+    The lock is a POSIX record lock. Data loading processes do not inherit it. So a run
+    that was killed can be resumed at once, even if its loading processes still run.
 
     Raises:
         OutputDirError: the folder cannot be written, or another run uses it.
@@ -59,7 +59,7 @@ def lock_output_dir(path: str) -> None:
 def evaluation_dir(output_dir: str) -> str:
     """The folder that --eval-only writes to.
 
-    If a training has begun in ``output_dir``, it is ``output_dir/eval``, so that the log and the
+    If a training has begun in ``output_dir``, the folder is ``output_dir/eval``. So the log and the
     config of the training are not overwritten.
     """
     trained = os.path.isfile(os.path.join(output_dir, SEED_FILE))
@@ -67,7 +67,7 @@ def evaluation_dir(output_dir: str) -> str:
 
 
 def keep_previous_config(output_dir: str) -> None:
-    """Copies config.yaml of a training that has begun to config.previous.yaml.
+    """Copies config.yaml to config.previous.yaml if its training has begun.
 
     Detectron2 overwrites config.yaml at every start, even if the new run is then refused.
     """
@@ -78,17 +78,17 @@ def keep_previous_config(output_dir: str) -> None:
 
 
 def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
-    """Moves the results of the previous run in this folder to previous/1, the next to previous/2.
+    """Moves the results of the previous run in this folder to previous/1, previous/2, ...
 
-    These are its checkpoints, metrics.json, TensorBoard's event files, config.previous.yaml and the
-    detections that its evaluation wrote to ``inference``.
-    Otherwise --resume would continue from the previous run's checkpoints if the new run is killed
-    before it writes one, and the metrics of both runs would be mixed.
+    The results are its checkpoints, metrics.json, TensorBoard's event files, config.previous.yaml
+    and the detections in ``inference``. If they stayed, the metrics of both runs would be mixed.
+    And if the new run were killed before its first checkpoint, --resume would load the previous
+    run's checkpoint.
 
     Args:
         output_dir: the run's folder.
-        resume: the run was killed before its first checkpoint and starts at 0 again. Its metrics
-            are not another run's, so nothing is moved unless there are checkpoints.
+        resume: True: the run was killed before its first checkpoint and starts at 0 again. The
+            metrics are its own, so nothing is moved unless there are checkpoints.
     """
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
     checkpoints = [n for n in names if re.fullmatch(r"model_(\d{7}|final)\.pth|last_checkpoint", n)]
@@ -97,13 +97,13 @@ def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     if not checkpoints and (resume or not measured):
         return
     place = _next_place(os.path.join(output_dir, "previous"))
-    for name in sorted(checkpoints):  # last_checkpoint first: if killed here, nothing is resumed
+    for name in sorted(checkpoints):  # last_checkpoint first: without it, nothing is resumed
         os.replace(os.path.join(output_dir, name), os.path.join(place, name))
     for name in names:
         if name.startswith("events.out.tfevents.") and f".{os.getpid()}." not in name:
             os.replace(os.path.join(output_dir, name), os.path.join(place, name))
     _move_detections(os.path.join(output_dir, "inference"), os.path.join(place, "inference"))
-    if measured:  # the new run's writer has opened the file already, to append
+    if measured:  # the new run's writer has already opened the file to append
         shutil.copy2(metrics, os.path.join(place, "metrics.json"))
         os.truncate(metrics, 0)
     config = os.path.join(output_dir, "config.previous.yaml")
@@ -129,14 +129,13 @@ def _next_place(folder: str) -> str:
 
 
 def rewind_metrics(path: str, iteration: int) -> None:
-    """Removes from metrics.json the rows from an iteration on, which a resumed run writes again.
+    """Removes the rows of metrics.json that a resumed run writes again.
 
-    Rows of earlier runs in the same file stay: they come before the place where the iteration
-    number last became smaller. The file is shortened in place, since Detectron2's writer holds it
-    open.
+    Rows of earlier runs in the same file stay. They come before the last place where the iteration
+    number decreases. The file is truncated in place, because Detectron2's writer holds it open.
 
     Args:
-        path: of metrics.json.
+        path: path of metrics.json.
         iteration: the first iteration that the resumed run computes.
     """
     cut, offset, last = None, 0, -1

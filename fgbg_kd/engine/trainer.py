@@ -33,7 +33,7 @@ def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
     """Reads a YAML config with KEY VALUE overrides and registers the data that it names.
 
     Returns:
-        The frozen config. An open SEED (-1) is drawn, or, on resume, is that of the run.
+        The frozen config. If SEED is -1, a seed is drawn. On resume, the drawn seed is used again.
     """
     cfg = read_run_config(config_file, opts, resume)
     register_datasets(cfg)
@@ -41,7 +41,7 @@ def load_config(config_file: str, opts: list[str] = (), resume: bool = False):
 
 
 def read_run_config(config_file: str, opts: list[str] = (), resume: bool = False):
-    """:func:`load_config` without the data: a log can be opened before data is registered."""
+    """:func:`load_config` without registration of data, so that a log can be opened first."""
     cfg = read_config(config_file, opts)
     cfg.SEED = run_seed(cfg.SEED, cfg.OUTPUT_DIR, resume)
     cfg.freeze()
@@ -49,39 +49,41 @@ def read_run_config(config_file: str, opts: list[str] = (), resume: bool = False
 
 
 def read_config(config_file: str, opts: list[str] = ()):
-    """The config with its overrides, not frozen, with SEED as it stands there."""
+    """The config with its overrides. It is not frozen, and a SEED of -1 stays -1."""
     cfg = get_fgbg_kd_cfg()
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
     expand_paths(cfg)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        # Once: a tool reads many configs.
+        # Logged once, because a tool may read many configs.
         log_first_n(
-            logging.WARNING, "No CUDA device here: MODEL.DEVICE is set to cpu.", name=__name__
+            logging.WARNING,
+            "No CUDA device is available: MODEL.DEVICE is set to cpu.",
+            name=__name__,
         )
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is set off.")
+        logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is turned off.")
         cfg.SOLVER.AMP.ENABLED = False
     return cfg
 
 
 class FgBgTrainer(DefaultTrainer):
-    """Trains a plain detector as DefaultTrainer does, and a student under FgBgDistiller.
+    """Trains a plain detector like DefaultTrainer, or the student of an FgBgDistiller.
 
-    Checkpoints hold the student under the plain detector's own names. The parameters of the method
-    are in the same file under the key "method". A run that is killed and resumed ends with the same
-    weights as one that is not, if SEED is set, as :func:`load_config` does.
+    Checkpoints hold the student under the parameter names of the plain detector. The method's
+    parameters are in the same file under the key "method". If SEED is set, a run that is killed and
+    resumed ends with the same weights as an uninterrupted run. :func:`load_config` sets SEED.
     """
 
     def __init__(self, cfg, hooks: Sequence[HookBase] = ()):
         """
         Args:
-            cfg: of :func:`load_config`.
-            hooks: a user's own; they run after a step and before its results are written.
+            cfg: a config from :func:`load_config`.
+            hooks: the user's hooks. They run after each step, before its results are written.
         """
-        # DefaultTrainer's own constructor cannot distribute a model on CPUs, and it would
-        # checkpoint the whole model.
+        # DefaultTrainer's constructor cannot distribute a model on CPUs. It would also save
+        # the whole model in checkpoints.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
@@ -114,7 +116,7 @@ class FgBgTrainer(DefaultTrainer):
 
     @staticmethod
     def auto_scale_workers(cfg, num_workers: int):
-        """Detectron2's scaling by SOLVER.REFERENCE_WORLD_SIZE, also of MODEL.KD.*_ITER*."""
+        """Detectron2's scaling by SOLVER.REFERENCE_WORLD_SIZE. It also scales MODEL.KD.*_ITER*."""
         reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if reference in (0, num_workers):
@@ -163,7 +165,7 @@ class FgBgTrainer(DefaultTrainer):
         mapper = NamingMapper(cfg, True)
         if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller" and cfg.MODEL.KD.TEACHER.CACHE:
             check_fixed_input(mapper)
-        with random_numbers(cfg.SEED):  # v0.6 draws the sampler's seed
+        with random_numbers(cfg.SEED):  # Detectron2 v0.6 draws the sampler's seed
             parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         return ResumableLoader(**parts, seed=cfg.SEED)
 
@@ -195,7 +197,7 @@ class FgBgTrainer(DefaultTrainer):
             yield loader, [self.build_evaluator(self.cfg, name)]
 
     def test_teacher(self, teacher: nn.Module) -> dict:
-        """Results on DATASETS.TEST, whose images are read in the teacher's channel order."""
+        """Results on DATASETS.TEST. The images are read in the teacher's channel order."""
         cfg = self.cfg.clone()
         if len(cfg.DATASETS.TEST) != 1:
             raise TeacherError(
@@ -206,7 +208,7 @@ class FgBgTrainer(DefaultTrainer):
         cfg.INPUT.FORMAT = channel_order(teacher)
         return self.test(cfg, teacher)
 
-    # v0.6 leaves the optimizer out of its checkpoints. In main these two are the same as here.
+    # Detectron2 v0.6 does not save the optimizer. These two methods equal those of its main branch.
     def state_dict(self):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
@@ -216,8 +218,8 @@ class FgBgTrainer(DefaultTrainer):
 
 
 def distributed(model, **options):
-    """The model, inside DistributedDataParallel with the given options if there are processes."""
-    # On a CPU DistributedDataParallel takes no device, but create_ddp_model would give one.
+    """The model, wrapped in DistributedDataParallel if there are several processes."""
+    # On CPUs, DistributedDataParallel takes no device, but create_ddp_model would give one.
     on_cpu = next(model.parameters()).device.type == "cpu"
     devices = {"device_ids": None} if on_cpu else {}
     return create_ddp_model(model, **{"broadcast_buffers": False, **devices, **options})

@@ -1,1 +1,1 @@
-"""Experiments: many runs, their tables and pictures. The core never imports this package."""
+"""Comparisons of runs, their tables and pictures. The core never imports this package."""

@@ -1,6 +1,6 @@
-"""Angle and KL of real feature vectors: a small KL of their softmax is not a small angle.
+"""Angle and KL of feature vectors: vectors whose softmax has a small KL can have a large angle.
 
-This is the observation of the thesis from which the foreground loss follows.
+The thesis derives the foreground loss from this observation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,17 +22,17 @@ from ..utils.errors import DataError
 from .cell_maps import run_both
 from .drawing import STUDENT_COLOR, TEACHER_COLOR
 
-_SMALLEST = 0.02  # this share of the cells, with the smallest KL, has a "small KL"
+_SMALLEST = 0.02  # this share of the cells counts as cells with a small KL
 
 
 class Vectors(NamedTuple):
-    """The feature vectors of the foreground cells of many images: M cells of C channels.
+    """The feature vectors of foreground cells from many images: M cells with C channels.
 
     Attributes:
-        student, teacher: M tensors (C,).
+        student, teacher: M tensors (C,). The student's are adapted to the teacher's channels.
         kl: (M,) KL(softmax of teacher || softmax of student) over channels, in nats.
-        angle: (M,) in degrees.
-        place: M of (number of the image, stride, y, x).
+        angle: (M,) between the two vectors, in degrees.
+        place: M tuples (number of the image, stride in pixels, y, x in cells).
     """
 
     student: list[Tensor]
@@ -42,7 +42,7 @@ class Vectors(NamedTuple):
     place: list[tuple[int, int, int, int]]
 
     def most_telling(self) -> int:
-        """The cell with the largest angle among the 2 % of cells with the smallest KL."""
+        """Index of the cell with the largest angle, among the 2 % of cells with the smallest KL."""
         few = max(1, round(_SMALLEST * len(self.kl)))
         small = self.kl.argsort()[:few]
         return int(small[self.angle[small].argmax()])
@@ -52,14 +52,16 @@ class Vectors(NamedTuple):
 def collect(
     distiller: FgBgDistiller, inputs: Iterable[dict], adapters: Sequence[nn.Module]
 ) -> Vectors:
-    """The vectors of the foreground cells of some images.
+    """The vectors of the foreground cells in some images.
+
+    The vectors of the student are adapted to the teacher's channels.
 
     Args:
-        inputs: "image" and "instances" of each image.
-        adapters: from the student's to the teacher's features, per level.
+        inputs: a dict with "image" and "instances" for each image.
+        adapters: one module per level, from the student's to the teacher's channels.
 
     Raises:
-        DataError: the images have no objects.
+        DataError: no image has an object.
     """
     vectors = Vectors([], [], [], [], [])
     for number, one in enumerate(inputs):
@@ -85,10 +87,12 @@ def collect(
 
 
 def draw_angle_and_kl(distiller: FgBgDistiller, vectors: Vectors, inputs: dict) -> np.ndarray:
-    """Draws the two vectors of the most telling cell, their softmax, and all cells' KL and angle.
+    """Draws the two vectors of a cell, their softmax, and the KL and angle of all cells.
+
+    The cell is :meth:`Vectors.most_telling`.
 
     Args:
-        inputs: the image of that cell.
+        inputs: the model input with the image of this cell.
 
     Returns:
         (H, W, 3) uint8 RGB.

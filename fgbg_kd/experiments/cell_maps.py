@@ -1,4 +1,4 @@
-"""What distillation computes for one image, cell by cell: split, gate, cosine and KL."""
+"""The values that distillation computes for each cell of an image: split, gate, cosine and KL."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,16 +19,17 @@ from ..utils.errors import CheckpointError
 
 
 class CellMaps(NamedTuple):
-    """The maps of one image; R = cells of all levels, as in :class:`~fgbg_kd.ops.Split`.
+    """The maps of an image. R is the number of cells of all levels.
 
     Attributes:
-        cells: the split.
-        strides: in pixels, per level.
-        cosine: (1, R), of the student's adapted features and the teacher's. None: they have
-            different channels, and there is no adapter.
-        gate: (1, R), 1 where the student learns from the teacher. None: the teacher is not dense.
-        kl: (1, R), the background KL times the gate, as it enters the loss. None: likewise.
-        margin: of the gate.
+        cells: the split into foreground and background.
+        strides: of each level, in pixels.
+        cosine: (1, R), cosine between the adapted features of the student and the features of the
+            teacher. None if the channels differ and there is no adapter.
+        gate: (1, R), 1 where the student learns from the teacher. None if the teacher is not dense.
+        kl: (1, R), the background KL times the gate, as in the loss. None if the teacher is not
+            dense.
+        margin: the margin of the gate.
     """
 
     cells: Split
@@ -41,7 +42,8 @@ class CellMaps(NamedTuple):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context without gradients and in eval mode; afterwards every module has its mode again."""
+    """Context without gradients, in which a model is in eval mode. Then each module gets its mode
+    back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -53,12 +55,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run_both(distiller: FgBgDistiller, inputs: dict) -> Batch:
-    """One image through student and teacher, without a gradient and with the student in eval mode.
+    """Runs student and teacher on an image, without gradients and in eval mode.
 
-    Both heads run, whether the method needs them or not.
+    The heads of both run, even if the method does not need them.
 
     Args:
-        inputs: "image" and "instances", as a training mapper gives them.
+        inputs: "image" and "instances", as from a training mapper.
     """
     student, teacher = dense_student(distiller.student), distiller.teacher
     dense = teacher.view.dense
@@ -74,13 +76,14 @@ def run_both(distiller: FgBgDistiller, inputs: dict) -> Batch:
 def cell_maps(
     distiller: FgBgDistiller, inputs: dict, adapters: Sequence[nn.Module] | None = None
 ) -> CellMaps:
-    """The maps of one image by the options of FgBg; for another method, by FgBg's defaults.
+    """The maps of an image, with the options of FgBg. Another method gets the defaults of FgBg.
 
-    A gate that is off shows where it would be open.
+    If GATE is off, the map of the gate shows where the gate "cell" would be open.
 
     Args:
         inputs: see :func:`run_both`.
-        adapters: from the student's to the teacher's features, per level; None: the method's.
+        adapters: one module per level, from the student's to the teacher's channels. None: the
+            adapters of the method.
     """
     fgbg = distiller.method
     if not isinstance(fgbg, FgBg):
@@ -111,7 +114,11 @@ def cell_maps(
 
 
 def own_adapters(distiller: FgBgDistiller) -> Sequence[nn.Module] | None:
-    """The method's adapters; identities where channels are equal; None where both are missing."""
+    """The adapters of the method.
+
+    A method without adapters gets identities if student and teacher have the same channels, and
+    None if they have not.
+    """
     adapters = getattr(distiller.method, "adapters", ())
     if len(adapters) == len(distiller.levels):
         return adapters
@@ -123,8 +130,12 @@ def own_adapters(distiller: FgBgDistiller) -> Sequence[nn.Module] | None:
 def fit_adapters(distiller: FgBgDistiller, inputs: Iterable[dict]) -> list[nn.Module]:
     """Fits a 1x1 convolution per level from the student's to the teacher's features.
 
-    A student that was trained without adapters, such as a plain one, can be compared by them. The
-    fit is by least squares on the foreground cells; each object has the same weight.
+    With it, the features of a student without adapters, such as a plain student, can be compared
+    with the teacher's. The fit is by least squares on the foreground cells. Each object has the
+    same weight.
+
+    Args:
+        inputs: see :func:`run_both`, for each image.
     """
     sums = [0.0] * len(distiller.levels)
     for one in inputs:
@@ -140,7 +151,7 @@ def fit_adapters(distiller: FgBgDistiller, inputs: Iterable[dict]) -> list[nn.Mo
     for level, total in zip(distiller.levels, sums):
         channels = level.channels[0]
         gram, product = total[:, : channels + 1], total[:, channels + 1 :]
-        # A small ridge: the few cells of a coarse level do not determine the whole map.
+        # A small ridge, because the few cells of a coarse level do not determine all weights.
         ridge = 1e-3 * gram.diagonal().mean() * torch.eye(channels + 1).to(gram)
         solution = torch.linalg.solve(gram + ridge, product).float()  # (C + 1, C of the teacher)
         phi = nn.Conv2d(*level.channels, kernel_size=1).to(distiller.device)
@@ -153,17 +164,18 @@ def fit_adapters(distiller: FgBgDistiller, inputs: Iterable[dict]) -> list[nn.Mo
 def load_student(
     distiller: FgBgDistiller, weights: str, training: Iterable[dict]
 ) -> Sequence[nn.Module] | None:
-    """Gives the distiller a new student, with a checkpoint's weights.
+    """Replaces the student of a distiller by a copy with the weights of a checkpoint.
 
     Args:
-        weights: checkpoint of a distilled or a plain student.
-        training: images for :func:`fit_adapters`, for a checkpoint that lacks needed adapters.
+        weights: path of the checkpoint of a distilled or a plain student.
+        training: images for :func:`fit_adapters`. They are read only if adapters are needed and the
+            checkpoint has none.
 
     Returns:
-        The adapters of this student.
+        The adapters of this student, one per level.
 
     Raises:
-        CheckpointError: it is the checkpoint of another detector or method.
+        CheckpointError: the checkpoint is from another detector or method.
     """
     distiller.student = copy.deepcopy(distiller.student)
     distiller.method = copy.deepcopy(distiller.method)
@@ -174,7 +186,8 @@ def load_student(
             distiller.method.load_state_dict(rest["method"])
         except RuntimeError as error:
             raise CheckpointError(
-                f"{weights} was distilled with another MODEL.KD than this config's: {error}"
+                f"{weights} was distilled with another MODEL.KD than this config has: use the "
+                f"config of its run. {error}"
             ) from None
     elif adapters is None or any(True for phi in adapters for _ in phi.parameters()):
         adapters = fit_adapters(distiller, training)

@@ -1,4 +1,4 @@
-"""Comparison of methods: one student, trained by each method, over several seeds."""
+"""Comparison of methods: each method trains the same student with several seeds."""
 
 import datetime
 import os
@@ -29,12 +29,12 @@ class Comparison:
     Attributes:
         config_file: a config that distils.
         methods: such as "plain", "FgBg" or "PKD WEIGHT=2" (:func:`.method_overrides`).
-        output: folder of all runs, results.jsonl and results.md.
-        seeds: seeds 0 to seeds - 1 are run.
+        output: folder for all runs, results.jsonl and results.md.
+        seeds: number of seeds. The seeds are 0 to seeds - 1.
         overrides: [key, value, ...] for all methods.
-        jobs: runs at a time; they share the processor's cores.
-        errors: whether kinds of errors are measured as well (:mod:`.tide`).
-        imports: modules of the user that register methods or detectors.
+        jobs: number of runs at a time. They share the cores of the CPU.
+        errors: whether the kinds of errors are measured too (:mod:`.tide`).
+        imports: the user's modules that register methods or detectors.
     """
 
     config_file: str
@@ -52,23 +52,24 @@ class Comparison:
 
     @property
     def folder(self) -> Path:
-        """Where the runs of these overrides lie."""
+        """The folder of the runs with these overrides."""
         name = folder_name(" ".join(self.overrides)) if self.overrides else "as_configured"
         return self.output / name
 
 
 def compare_methods(comparison: Comparison, train_net: Path) -> None:
-    """Trains and evaluates the student by each method and seed, and writes rows, tables and plots.
+    """Trains and evaluates the student with each method and seed. Writes rows, tables and plots.
 
-    Runs that are done are not run again; interrupted ones go on. Each run adds a row to
-    results.jsonl as soon as it is done, and results.md is made from all rows.
+    A finished run is not repeated. An interrupted run is resumed. Each finished run adds a row to
+    results.jsonl. Then results.md is written from all rows.
 
     Args:
         train_net: path of tools/train_net.py.
 
     Raises:
-        ConfigError: a method or a key that does not exist.
-        RunError: the comparison would mean nothing, or runs failed (after all others are done).
+        ConfigError: a method or a key does not exist.
+        RunError: the result would not be valid, or runs failed. This is raised after the other runs
+            are finished.
     """
     cfg = load_config(comparison.config_file, list(comparison.overrides))
     overrides, options = _method_settings(comparison, cfg)
@@ -83,7 +84,7 @@ def compare_methods(comparison: Comparison, train_net: Path) -> None:
             shared = {"task": task_of(cfg, teacher), **surroundings(threads, comparison.jobs)}
             _evaluate_teacher(comparison, runner, cfg, teacher, shared)
             jobs: dict[Future, tuple] = {}
-            for seed in range(comparison.seeds):  # seed by seed: the first pairs are done early
+            for seed in range(comparison.seeds):  # the first pairs finish early
                 for spec, opts in overrides.items():
                     run = _Run(comparison, spec, seed, opts)
                     checkpoint = None if spec.split()[0] == PLAIN else teacher
@@ -98,8 +99,11 @@ def compare_methods(comparison: Comparison, train_net: Path) -> None:
 
 
 def _method_settings(comparison: Comparison, cfg) -> tuple[dict[str, list], dict[str, dict]]:
-    """Overrides and options of each method. A value that a method refuses is an error here, not
-    after hours of other runs."""
+    """Overrides and options of each method.
+
+    Each method is built once. A value that a method refuses is therefore an error before the first
+    run.
+    """
     overrides, options = {}, {}
     for spec in comparison.methods:
         overrides[spec] = [*comparison.overrides, *method_overrides(cfg, spec)]
@@ -112,18 +116,22 @@ def _method_settings(comparison: Comparison, cfg) -> tuple[dict[str, list], dict
 
 
 def _check(comparison: Comparison, cfg) -> None:
-    """Refuses a comparison whose table would mean nothing."""
+    """Refuses a comparison whose result would not be valid.
+
+    Raises:
+        RunError: the test set or an override does not fit, or tidecv is missing.
+    """
     if len(cfg.DATASETS.TEST) != 1:
-        raise RunError(
-            f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets: name the one to compare on."
-        )
+        raise RunError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets: name exactly one set.")
     if taken := sorted({*comparison.overrides[::2]} & {*RUN_KEYS}):
         raise RunError(
             f"--set {' '.join(taken)}: compare.py sets it for each run. Use --seeds and --output."
         )
     truth = truth_of(flat(cfg))
     if truth and truth.is_file() and not has_objects(truth):
-        raise RunError(f"{truth} has no box that counts, so there is no AP: name another test set.")
+        raise RunError(
+            f"{truth} has no box that counts, so AP is not defined: name another test set."
+        )
     if comparison.errors:
         tide()
         if truth is None:
@@ -135,7 +143,7 @@ def _check(comparison: Comparison, cfg) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of a student; calling it trains and evaluates."""
+    """A run of a student. A call trains and evaluates it."""
 
     comparison: Comparison
     spec: str
@@ -162,7 +170,8 @@ def _with_errors(comparison: Comparison, result: dict, folder: Path) -> dict:
 
 
 def _evaluate_teacher(comparison: Comparison, runner: Runner, cfg, teacher, shared: dict) -> None:
-    """The teacher's row. Without it (other classes, for example) the students are compared."""
+    """Adds the teacher's row. If the teacher cannot be evaluated on the test set, because it has
+    other classes for example, the table has no such row."""
     folder = comparison.folder / TEACHER
     try:
         config, opts = teacher_evaluation(cfg, teacher)
@@ -174,7 +183,7 @@ def _evaluate_teacher(comparison: Comparison, runner: Runner, cfg, teacher, shar
 
 
 def _record_as_they_end(jobs: dict, comparison: Comparison, runner: Runner, shared) -> list[str]:
-    """Adds the row of each run when it ends; returns a message for each run that failed."""
+    """Adds a row when a run ends. Returns a message for each run that failed."""
     failures = []
     for number, job in enumerate(as_completed(jobs), 1):
         run, options = jobs[job]
@@ -210,12 +219,12 @@ def _add_row(comparison, shared: dict, method: str, seed, options: dict, result,
 def tables_of(
     files: Sequence[Path], parts: Sequence[str] = PARTS, pictures: Path | None = None
 ) -> str:
-    """The tables of all comparisons in files of rows, in Markdown.
+    """The tables of all comparisons in files with rows, in Markdown.
 
     Args:
-        files: results.jsonl; a file that is missing has no rows.
-        parts: of :func:`.comparison_tables`.
-        pictures: a folder for a plot of each comparison; None: no plots.
+        files: paths of results.jsonl files. A missing file has no rows.
+        parts: see :func:`.comparison_tables`.
+        pictures: folder for a plot of each comparison; None: no plots.
     """
     texts = []
     rows = [row for file in files for row in read_rows(file)]
@@ -229,11 +238,13 @@ def tables_of(
 
 
 def fill_document(file: Path, say) -> None:
-    """Makes the tables of a document anew, from the files of rows that it names (as seen from the
-    current folder). Tables whose file has no rows stay.
+    """Updates the tables in a document from the files with rows that it names (:func:`.fill`).
+
+    The paths of these files are relative to the current folder. A table whose file has no rows does
+    not change.
 
     Args:
-        say: gets a line about each table.
+        say: a function that gets a line about each table.
     """
 
     def tables(name: str, parts: list[str]) -> str:
@@ -245,6 +256,6 @@ def fill_document(file: Path, say) -> None:
 
 
 def folder_name(text: str) -> str:
-    """A text as the name of a folder; other texts have other names."""
+    """The name of a folder for a text. Different texts have different names."""
     name = re.sub(r"[^\w.=+-]+", "_", text)
     return name if name == text else f"{name[:60]}-{sha256_of_text(text)[:6]}"

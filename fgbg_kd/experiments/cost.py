@@ -1,4 +1,4 @@
-"""What a detector costs: parameters, GFLOPs, latency."""
+"""The cost of a detector: parameters, GFLOPs, latency."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,13 +17,14 @@ _HEADINGS = {"parameters_m": "parameters (M)", "gflops": "GFLOPs", "ms_per_image
 
 
 def detectors_of(config: str) -> dict[str, nn.Module]:
-    """The detectors that a config names, with random weights, in eval mode on the CPU.
+    """Builds the detectors that a config names, with random weights, in eval mode on the CPU.
 
     Args:
         config: a name of the model zoo, or a local .yaml or .py config.
 
     Returns:
-        By role: "teacher" and "student" of a config that distils, otherwise "detector".
+        Detectors by role. The roles are "teacher" and "student" if the config distils, otherwise
+        "detector".
     """
     cfg = read_detector_config(config)
     teacher = ""
@@ -45,13 +46,13 @@ def costs_of(
     runs: int = 10,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict], bool]:
-    """The cost of each detector of each config, and the ratio of student and teacher.
+    """Measures the detectors of each config, and divides the student's cost by the teacher's.
 
     Args:
         configs: see :func:`detectors_of`.
         size: (height, width) of the image in pixels.
         runs: see :func:`cost`.
-        say: gets the name of each detector before it is measured.
+        say: a function that gets the name of each detector before it is measured.
 
     Returns:
         Rows for :func:`table`, and whether a detector has two stages.
@@ -75,7 +76,7 @@ def costs_of(
 
 
 class _Network(nn.Module):
-    """A detector from padded images to raw predictions per cell, as a module for fvcore."""
+    """A module for fvcore that maps padded images to the raw predictions of a detector."""
 
     def __init__(self, detector: nn.Module):
         super().__init__()
@@ -87,21 +88,22 @@ class _Network(nn.Module):
 
 @torch.no_grad()
 def cost(model: nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
-    """Parameters, GFLOPs and time of one image, on the model's device.
+    """Measures parameters, GFLOPs and time for one image, on the device of the model.
 
     Args:
         model: a detector in eval mode.
         example: {"image": (C, H, W)} in 0..255.
-        runs: number of calls of which the time is the median.
+        runs: number of calls. The time is their median.
 
     Returns:
         - "parameters_m": millions of parameters.
-        - "gflops": by fvcore, which counts a multiply-add as one. Of backbone and head; of a
-          two-stage detector, of backbone and RPN, since the rest depends on the proposals.
+        - "gflops": of backbone and head, by fvcore. A multiply-add is one FLOP. Of a two-stage
+          detector, only backbone and RPN are counted: the cost of the box head depends on the
+          proposals.
         - "ms_per_image": milliseconds of the whole detector, with NMS and without resizing.
     """
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    # Detectron2's own counter cannot be imported with v0.6 (it needs caffe2).
+    # The counter of Detectron2 v0.6 cannot be imported: it needs caffe2.
     flops = FlopCountAnalysis(_Network(model), model.preprocess_image([example]).tensor)
     flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     gflops = flops.total() / 1e9
@@ -114,5 +116,5 @@ def cost(model: nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Rows with the values of :func:`cost` as a table in Markdown."""
+    """A table in Markdown from rows with the values of :func:`cost`."""
     return table_of(rows, _HEADINGS)

@@ -1,4 +1,4 @@
-"""Pictures of what distillation sees: detections above, maps of the cells below."""
+"""Pictures of distillation: detections in the first row, maps of the cells below."""
 
 from collections.abc import Sequence
 
@@ -18,21 +18,24 @@ from ..ops import BACKGROUND
 from ..utils.fonts import readable
 from .cell_maps import CellMaps, cell_maps, evaluating
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too.
+# The colours of Okabe and Ito. Colour-blind readers can distinguish them.
 TEACHER_COLOR, STUDENT_COLOR = "#E69F00", "#0072B2"
 _OBJECTS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
-_SCORE = 0.3  # detections under it are not drawn
-_PANEL = 2.7  # width of a panel in inches, of 100 pixels
+_SCORE = 0.3  # detections with a lower score are not drawn
+_PANEL = 2.7  # width of a panel in inches; an inch has 100 pixels
 
 
 def confident(detector: nn.Module, inputs: dict, image_format: str) -> Instances:
-    """Detections of one image with a score of at least 0.3, at the size of its tensor, on the CPU.
+    """The detections in an image with a score of at least 0.3.
 
     Args:
-        image_format: "RGB", "BGR" or "L", the order of ``inputs["image"]``.
+        image_format: order of the channels of ``inputs["image"]``: "RGB", "BGR" or "L".
+
+    Returns:
+        Instances on the CPU, in pixels of the image tensor.
     """
     image = inputs["image"]
-    if channel_order(detector) != image_format:  # of an RGB and a BGR detector
+    if channel_order(detector) != image_format:  # one is RGB, the other BGR
         image = image.flip(0)
     with evaluating(detector):
         found = detector([{"image": image}])[0]["instances"].to("cpu")
@@ -40,15 +43,15 @@ def confident(detector: nn.Module, inputs: dict, image_format: str) -> Instances
 
 
 def draw_distillation(distiller: FgBgDistiller, inputs: dict) -> np.ndarray:
-    """The panels of one image of a training batch.
+    """Draws the panels of an image during training.
 
-    The student, its statistics and the random state stay as they are.
+    The student, its batch statistics and the random state do not change.
 
     Args:
-        inputs: "image" and "instances", as a training mapper gives them.
+        inputs: "image" and "instances", as from a training mapper.
 
     Returns:
-        (3, H, W) uint8 RGB, as Detectron2's EventStorage takes an image.
+        (3, H, W) uint8 RGB, the format of Detectron2's EventStorage.
     """
     order = channel_order(distiller.student)
     detectors = {"teacher": distiller.teacher.detector, "student": distiller.student}
@@ -65,14 +68,15 @@ def draw_panels(
     classes: Sequence[str] | None = None,
     title: str = "",
 ) -> np.ndarray:
-    """A row with ground truth and detections, then a row of maps per level.
+    """Draws a row with ground truth and detections, and a row with maps for each level.
 
     Args:
-        inputs: "image" (C, H, W) in 0..255 of ``image_format``, and "instances".
-        maps: by name of the student. Each has its column of cosines; split, gate and KL are those
-            of the last.
-        detections: by name of the detector, in pixels of the image.
+        inputs: "image" (C, H, W) in 0..255 with the channels of ``image_format``, and "instances".
+        maps: maps by name of the student. Each student has a column for its cosine. Split, gate and
+            KL are drawn only for the last student.
+        detections: instances by name of the detector, in pixels of the image.
         classes: names of the classes; None: their numbers are drawn.
+        title: above all panels.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -110,7 +114,7 @@ def draw_panels(
 
 def _outline(ax, boxes: Sequence[Sequence[float]], colors: Sequence[str]) -> None:
     for i, box in enumerate(boxes):
-        x0, y0, x1, y1 = (v - 0.5 for v in box)  # imshow puts the centre of a pixel on a number
+        x0, y0, x1, y1 = (v - 0.5 for v in box)  # imshow places the centre of a pixel at its index
         color = colors[i % len(colors)]
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=color))
 
@@ -158,13 +162,13 @@ def draw_boxes(
 
 
 class _Column:
-    """A column of panels: one value per cell, over the image.
+    """A column of panels, one per level: a value for each cell, drawn over the image.
 
     Args:
-        values: per level (H_l, W_l); NaN is not drawn.
-        notes: second line of the title, per level.
-        key: label of the colour bar, or the meaning of each colour.
-        options: of imshow.
+        values: (H_l, W_l) for each level. NaN is not drawn.
+        notes: second line of the title, for each level.
+        key: label of the colour bar, or {meaning: colour}.
+        options: arguments of imshow.
     """
 
     def __init__(self, values, notes, key, **options):
@@ -174,7 +178,7 @@ class _Column:
         h, w = self.values[level].shape
         ax.imshow(image.mean(2), cmap="gray", vmin=-60, vmax=380)
         ax.set_title(f"{name}\n{self.notes[level]}", fontsize=9)
-        # A cell is stride x stride pixels, also where the map is larger than the image.
+        # A cell has stride x stride pixels. The map can be larger than the image.
         extent = (-0.5, w * stride - 0.5, h * stride - 0.5, -0.5)
         self.drawn = ax.imshow(self.values[level], extent=extent, alpha=0.75, **self.options)
         ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
@@ -191,7 +195,7 @@ class _Column:
 
 
 def _columns(maps: dict[str, CellMaps]) -> dict[str, _Column]:
-    """The columns by their titles."""
+    """The columns by title."""
     last = maps[next(reversed(maps))]
     owner = _levels(last, last.cells.box_index)
     foreground, background = [x >= 0 for x in owner], [x == BACKGROUND for x in owner]
@@ -252,10 +256,10 @@ def _levels(maps: CellMaps, values: Tensor) -> list[np.ndarray]:
 
 
 def _only(values, masks) -> list[np.ndarray]:
-    """Per level, the values with NaN outside the mask."""
+    """For each level, the values inside the mask, and NaN outside."""
     return [np.where(mask, x, np.nan) for x, mask in zip(values, masks)]
 
 
 def _means(values, masks, form: str) -> list[str]:
-    """Per level, the mean of the masked values as text."""
+    """For each level, the mean of the values inside the mask, as text."""
     return [form.format(x[m].mean()) if m.any() else "none" for x, m in zip(values, masks)]

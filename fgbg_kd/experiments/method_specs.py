@@ -1,4 +1,4 @@
-"""The names of methods, on the command line and in tables: "PKD WEIGHT=2"."""
+"""The names of methods on the command line and in tables, such as "PKD WEIGHT=2"."""
 
 from ..config import method_defaults
 from ..methods import METHOD_REGISTRY
@@ -6,7 +6,7 @@ from ..utils.errors import ConfigError
 from .settings import RUN_KEYS, flat, keys_read
 
 PLAIN, TEACHER, FGBG = "plain", "teacher", "FgBg"
-# These keys choose the method, or are the same in all runs of a comparison. They are no options.
+# These keys are not options: they choose the method, or all runs of a comparison share them.
 _NO_OPTIONS = {
     *RUN_KEYS,
     "MODEL.META_ARCHITECTURE",
@@ -22,20 +22,20 @@ _NO_OPTIONS = {
 
 
 def method_overrides(cfg, spec: str) -> list[str]:
-    """Config overrides of a method.
+    """The config overrides that train a student with a method.
 
     Args:
         cfg: a config that distils.
         spec: "plain" or a name in METHOD_REGISTRY, then any number of KEY=VALUE. KEY is an option
-            of the method (WEIGHT), a key of MODEL.KD (WARMUP_ITERS) or a whole key
+            of the method (WEIGHT), a key of MODEL.KD (WARMUP_ITERS) or a full key of the config
             (SOLVER.BASE_LR).
 
     Returns:
         [key, value, key, value, ...].
 
     Raises:
-        ConfigError: there is no such method, it does not read the key, or all runs of a comparison
-            share the key.
+        ConfigError: the method does not exist, it does not read the key, or all runs of a
+            comparison share the key.
 
     Example:
         >>> method_overrides(cfg, "PKD WEIGHT=2")[4:]
@@ -65,24 +65,24 @@ def method_overrides(cfg, spec: str) -> list[str]:
 
 def _no_option(name: str, key: str, keys: set[str]) -> str:
     if key in _NO_OPTIONS or f"MODEL.KD.{key}" in _NO_OPTIONS:
-        return f"{key} is no option of a method: all runs of a comparison share it, or it is set."
+        return f"{key} is not an option of a method: compare.py sets it, or all runs share it."
     own = sorted(k.removeprefix(_node(name)) for k in keys if k.startswith(_node(name)))
     read = f"its options are {', '.join(own)}" if own else "it has no options of its own"
-    return f"{name} does not read {key}: {read}. Whole keys, such as SOLVER.BASE_LR, work too."
+    return f"{name} does not read {key}: {read}. Full keys, such as SOLVER.BASE_LR, work too."
 
 
 def name_of(row: dict) -> str:
-    """A row's method as tables name it, with every option that is neither the default nor in the
-    comparison's overrides.
+    """The name of a row's method in tables.
 
-    The name comes from the options that the run had and not from the words on its command line, so
-    that it stays true when a default changes.
+    It has each option whose value is neither the default nor in the overrides of the comparison. It
+    is made from the options of the run, not from the command line. Therefore it stays correct when
+    a default changes.
 
     Args:
         row: a row of results.jsonl (:mod:`.result_rows`).
     """
     name, *typed = row["method"].split()
-    if name not in METHOD_REGISTRY:  # plain, the teacher, a method of a module that is not imported
+    if name not in METHOD_REGISTRY:  # plain, the teacher, or a method whose module is not imported
         return row["method"]
     defaults, node = method_defaults(name), _node(name)
     shared = dict(zip(row["overrides"][::2], row["overrides"][1::2]))
@@ -94,7 +94,7 @@ def name_of(row: dict) -> str:
 
     options = row["options"]
     unusual = [f"{k.upper()}={short(v)}" for k, v in options.items() if not is_usual(k, v)]
-    # Typed keys that are no options of the method, such as WARMUP_ITERS or SOLVER.BASE_LR.
+    # Keys on the command line that are not options of the method, such as SOLVER.BASE_LR.
     keys = [x.removeprefix(node).removeprefix("MODEL.KD.") for x in typed]
     others = [x for x in keys if x.partition("=")[0].lower() not in options]
     return " ".join([name, *unusual, *others])
@@ -105,5 +105,5 @@ def _node(name: str) -> str:
 
 
 def short(value) -> str:
-    """A value of an option as tables write it."""
+    """The value of an option as text for a table."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Pictures in TensorBoard of what distillation sees while it trains."""
+"""Pictures of distillation in TensorBoard during training."""
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -9,10 +9,10 @@ from .drawing import draw_distillation
 
 
 class DistillationPictures(HookBase):
-    """Puts a picture of one image of the batch into the event storage, as "distillation".
+    """Puts a picture of an image in the batch into the event storage, as "distillation".
 
-    Training is the same, bit for bit, with and without it. Register it before the writers: they
-    write a picture of the same step then.
+    The hook does not change training, bit for bit. Register it before the writers. Then they write
+    the picture in the same step.
 
     Example::
 
@@ -22,7 +22,7 @@ class DistillationPictures(HookBase):
     def __init__(self, period: int):
         """
         Args:
-            period: iterations between two pictures; 0: none.
+            period: iterations between two pictures; 0: no pictures.
         """
         self.period = period
 
@@ -36,7 +36,7 @@ class DistillationPictures(HookBase):
             or model.teacher is None
         ):
             return
-        # FgBgTrainer keeps the trainer that runs the steps inside.
+        # In FgBgTrainer, an inner trainer runs the steps.
         batch = getattr(self.trainer, "_trainer", self.trainer).batch
         inputs = next((x for x in batch if len(x["instances"])), batch[0])
         self.trainer.storage.put_image("distillation", draw_distillation(model, inputs))

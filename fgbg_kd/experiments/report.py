@@ -1,4 +1,4 @@
-"""A page of HTML about runs that are done: tables, curves, pictures, configuration, in one file."""
+"""An HTML page about finished runs in one file: tables, curves, pictures and configuration."""
 
 import contextlib
 import datetime
@@ -23,23 +23,23 @@ from .tables import number, signed
 from .tide import KINDS, detection_errors, image_scores, tide, truth_of
 
 _SCORE = 0.3  # detections with a lower score are neither counted nor drawn
-_COUNT = 3  # pictures of the images that gained most, and of those that lost most
+_COUNT = 3  # pictures of images with the largest gain, and of images with the largest loss
 
 
 def write_report(folders: Sequence[Path], output: Path, say: Callable[[str], None]) -> None:
     """Writes a page about all runs in and below some folders.
 
-    It measures what the runs have not measured themselves: cost, kinds of errors, F1 of each image.
-    If something cannot be shown (its checkpoint, data or tidecv is missing), the page says so.
+    It measures three things that the runs do not record: the cost, the kinds of errors and the F1
+    of each image. If a checkpoint, data or tidecv is missing, the page says which parts it lacks.
 
     Args:
-        folders: of runs, or of folders of runs.
-        output: the file of the page.
-        say: gets a line about each step.
+        folders: folders of runs, or folders that contain them.
+        output: path of the page.
+        say: a function that gets a line about each step.
 
     Raises:
         RunError: there are no runs, or a file of a run is damaged.
-        OSError: the page cannot be written. This is found out before anything is measured.
+        OSError: the page cannot be written. This is checked before the measurements.
     """
     runs = find_runs(folders)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _template() -> jinja2.Template:
 
 @contextlib.contextmanager
 def _or_lacks(lacks: list[str], what: str):
-    """If the block fails, adds the reason to ``lacks`` and goes on."""
+    """If the block fails, adds the reason to ``lacks`` and continues after the block."""
     try:
         yield
     except (FgBgError, ValueError, OSError) as error:
@@ -90,7 +90,7 @@ def _or_lacks(lacks: list[str], what: str):
 
 
 def _baselines(groups) -> dict[str, str | None]:
-    """For each distilled group, the first plain group that differs in distillation alone."""
+    """For each distilled group, the first plain group that differs only in distillation."""
     plain = {g: m[0] for g, m in groups.items() if m[0].role == PLAIN}
     distilled = {g: m[0] for g, m in groups.items() if m[0].role == DISTILLED}
     return {
@@ -100,7 +100,7 @@ def _baselines(groups) -> dict[str, str | None]:
 
 
 def _gains(groups, plain: dict, lacks: list[str]) -> list[tuple[str, str, str, str]]:
-    """For each distilled group: its name, its mean gain, the plain group, and how many seeds."""
+    """For each distilled group: its name, its mean gain, the plain group, the number of seeds."""
     aps = {g: {r.seed: r.result["AP"] for r in m if "AP" in r.result} for g, m in groups.items()}
     gains = []
     for name, base in plain.items():
@@ -163,7 +163,7 @@ def _classes(groups, colors) -> dict | None:
         name.removeprefix("AP-"): [number(means[g][i]) for g in groups]
         for i, name in enumerate(names)
     }
-    # More classes would be a picture that nobody can read.
+    # Bars of more classes cannot be read.
     figure = bars(means, list(rows), colors, "AP by class") if len(names) <= 30 else None
     return {
         "title": "AP by class",
@@ -176,8 +176,8 @@ def _classes(groups, colors) -> dict | None:
 
 _ABOUT_ERRORS = (
     "TIDE (Bolya et al., 2020): the points that AP50 would gain without any error of a kind, mean "
-    "over seeds. The kinds: wrong class, wrong place, both, duplicate, background taken for "
-    "an object, missed object; then all false positives and all false negatives."
+    "over seeds. The kinds are: wrong class, wrong place, both, duplicate, background detected as "
+    "an object, missed object. The last columns are all false positives and all false negatives."
 )
 
 
@@ -204,7 +204,7 @@ def _errors(groups, say, lacks) -> dict | None:
 def _errors_of(run: Run) -> dict[str, float]:
     truth = truth_of(run.config)
     if truth is None:
-        raise DataError("the COCO file of its test set is not known.")
+        raise DataError("the COCO file of its test set is not known: set DATASETS.TEST_JSON.")
     with contextlib.redirect_stdout(io.StringIO()):  # tidecv prints
         return detection_errors(truth, run.detections)
 
@@ -213,8 +213,10 @@ def _errors_of(run: Run) -> dict[str, float]:
 
 
 def _pictures(groups, plain: dict, load, say, lacks) -> list[dict]:
-    """Sections with the images that gained most and lost most, from a plain run to the run of the
-    same seed in the best distilled group."""
+    """Sections with the images that gained most and that lost most.
+
+    A distilled run of the best group is compared with the plain run of the same seed.
+    """
     sections = []
     with _or_lacks(lacks, "Pictures"):
         before, after = _best_pair(groups, plain)
@@ -246,13 +248,14 @@ def _pictures(groups, plain: dict, load, say, lacks) -> list[dict]:
         sections[-1]["note"] = (
             f"{after.group} against {before.group}, seed {after.seed}: better on {better}, worse "
             f"on {worse} of {len(gain)} images. F1 counts detections with a score of at least "
-            f"{_SCORE}, which are also the ones drawn; a match has an IoU over 0.5."
+            f"{_SCORE}. A match has an IoU over 0.5. The pictures show these detections; where "
+            "several overlap, only the best."
         )
     return sections
 
 
 def _best_pair(groups, plain: dict) -> tuple[Run, Run]:
-    """A plain and a distilled run of one seed, from the distilled group with the highest AP."""
+    """A plain and a distilled run with one seed, from the distilled group with the highest AP."""
     pairs = [
         (before, after)
         for name, base in plain.items()
@@ -262,14 +265,14 @@ def _best_pair(groups, plain: dict) -> tuple[Run, Run]:
     ]
     if not pairs:
         raise RunError(
-            "they need a plain and a distilled run with the same test set, number of iterations "
-            "and seed."
+            "they need a plain and a distilled run with the same test set, the same number of "
+            "iterations and the same seed."
         )
     return max(pairs, key=lambda p: _mean(groups[p[1].group], "AP") or 0)
 
 
 def _scores(before: Run, after: Run) -> list[dict[int, float]]:
-    """F1 of each image, for both runs."""
+    """For both runs, F1 by image id."""
     truth = truth_of(after.config)
     if truth is None or truth_of(before.config) != truth:
         raise DataError(f"{before.group} and {after.group} have no known test set in common.")
@@ -280,7 +283,7 @@ def _scores(before: Run, after: Run) -> list[dict[int, float]]:
 
 
 def _differences(configs: dict[str, dict]) -> dict:
-    """Keys that some of the runs read and that have not the same value in all configs."""
+    """The keys that a run reads and whose values differ between the configs."""
     table = _side_by_side({name: keys_read(config) for name, config in configs.items()})
     unlike = {k: v for k, v in table["rows"].items() if len(set(v)) > 1}
     for key in ("OUTPUT_DIR", "SEED", "train.output_dir", "train.seed"):

@@ -1,4 +1,4 @@
-"""Figures of the report, as text that stands inside of an HTML page."""
+"""The figures of the report, as text for an HTML page."""
 
 import base64
 import io
@@ -17,11 +17,11 @@ _COLORS = {
     PLAIN: ["#0072B2", "#56B4E9"],
     DISTILLED: ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#8C564B", "#7F6BB3"],
 }
-_POINTS = 400  # a curve with more has the means of neighbours
+_POINTS = 400  # a curve with more points is drawn by means of neighbouring points
 
 
 def colors_of(groups: dict[str, list[Run]]) -> dict[str, str]:
-    """A colour for each group: shades of its role."""
+    """A colour for each group. Each role has its own colours."""
     colors, used = {}, dict.fromkeys(_COLORS, 0)
     for name, members in groups.items():
         role = members[0].role
@@ -31,11 +31,13 @@ def colors_of(groups: dict[str, list[Run]]) -> dict[str, str]:
 
 
 def bars(values: dict[str, list], names: list[str], colors: dict[str, str], title: str) -> Markup:
-    """Bars of AP, one colour a group, as inline SVG.
+    """Draws bars of AP with a colour per group, as inline SVG.
 
     Args:
-        values: for each group, one number (or None) for each name.
-        names: under the bars.
+        values: for each group, a number or None for each name.
+        names: labels under the bars.
+        colors: colour of each group.
+        title: description of the figure for screen readers.
     """
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(values)
@@ -49,7 +51,15 @@ def bars(values: dict[str, list], names: list[str], colors: dict[str, str], titl
 
 
 def curves(runs: list[Run], colors) -> dict[str, Markup]:
-    """Losses, gates and AP over the iterations, as inline SVG by title."""
+    """Draws losses, gates and AP over the iterations.
+
+    Args:
+        runs: the runs, with a line for each.
+        colors: colour of each group.
+
+    Returns:
+        {title: inline SVG}.
+    """
     keys = {k for r in runs for row in r.rows for k in row}
     sections = {
         "Losses": sorted(k for k in keys if k.startswith("loss") or k == "total_loss"),
@@ -92,14 +102,14 @@ def _plot(runs: list[Run], keys: list[str], colors, title: str) -> Markup:
 
 
 def _thinned(points) -> np.ndarray:
-    """Points (N, 2) as (M, 2), where M is at most _POINTS, by the means of neighbours."""
+    """Means of neighbouring points: (N, 2) to (M, 2), where M is at most _POINTS."""
     values = np.array(points, dtype=float)
     parts = np.array_split(values, min(len(values), _POINTS))
     return np.stack([part.mean(0) for part in parts])
 
 
 def _svg(figure: Figure, title: str) -> Markup:
-    """A figure as inline SVG, in which text is text and no outline."""
+    """A figure as inline SVG. Its texts are text elements, not outlines."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})

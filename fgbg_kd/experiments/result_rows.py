@@ -1,9 +1,17 @@
-"""Rows of results.jsonl: one for each run of a comparison.
+"""The rows of results.jsonl. Each run of a comparison has a row.
 
-A row has the keys "method" (as it was typed), "seed", "config" and "overrides" (of the whole
-comparison), "task" (:func:`.settings.task_of`), "options" (of the method), what
-:meth:`.runner.Runner.run` measured, "errors" (:mod:`.tide`; not in every row), "folder",
-"finished" (the time), and the hardware and versions it ran on.
+A row has these keys:
+
+- "method": the method and its options, as on the command line.
+- "seed": None for the teacher.
+- "config", "overrides": of the whole comparison.
+- "task": see :func:`.settings.task_of`.
+- "options": the options of the method.
+- the keys that :meth:`.runner.Runner.run` returns.
+- "errors": see :mod:`.tide`. Not every row has it.
+- "folder": the folder of the run.
+- "finished": the time at the end.
+- the keys that :func:`.runner.surroundings` returns: hardware and versions.
 """
 
 import statistics
@@ -13,7 +21,7 @@ from ..utils.files import add_row, read_rows
 from .method_specs import FGBG, PLAIN, TEACHER, name_of
 from .runner import COSTS, METRICS
 
-# Two rows that agree in these are about the same run.
+# Two rows with the same values of these keys are from the same run.
 _RUN = (
     *("config", "overrides", "task", "method", "seed", "options", "commit"),
     *METRICS,
@@ -22,17 +30,18 @@ _RUN = (
 
 
 def title_of(row: dict) -> str:
-    """The comparison that a row belongs to: its config and its overrides."""
+    """The title of the comparison to which a row belongs: its config and its overrides."""
     return " ".join([row["config"], *row["overrides"]])
 
 
 def group(rows: list[dict]) -> dict[str, dict[str, dict[int | None, dict]]]:
-    """Rows by comparison (:func:`title_of`), then by method (:func:`.name_of`), then by seed.
+    """Groups rows by comparison (:func:`title_of`), method (:func:`.name_of`) and seed.
 
-    If two rows have the same place, the later one counts. Of each comparison only the rows of its
-    last "task" count: the same file names may have had other contents.
-    The teacher comes first, then plain training, FgBg, and the peers by AP, the best first. The
-    variants of a method stand together, its default options first.
+    If two rows have the same place, the later row counts. Only the rows with the last "task" of a
+    comparison count, because earlier rows can be from files with the same names and other contents.
+
+    The order of methods is: teacher, plain training, FgBg, then the other methods by AP, the best
+    first. The variants of a method are neighbours. The variant with default options is the first.
     """
     last = _last_tasks(rows)
     groups: dict = {}
@@ -64,30 +73,35 @@ def _last_tasks(rows: list[dict]) -> dict[str, str | None]:
 
 
 def add_result(file: Path, row: dict) -> dict:
-    """Adds a run's row to results.jsonl, unless the file has it already.
+    """Adds the row of a run to results.jsonl, unless the file has it.
 
-    A run that is not run again keeps its first row, with the machine and the time of that row. Its
-    kinds of errors may come later; they make a new row.
+    A run that is not repeated keeps its first row, with the hardware and the time of this row. If
+    its kinds of errors are measured later, a row with them is added.
+
+    Args:
+        file: path of results.jsonl.
+        row: the row of the run.
 
     Returns:
-        The row as the file has it.
+        The row as it is in the file.
     """
     rows = read_rows(file)
     same = [r for r in rows if all(r.get(key) == row.get(key) for key in _RUN)]
     if same:
         errors = row.get("errors") or same[-1].get("errors")
         row = same[-1] | ({"errors": errors} if errors else {})
-    # A comparison whose files changed and changed back needs its rows again, as the last ones.
+    # If the files of a comparison change and change back, its rows are added again at the end.
     if row not in rows or _last_tasks(rows)[title_of(row)] != row["task"]:
         add_row(file, row)
     return row
 
 
 def reference(methods: dict[str, dict]) -> str | None:
-    """The variant of FgBg that the other methods are compared with; None if that is not clear.
+    """The variant of FgBg with which the other methods are compared.
 
-    It is FgBg with default options; else the one that the config makes, which was typed without
-    options; else the only variant there is.
+    It is the first of these that exists: FgBg with default options; the only variant that was named
+    without options on the command line, so that the config decides them; the only variant. None if
+    there is none of them.
     """
     variants = [name for name in methods if name.split()[0] == FGBG]
     as_configured = [n for n in variants if any(r["method"] == FGBG for r in methods[n].values())]

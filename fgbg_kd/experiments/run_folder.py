@@ -1,4 +1,4 @@
-"""Runs, read from their folders: their configs, their results, and the versions they ran with."""
+"""Runs, read from their folders: configs, results, and the versions of the software."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from .tide import detections_of
 DISTILLED = "distilled"
 # Keys with these prefixes describe the student, its data and its training.
 _RECIPE = ("MODEL.", "INPUT.", "SOLVER.", "DATASETS.TRAIN")
-# Of these keys, a distilled run and its plain run differ in the first; the others change no result.
+# A distilled run and its plain run differ in the first key. The others do not change the result.
 _MAY_DIFFER = {
     "MODEL.META_ARCHITECTURE",
     "MODEL.DEVICE",
@@ -34,16 +34,17 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training, or the evaluation of a teacher by :class:`.runner.Runner`.
+    """A training, or an evaluation of a teacher by :class:`.runner.Runner`.
 
     Attributes:
         folder: its OUTPUT_DIR.
-        group: its name without the seed. Runs of a group differ in their seeds alone.
+        group: its name without the seed. Runs of a group differ only in their seeds.
         role: "teacher", "plain" or "distilled".
         config: its YAML or Python config as {"A.B.C": value}.
         rows: the rows of metrics.json.
-        result: COCO's metrics (0..100) by name, a class's as "AP-name"; without metrics that are
-            not defined. {} if the run was not evaluated after its last iteration.
+        result: COCO's metrics (0..100) by name. The AP of a class has the name "AP-CLASS". A metric
+            that is not defined is left out. {} if the run was not evaluated after its last
+            iteration.
     """
 
     folder: Path
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def is_python(self) -> bool:
-        """Whether its config is a Python one."""
+        """Whether its config is a Python config."""
         return "MODEL.META_ARCHITECTURE" not in self.config
 
     @property
@@ -73,8 +74,11 @@ class Run:
         return str(names), self.config.get("DATASETS.TEST_JSON"), self.iterations
 
     def trained_as(self, other: "Run") -> bool:
-        """Whether both have the same :attr:`task`, student, data and solver, as far as both configs
-        name them. The model and the solver of a Python config are not compared."""
+        """Whether both runs have the same :attr:`task`, student, data and solver.
+
+        Only keys that both configs have are compared. The model and the solver of a Python config
+        are not compared.
+        """
         a, b = self.config, other.config
         keys = a.keys() & b.keys() - _MAY_DIFFER
         recipe = [k for k in keys if k.startswith(_RECIPE) and not k.startswith("MODEL.KD.")]
@@ -86,22 +90,22 @@ class Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """All runs in and below the folders: teachers first, then plain runs, then distilled ones.
+    """All runs in the folders and their subfolders: teachers, plain runs, then distilled runs.
 
     Raises:
-        RunError: a folder has no run, or one of its files is damaged.
+        RunError: a folder has no run, or a file of a run is damaged.
     """
     places: dict[Path, list[dict]] = {}
     for folder in folders:
         found = {
             p.parent: read_rows(p.parent / "metrics.json") for p in folder.rglob("config.yaml")
         }
-        # An evaluation alone may be of any weights. One with a done.json is the Runner's.
+        # An evaluation without training can have any weights. Only the Runner writes done.json.
         found = {p: x for p, x in found.items() if _trained(x) or (p / "done.json").is_file()}
         if not found:
             raise RunError(
-                f"{folder} holds no run: name a folder that has a config.yaml and the metrics.json "
-                "of a training beside it, or has such folders below it."
+                f"{folder} holds no run: name a folder with the config.yaml and the metrics.json "
+                "of a training, or a folder that contains such folders."
             )
         places |= dict(sorted(found.items()))
     base = Path(os.path.commonpath([p.resolve().parent for p in places]))
@@ -130,17 +134,17 @@ def _trained(rows: list[dict]) -> bool:
 
 
 class _Data(yaml.SafeLoader):
-    """Leaves out the Python objects that config.yaml of a Python config holds."""
+    """Reads the config.yaml of a Python config: Python objects become None."""
 
 
 _Data.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
 def read_config_file(folder: Path) -> dict:
-    """A run's config.yaml, whether its config was YAML or Python. No code in it is run.
+    """Reads config.yaml of a run with a YAML or a Python config. No code in it is run.
 
     Raises:
-        RunError: it is damaged.
+        RunError: the file is damaged.
     """
     file = folder / "config.yaml"
     try:
@@ -153,9 +157,10 @@ def read_config_file(folder: Path) -> dict:
 
 
 def last_rows(folder: Path) -> list[dict]:
-    """Rows of metrics.json from the last run that wrote it.
+    """The rows of the last run in metrics.json.
 
-    Several runs in one folder write to one file; where the iteration falls, another one began.
+    Several runs in the same folder write to the same file. A new run begins where the iteration
+    gets smaller.
 
     Raises:
         ValueError: a row is damaged.
@@ -189,14 +194,14 @@ def _result(run: Run) -> dict[str, float]:
 
 
 def defined_metrics(found: dict[str, float | None], detections: Path) -> dict[str, float]:
-    """COCO's metrics that are numbers.
+    """The COCO metrics that are defined.
 
-    Detectron2 gives an AP that is not a number in two cases. If nothing was detected, AP, AP50 and
-    AP75 are 0. If there are detections, and no box of the test set counts, there is no AP.
+    In two cases, Detectron2 gives an AP that is not a number. If nothing was detected, AP, AP50 and
+    AP75 are set to 0. If there are detections, but no box of the test set counts, there is no AP.
 
     Args:
         found: metrics by name.
-        detections: the file of the run's detections.
+        detections: path of the file with the run's detections.
     """
     values = {k: v for k, v in found.items() if v is not None and not math.isnan(v)}
     if "AP" in found and "AP" not in values and detections.is_file() and not read_json(detections):
@@ -205,29 +210,32 @@ def defined_metrics(found: dict[str, float | None], detections: Path) -> dict[st
 
 
 def _done(folder: Path) -> dict:
-    """The result that :class:`.runner.Runner` kept in done.json; {} if there is none."""
+    """The result that :class:`.runner.Runner` wrote to done.json; {} if there is no such file."""
     file = folder / "done.json"
     return read_json(file) if file.is_file() else {}
 
 
 def load_run(run: Run) -> tuple:
-    """Config, detector (in eval mode) and test images (Detectron2's dataset dicts) of a run.
+    """Reads the config of a run, its detector and its test images.
+
+    Returns:
+        The config, the detector in eval mode, and the images as Detectron2's dataset dicts.
 
     Raises:
-        RunError, DataError, OSError: why one of them cannot be read.
+        RunError, DataError, OSError: one of them cannot be read.
     """
     if run.is_python:
-        raise RunError("its config is Python, which is code and is not run for a report.")
+        raise RunError("its config is Python code, and the report does not run code.")
     weights = run.folder / "model_final.pth"
     if not weights.is_file() and not _trained(run.rows):
-        weights = run.config["MODEL.WEIGHTS"]  # an evaluation of another's weights
+        weights = run.config["MODEL.WEIGHTS"]  # an evaluation, with the weights of another run
     if not os.path.isfile(weights):
-        raise RunError(f"its checkpoint {str(weights)!r} is not here.")
+        raise RunError(f"its checkpoint {str(weights)!r} does not exist.")
     cfg = read_config(str(run.folder / "config.yaml"))
-    cfg.DATASETS.TRAIN_JSON = ""  # only the test set is looked at
+    cfg.DATASETS.TRAIN_JSON = ""  # only the test set is needed
     register_datasets(cfg)
     if len(cfg.DATASETS.TEST) != 1:
-        raise DataError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets, not one.")
+        raise DataError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets, not exactly one.")
     (name,) = cfg.DATASETS.TEST
     images = DatasetCatalog.get(name) if name in DatasetCatalog.list() else []
     if not images:
@@ -236,7 +244,7 @@ def load_run(run: Run) -> tuple:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """The versions that Detectron2 logged at the start of a run, and the commit, if it is known."""
+    """The versions that Detectron2 logged at the start of a run, and the commit if it is known."""
     found = {}
     log = folder / "log.txt"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []

@@ -1,4 +1,4 @@
-"""Trainings as child processes. A run that is done is not repeated; an interrupted one goes on."""
+"""Trainings in child processes. A finished run is not repeated. An interrupted run is resumed."""
 
 import fcntl
 import json
@@ -28,18 +28,18 @@ from .tide import detections_of
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COSTS = ("seconds_per_step", "memory_mb", "gpu_memory_mb")
-_NOTE_EVERY = 60  # seconds between two lines about a run, where no line can be overwritten
+_NOTE_EVERY = 60  # seconds between two lines about a run, if the output is not a terminal
 
 
 class Runner:
-    """Runs tools/train_net.py in child processes, from any number of threads, and shows progress.
+    """Runs tools/train_net.py in child processes and shows progress. Several threads can use it.
 
-    Use it as a context manager: however the block is left, the children end.
+    Use it as a context manager. At the end of the block, it ends all children, also after an error.
 
     Args:
-        train_net: path of that script.
-        threads: OMP_NUM_THREADS of a child; None: as in the environment.
-        imports: modules of the user that the children import (train_net.py --import).
+        train_net: path of tools/train_net.py.
+        threads: OMP_NUM_THREADS of a child; None: the value in the environment.
+        imports: the user's modules that the children import (train_net.py --import).
     """
 
     def __init__(self, train_net: Path, threads: int | None = None, imports: Sequence[str] = ()):
@@ -61,7 +61,7 @@ class Runner:
         self.stop()
 
     def stop(self) -> None:
-        """Ends all children and their data loaders. No other child starts afterwards."""
+        """Ends all children and their data loaders. No child can start after this."""
         with self._lock:
             self._stopped = True
             for process in self._children:
@@ -79,22 +79,26 @@ class Runner:
         checkpoint: Path | None = None,
         eval_only: bool = False,
     ) -> dict:
-        """Trains and evaluates, unless that is done already. An interrupted run goes on.
+        """Trains and evaluates. A finished run is not repeated. An interrupted run is resumed.
 
-        A folder belongs to one run: other settings are refused.
+        A folder belongs to one run. A run with other settings is refused.
 
         Args:
-            name: what the progress calls the run.
+            name: name of the run in the progress.
             config, opts: a YAML file and overrides KEY VALUE, or a Python file and KEY=VALUE.
-            output: folder of the run. At the end only its last checkpoint stays, model_final.pth.
-            checkpoint: another file that the run reads; its content is a part of the settings.
-            eval_only: evaluate MODEL.WEIGHTS and do not train.
+            output: folder of the run. At the end, it has only the last checkpoint,
+                model_final.pth.
+            checkpoint: another file that the run reads. Its content is part of the settings.
+            eval_only: evaluate MODEL.WEIGHTS without training.
 
         Returns:
-            COCO's metrics by name (0..100; None where a metric is not defined), "detections" (how
-            many; only where it is 0), "seconds_per_step" (median), "memory_mb" (peak of the
-            process), "gpu_memory_mb" (peak of tensors; None without a GPU) and "commit"
-            (:func:`commit`; several if the run went on under another one).
+            - COCO's metrics by name, 0..100; None if a metric is not defined.
+            - "detections": 0 if nothing was detected, otherwise absent.
+            - "seconds_per_step": median.
+            - "memory_mb": peak of the process.
+            - "gpu_memory_mb": peak of tensors; None without a GPU.
+            - "commit": see :func:`commit`; several commits if the run was resumed with another
+              commit.
 
         Raises:
             RunError: the folder has other settings or is in use, the run failed, or its AP is not
@@ -112,14 +116,13 @@ class Runner:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    f"{output}: another process is running this. Wait for it, or give another "
-                    "--output."
+                    f"{output} is in use by another process: wait for it, or give another --output."
                 ) from None
             _claim(output, settings)
             done = output / "done.json"
             if done.is_file():
                 return read_json(done)
-            log.write(f"commit {commit()}\n")  # of the start: another may be there at the end
+            log.write(f"commit {commit()}\n")  # of the start; the commit can change during the run
             command = [sys.executable, str(self.train_net), "--config-file", str(config)]
             command += [x for module in self.imports for x in ("--import", module)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
@@ -132,7 +135,7 @@ class Runner:
         return result
 
     def _follow(self, name: str, command: list[str], log) -> None:
-        """Runs a child to its end, and writes its output and its peak memory (MB) into the log."""
+        """Runs a child to its end. Writes its output and its peak memory in MB to the log."""
         with self._lock:
             if self._stopped:
                 raise RunError("stopped")
@@ -143,7 +146,7 @@ class Runner:
                 text=True,
                 errors="replace",
                 env=self.environment,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the child
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the child
             )
             self._children.add(process)
         try:
@@ -160,14 +163,14 @@ class Runner:
             with self._lock:
                 self._children.discard(process)
                 self._progress.pop(name, None)
-        # A run that was interrupted has several such lines; the largest counts.
+        # A run that was interrupted has several such lines. The largest value counts.
         log.write(f"memory {usage.ru_maxrss // (2**20 if sys.platform == 'darwin' else 2**10)}\n")
         if process.returncode:
             *tail, _ = Path(log.name).read_text(errors="replace").splitlines()[-16:]
             raise RunError("\n".join([*tail, f"{name}: failed, see {log.name}"]))
 
     def _show(self, name: str, line: str) -> None:
-        """Shows progress: one line that is overwritten on a terminal, else a line a minute."""
+        """Shows progress: a line that is overwritten on a terminal, otherwise a line per minute."""
         step = re.search(r"eta: (\S+)\s+iter: (\d+)\s+total_loss: (\S+)", line)
         test = re.search(r"Inference done (\d+/\d+)", line)
         if step:
@@ -186,7 +189,7 @@ class Runner:
                 print(text, flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line that stays on the terminal, above the progress."""
+        """Prints a line that is not overwritten by the progress."""
         with self._lock:
             if sys.stdout.isatty():
                 self._rewrite("")
@@ -199,7 +202,7 @@ class Runner:
 
 
 def commit() -> str:
-    """Commit of this package, with a + if tracked files differ from it; "" outside git."""
+    """The commit of this package, with a + if tracked files differ from it; "" outside git."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -209,14 +212,19 @@ def commit() -> str:
 
 
 def surroundings(threads: int, jobs: int) -> dict:
-    """Hardware and versions of this machine, for the rows of a comparison."""
+    """Hardware and versions on this machine, for the rows of a comparison.
+
+    Args:
+        threads: threads per run.
+        jobs: runs at a time.
+    """
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
         about = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
         models = re.findall(r"model name\s*: (.+)", about)
         hardware = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
-        # The instruction set changes how numbers round.
+        # Rounding depends on the instruction set.
         hardware += f", {torch.backends.cpu.get_cpu_capability()}"
     versions = (
         f"PyTorch {torch.__version__.split('+')[0]}, Detectron2 {detectron2.__version__}, "
@@ -226,7 +234,7 @@ def surroundings(threads: int, jobs: int) -> dict:
 
 
 def _claim(output: Path, settings: dict) -> None:
-    """Writes the settings into a new folder; refuses a folder that has other settings."""
+    """Writes the settings into a new folder. Refuses a folder with other settings."""
     kept = output / "settings.json"
     if not kept.is_file():
         if (output / "metrics.json").exists():
@@ -242,7 +250,7 @@ def _claim(output: Path, settings: dict) -> None:
 
 
 def _metrics(output: Path, eval_only: bool) -> dict:
-    """COCO's metrics of boxes after the last iteration; None for a metric that is not defined."""
+    """COCO's metrics for boxes after the last iteration; None if a metric is not defined."""
     if eval_only:
         found = read_json(output / "results.json").get("bbox", {})
     else:
@@ -270,7 +278,7 @@ def _metrics(output: Path, eval_only: bool) -> dict:
 
 
 def _costs(output: Path) -> dict:
-    """Time of a step, memory, and the commits that the run ran under."""
+    """Time per step, peak memory, and the commits of the package during the run."""
     text = (output / "train.txt").read_text(errors="replace")
     times = [r["time"] for r in read_rows(output / "metrics.json") if "time" in r]
     memory = [int(v) for v in re.findall(r"^memory (\d+)$", text, re.MULTILINE)]
@@ -284,8 +292,7 @@ def _costs(output: Path) -> dict:
 
 
 def _tidy(output: Path) -> None:
-    """Removes the checkpoints that only an interrupted run needs, and the second copy of the
-    detections."""
+    """Removes the checkpoints that only an interrupted run needs, and a copy of the detections."""
     for path in [*output.glob("model_*.pth"), output / "inference" / "instances_predictions.pth"]:
         if path.name != "model_final.pth":
             path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The settings of a run: everything that its result depends on.
+"""The settings of a run: everything on which its result depends.
 
-They are its config as {"A.B.C": value}, and hashes of the files that the config names.
+They are the config as {"A.B.C": value}, and the hashes of the files that the config names.
 """
 
 import inspect
@@ -16,29 +16,31 @@ from ..detectors.load import find_config, read_detector_config
 from ..methods import METHOD_REGISTRY
 from ..utils.files import sha256_of, sha256_of_text
 
-# Keys that name a file whose content is a part of a run's settings.
+# Keys that name a file. Its content is part of the settings.
 _FILES = ("DATASETS.TRAIN_JSON", "DATASETS.TEST_JSON", "MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS")
 _CONTENT = "sha256 of "
-# A comparison sets these itself for each run.
+# A comparison sets these keys for each run.
 RUN_KEYS = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 
 
 def settings_of(cfg, checkpoint: Path | None = None) -> dict:
-    """The settings of a run by a YAML config.
+    """The settings of a run with a YAML config.
 
-    Keys that the run does not read, and OUTPUT_DIR, are left out. The hashed files are: a
-    checkpoint, the teacher's config, annotations (of registered sets too), other files that the
+    Keys that the run does not read are left out, and OUTPUT_DIR too. The hashed files are: the
+    checkpoint, the teacher's config, annotations (also of registered sets), other files that the
     config names, and the Python files of methods and detectors from outside this package.
 
     Args:
+        cfg: the config of the run.
         checkpoint: another file that the run reads, such as the teacher's weights.
     """
     return _with_contents(keys_read(flat(cfg)), checkpoint)
 
 
 def task_of(cfg, teacher: Path | None = None) -> str:
-    """A hash of what all runs of a comparison share: their settings without the method, its
-    options, the seed, and keys at their defaults.
+    """A hash of the settings that all runs of a comparison share.
+
+    The method, its options, the seed, and keys with their default values are left out.
 
     Args:
         cfg: a config that distils.
@@ -51,7 +53,7 @@ def task_of(cfg, teacher: Path | None = None) -> str:
 
 
 def python_settings(config: Path, opts: list[str], checkpoint: Path | None = None) -> dict:
-    """The settings of a run by a Python config: its overrides, and the hash of its file."""
+    """The settings of a run with a Python config: its overrides, and the hash of its file."""
     overrides = {key: value.strip("'") for key, _, value in (x.partition("=") for x in opts)}
     return {**overrides, "sha256 of the config": sha256_of(config), **_hash(checkpoint)}
 
@@ -59,7 +61,7 @@ def python_settings(config: Path, opts: list[str], checkpoint: Path | None = Non
 def keys_read(settings: dict) -> dict:
     """The part of a config that a run reads.
 
-    A plain detector reads nothing of MODEL.KD; a method reads no options of other methods.
+    A plain detector does not read MODEL.KD. A method does not read the options of other methods.
 
     Args:
         settings: a config as {"A.B.C": value}.
@@ -82,10 +84,14 @@ def flat(node, prefix: str = "") -> dict:
 
 
 def changes(old: dict, new: dict) -> list[str]:
-    """The differences between the settings in a folder and those of a new run, in words.
+    """The differences between the settings in a folder and the settings of a new run, as texts.
 
-    A key that one of them lacks has its default: the key may be younger than the folder. The hash
-    of a file that is gone is no difference.
+    If a key is missing on one side, its default is used: the folder can be from a version of the
+    package without this key. A file that no longer exists is not a difference.
+
+    Args:
+        old: the settings in the folder.
+        new: the settings of the new run.
     """
     default = _defaults()
     keys = [*new, *(k for k in old if k not in new and not k.startswith(_CONTENT))]
@@ -111,12 +117,12 @@ def _with_contents(settings: dict, checkpoint: Path | None) -> dict:
             settings[_CONTENT + key] = sha256_of(file)
     if teacher := settings.get("MODEL.KD.TEACHER.CONFIG"):
         settings[_CONTENT + "the teacher's config"] = _config_hash(teacher)
-    # Tuples become lists, as in a file.
+    # Tuples become lists, as in settings.json.
     return json.loads(json.dumps(settings | _hash(checkpoint)))
 
 
 def _annotations_of(name: str) -> str:
-    """The JSON file of a set that is registered in Detectron2; "" if none is known."""
+    """The JSON file of a set that is registered in Detectron2; "" if it is not known."""
     if name not in DatasetCatalog:
         return ""
     return getattr(MetadataCatalog.get(name), "json_file", "")
@@ -139,8 +145,10 @@ def _outside_code(settings: dict) -> dict[str, str]:
 
 
 def _config_hash(config: str) -> str:
-    """Hash of what a teacher's config says, including its _BASE_ files; of a Python config, of its
-    file alone."""
+    """Hash of the values in a teacher's config, including its _BASE_ files.
+
+    Of a Python config, only the file itself is hashed.
+    """
     if config.endswith(".py"):
         return sha256_of(find_config(config))
     settings = _not_default(flat(read_detector_config(config)))

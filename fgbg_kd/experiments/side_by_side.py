@@ -17,7 +17,7 @@ from .drawing import draw_boxes
 
 
 def read_input(cfg: CfgNode, path: str) -> dict:
-    """An image file as Detectron2's model input, resized for testing (INPUT.MIN_SIZE_TEST)."""
+    """Reads an image file as Detectron2's model input, resized to INPUT.MIN_SIZE_TEST."""
     image = read_image(path, cfg.INPUT.FORMAT)
     height, width = image.shape[:2]
     augmented = AugInput(image)
@@ -30,17 +30,17 @@ def read_input(cfg: CfgNode, path: str) -> dict:
 def draw_side_by_side(
     cfg: CfgNode, record: dict, models: Mapping[str, nn.Module], score: float, width: int = 320
 ) -> np.ndarray:
-    """Ground truth and each model's detections in one image, in a row, with titles.
+    """Draws ground truth and the detections of each model in a row of panels with titles.
 
-    Of detections that overlap by an IoU over 0.5, only the best is drawn, whatever their classes:
-    labels that cover each other cannot be read.
+    Of detections with an IoU over 0.5, only the detection with the highest score is drawn, also if
+    their classes differ. Otherwise their labels would cover each other.
 
     Args:
-        cfg: with the input of the models, and DATASETS.TEST for the names of the classes.
+        cfg: config with the input of the models, and with DATASETS.TEST for the class names.
         record: the image as Detectron2's dataset dict.
         models: detectors by name.
-        score: detections under it are not drawn.
-        width: of each panel, in pixels.
+        score: detections with a lower score are not drawn.
+        width: width of a panel in pixels.
 
     Returns:
         (H, W, 3) uint8 BGR.

@@ -1,4 +1,4 @@
-"""Tables in Markdown: of any rows, of a comparison of methods, and inside of a document."""
+"""Tables of a comparison in Markdown, and tables inside a document."""
 
 import re
 import statistics
@@ -14,7 +14,7 @@ from .result_rows import reference
 from .runner import METRICS
 from .tide import KINDS
 
-# The tables that a comparison has, in their order; "tuning" only where it is asked for.
+# The tables of a comparison in their order. "tuning" is made only on request.
 PARTS = ("summary", "metrics", "errors", "note")
 
 
@@ -23,9 +23,13 @@ def comparison_tables(methods: dict[str, dict], parts: Sequence[str] = PARTS) ->
 
     Args:
         methods: rows by method and seed, from :func:`.result_rows.group`.
-        parts: which of them: "summary" (AP, paired differences, the share of the gap to the teacher
-            that is closed), "metrics" (all of COCO's, time, memory), "errors" (TIDE), "tuning"
-            (one row a method, with all its choices of options), "note" (hardware and versions).
+        parts: the tables to make:
+
+            - "summary": AP, paired differences, and how much of the gap to the teacher is closed.
+            - "metrics": all COCO metrics, time and memory.
+            - "errors": kinds of errors by TIDE.
+            - "tuning": a row per method with all its choices of options.
+            - "note": hardware and versions.
     """
     make = {
         "summary": _summary,
@@ -61,8 +65,10 @@ def _summary(methods: dict[str, dict]) -> str:
 
 
 def _gap_closed(teacher: float | None, values: dict, plain: dict) -> str:
-    """How much of the gap between plain training and the teacher a method closes, in per cent, over
-    the seeds that both have."""
+    """The share of the gap between plain training and teacher that a method closes, in per cent.
+
+    Only seeds that both methods have are used.
+    """
     gain = paired_difference(values, plain)
     if not gain or not teacher:
         return "–"
@@ -83,7 +89,7 @@ def _metrics(methods: dict[str, dict]) -> str:
 
 
 def _errors(methods: dict[str, dict]) -> str:
-    """Mean dAP50 of each kind of error, and its paired difference to plain training."""
+    """The mean dAP50 of each kind of error, and its paired difference to plain training."""
     errors = {
         name: {seed: r["errors"] for seed, r in by_seed.items() if r.get("errors")}
         for name, by_seed in methods.items()
@@ -109,7 +115,7 @@ def _errors(methods: dict[str, dict]) -> str:
 
 
 def _tuning(methods: dict[str, dict]) -> str:
-    """One row a method: the mean AP of each choice of its options; the best in bold."""
+    """A row per method: the mean AP for each choice of its options. The best AP is bold."""
     families: dict[str, list[tuple[dict, float]]] = {}
     for name, by_seed in methods.items():
         if name not in (TEACHER, PLAIN):
@@ -161,7 +167,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def signed(difference: Estimate | None, digits: int = 2) -> str:
-    """A difference with its sign and its interval, as text; "–" for None."""
+    """A difference with sign and interval as text; "–" for None."""
     if difference is None:
         return "–"
     mean, half = difference
@@ -169,7 +175,7 @@ def signed(difference: Estimate | None, digits: int = 2) -> str:
 
 
 def without_folders(title: str) -> str:
-    """The title of a comparison with the names of absolute paths, not the folders of a machine."""
+    """The title of a comparison, with only the file name of each absolute path."""
     return re.sub(r"(?<!\S)/\S*/", "", title)
 
 
@@ -177,12 +183,13 @@ _MARKED = re.compile(r"(<!-- table: ([^\n]+?) -->\n).*?(<!-- end of table -->)",
 
 
 def fill(text: str, tables: Callable[[str, list[str]], str]) -> str:
-    """A document with its tables made anew.
+    """Replaces the tables in a document.
 
     Args:
-        text: has, for each table, the lines ``<!-- table: FILE PART ... -->`` (no PART: all of
-            :data:`PARTS`) and ``<!-- end of table -->``.
-        tables: from FILE and its parts to the text between the two lines; "" leaves what is there.
+        text: the document. A table is between the lines ``<!-- table: FILE PART ... -->`` and
+            ``<!-- end of table -->``. Without a PART, all of :data:`PARTS` are made.
+        tables: a function that gets FILE and the list of parts, and returns the text between the
+            two lines. If it returns "", the old text stays.
     """
 
     def replace(match: re.Match) -> str:
@@ -194,8 +201,15 @@ def fill(text: str, tables: Callable[[str, list[str]], str]) -> str:
 
 
 def plot(methods: dict[str, dict], path: Path) -> None:
-    """Draws a comparison into a file: one line a method, a dot for the AP of each seed, a bar for
-    their mean, and a dashed line for the teacher."""
+    """Draws a comparison into a file.
+
+    Each method has a row with a dot for the AP of each seed and a bar for their mean. A dashed line
+    is the teacher's AP.
+
+    Args:
+        methods: see :func:`comparison_tables`.
+        path: path of the picture.
+    """
     names = [m for m in methods if m != TEACHER][::-1]
     fgbg = reference(methods)
     figure = Figure(figsize=(6, 0.8 + 0.35 * len(names)))

@@ -1,4 +1,4 @@
-"""The teacher of a comparison: how it is found, trained if it is missing, and evaluated."""
+"""The teacher of a comparison: its checkpoint is found or trained, and it is evaluated."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from .runner import Runner
 
 
 def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
-    """The teacher's checkpoint.
+    """Finds the teacher's checkpoint.
 
-    If there is no such file, and a training by the teacher's own YAML config would write it, that
-    training is run first.
+    If the file does not exist, but training with the teacher's own YAML config would write it, the
+    teacher is trained first.
 
     Args:
         cfg: a config that distils.
@@ -25,7 +25,7 @@ def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
         Path of the checkpoint; None if it is a download.
 
     Raises:
-        RunError: the config names no teacher, or a checkpoint that is missing.
+        RunError: the config names no teacher, or the checkpoint does not exist.
     """
     teacher = cfg.MODEL.KD.TEACHER
     if not teacher.CONFIG:
@@ -45,14 +45,16 @@ def train_or_find_teacher(runner: Runner, cfg) -> Path | None:
 
 
 def teacher_evaluation(cfg, checkpoint: Path | None) -> tuple[str, list[str]]:
-    """Config file and overrides with which train_net.py evaluates the teacher on DATASETS.TEST.
+    """The config file and overrides for train_net.py to evaluate the teacher on DATASETS.TEST.
 
     Args:
         cfg: a config that distils.
-        checkpoint: the teacher's; None: a download, or what its config names.
+        checkpoint: path of the teacher's checkpoint. None: MODEL.KD.TEACHER.WEIGHTS, or the weights
+            that the teacher's config names.
 
     Raises:
-        RunError: the teacher has other classes than the test set, or cannot read it.
+        RunError: the teacher has other classes than the test set, or its config cannot name the
+            test set.
     """
     teacher, (test,) = cfg.MODEL.KD.TEACHER, cfg.DATASETS.TEST
     teacher_cfg = read_detector_config(teacher.CONFIG)
@@ -66,8 +68,8 @@ def teacher_evaluation(cfg, checkpoint: Path | None) -> tuple[str, list[str]]:
         return file, opts
     if cfg.DATASETS.TEST_JSON:
         raise RunError(
-            "its config is Python, which cannot read DATASETS.TEST_JSON: register the test set in "
-            "a module (--import) and name it in DATASETS.TEST."
+            "its config is Python and cannot read DATASETS.TEST_JSON. Register the test set in a "
+            "module (--import) and name it in DATASETS.TEST."
         )
     opts = {
         "train.init_checkpoint": weights,
@@ -80,11 +82,11 @@ def teacher_evaluation(cfg, checkpoint: Path | None) -> tuple[str, list[str]]:
 
 
 def _check_classes(teacher: CfgNode, teacher_cfg, test: str) -> None:
-    """Refuses a teacher whose classes are not those of the test set."""
+    """Refuses a teacher with other classes than the test set."""
     detector = build_detector(teacher_cfg)
     number = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
     names = list(teacher.CLASSES) or training_classes(teacher_cfg)
-    if names and len(names) != number:  # its config names other data than it was trained on
+    if names and len(names) != number:  # its config names other data than its training data
         names = None
     classes = MetadataCatalog.get(test).get("thing_classes")
     if classes and (number != len(classes) or names and names != list(classes)):

@@ -1,6 +1,6 @@
-"""What kinds of errors a detector makes, and on which images.
+"""The kinds of errors of a detector, and its F1 on each image.
 
-Kinds of errors, and how much AP each costs, are TIDE's (Bolya et al., ECCV 2020), by tidecv.
+The kinds and their cost in AP are defined by TIDE (Bolya et al., ECCV 2020). tidecv measures them.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from pycocotools.cocoeval import COCOeval
 from ..utils.errors import DataError, RunError
 from ..utils.files import read_json, write_whole
 
-# Wrong class, wrong place, both, duplicate, background taken for an object, missed object; then all
-# false positives and all false negatives.
+# Wrong class, wrong place, both, duplicate, background detected as an object, missed object. The
+# last two are all false positives and all false negatives.
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FalsePos", "FalseNeg")
 
 
@@ -25,12 +25,12 @@ def tide():
     """The tidecv module.
 
     Raises:
-        RunError: it is not installed; the message says how to install it.
+        RunError: it is not installed. The message says how to install it.
     """
     try:
         import tidecv
     except ImportError as error:
-        # The requirements of tidecv would put opencv-python over the OpenCV that is installed.
+        # The requirements of tidecv would overwrite the installed OpenCV with opencv-python.
         raise RunError(
             f"Kinds of errors need tidecv ({error}). Install it: make analysis, or "
             "pip install -e '.[analysis]' and then pip install --no-deps tidecv==1.0.1"
@@ -39,8 +39,7 @@ def tide():
 
 
 def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]:
-    """dAP50 of each of :data:`KINDS`: how much higher AP50 (0..100) would be if all errors of this
-    kind were fixed.
+    """dAP50 of each of :data:`KINDS`: the points that AP50 would gain without errors of this kind.
 
     Args:
         truth: COCO-format annotations.
@@ -52,7 +51,9 @@ def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]
     """
     tidecv, coco = tide(), read_json(Path(truth))
     if not coco.get("annotations"):
-        raise DataError(f"{truth} has no annotations: kinds of errors need some.")
+        raise DataError(
+            f"{truth} has no annotations: kinds of errors need annotations. Name another file."
+        )
     if not read_json(Path(results)):  # tidecv divides by zero
         return dict.fromkeys(KINDS, 0.0) | dict.fromkeys(("Miss", "FalseNeg"), 100.0)
     objects = tidecv.Data("truth", max_dets=100)  # tidecv's own reader asks for masks
@@ -71,8 +72,9 @@ def detection_errors(truth: str | Path, results: str | Path) -> dict[str, float]
 
 
 def truth_of(settings: dict) -> Path | None:
-    """COCO-format annotations of a run's test set; None if the config names no set or several, or
-    a set without a known JSON file.
+    """Path of the COCO-format annotations of a run's test set.
+
+    None if the config does not name exactly one set, or if the JSON file of the set is not known.
 
     Args:
         settings: a YAML or a Python config as {"A.B.C": value}.
@@ -86,18 +88,19 @@ def truth_of(settings: dict) -> Path | None:
 
 
 def has_objects(truth: Path) -> bool:
-    """Whether COCO-format annotations have a box that counts. Without one, AP is not defined."""
+    """Whether COCO-format annotations have a box that counts. Otherwise AP is not defined."""
     return any(not a.get("iscrowd") for a in read_json(truth).get("annotations", ()))
 
 
 def detections_of(folder: Path) -> Path:
-    """The file in which Detectron2's COCOEvaluator leaves the detections of a run."""
+    """The file to which Detectron2's COCOEvaluator writes the detections of a run."""
     return folder / "inference" / "coco_instances_results.json"
 
 
 def run_errors(folder: Path) -> dict[str, float]:
-    """:func:`detection_errors` of a run of :class:`.runner.Runner`. They are measured once and kept
-    in errors.json in its folder.
+    """:func:`detection_errors` of a run by :class:`.runner.Runner`.
+
+    They are measured once and written to errors.json in the folder of the run.
 
     Raises:
         RunError: the annotations of its test set are not known.
@@ -115,9 +118,9 @@ def run_errors(folder: Path) -> dict[str, float]:
 
 
 def image_scores(truth: Path, results: Path, score: float) -> dict[int, float]:
-    """F1 of each image, by image id: detections against objects, matched with an IoU over 0.5.
+    """F1 of each image by image id. A detection matches an object with an IoU over 0.5.
 
-    An image without objects has 1 if nothing is detected in it, else 0.
+    F1 of an image without objects is 1 if nothing is detected in it, otherwise 0.
 
     Args:
         truth: COCO-format annotations.

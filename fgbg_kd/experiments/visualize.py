@@ -1,4 +1,4 @@
-"""Files with pictures of what distillation sees in images of a registered set."""
+"""Pictures of distillation for the images of a registered set, written to files."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,18 +22,18 @@ from .angle_and_kl import collect, draw_angle_and_kl
 from .cell_maps import cell_maps, load_student
 from .drawing import confident, draw_panels
 
-_FITTED_ON = 64  # images for the adapters of a student that has none
+_FITTED_ON = 64  # number of images to fit the adapters of a student without adapters
 
-Bar = Callable[[Sequence, str], Iterable]  # images and a title -> the same images, with progress
+Bar = Callable[[Sequence, str], Iterable]  # gets images and a title, returns them with progress
 
 
 class Opened(NamedTuple):
-    """What a config that distils gives for pictures.
+    """The parts of a config that distils, for pictures.
 
     Attributes:
-        distiller: in eval mode.
-        mapper: of its test input, with ground truth.
-        training, test: names of its sets.
+        distiller: the distiller in eval mode.
+        mapper: reads an image as for testing, with ground truth.
+        training, test: names of the sets.
     """
 
     distiller: FgBgDistiller
@@ -66,11 +66,16 @@ def open_distiller(config: str, opts: Sequence[str] = ()) -> Opened:
 
 
 class Students:
-    """The students of some checkpoints, by name, in one distiller.
+    """Students from checkpoints, by name, that share a distiller.
 
     Args:
-        weights: checkpoint of each, by its name.
+        opened: the distiller and its sets.
+        weights: {name: path of the checkpoint}.
         bar: shows progress.
+
+    Raises:
+        CheckpointError: a checkpoint does not fit.
+        ConfigError: adapters are needed, and DATASETS.TRAIN is empty.
     """
 
     def __init__(self, opened: Opened, weights: dict[str, str], bar: Bar):
@@ -82,13 +87,13 @@ class Students:
 
     def _training(self, bar: Bar) -> Iterator[dict]:
         if not self.opened.training:
-            raise ConfigError("No adapters can be fitted: DATASETS.TRAIN names no set.")
+            raise ConfigError("No adapters can be fitted: DATASETS.TRAIN is empty. Name a set.")
         records = pick(DatasetCatalog.get(self.opened.training[0]), _FITTED_ON)
         for record in bar(records, "fitting adapters"):
             yield self.opened.mapper(record)
 
     def __iter__(self):
-        """Name and adapters of each student, which is in the distiller meanwhile."""
+        """Puts each student into the distiller, and yields its name and adapters."""
         distiller = self.opened.distiller
         for name, (distiller.student, distiller.method, adapters) in self._parts.items():
             yield name, adapters
@@ -97,7 +102,7 @@ class Students:
 def draw_images(
     opened: Opened, students: Students, records: Sequence[dict], classes: Sequence[str] | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The panels of each image: its file name and (H, W, 3) uint8 RGB."""
+    """Draws the panels of each image. Yields its file name and (H, W, 3) uint8 RGB."""
     distiller, order = opened.distiller, opened.mapper.image_format
     for record in records:
         inputs = opened.mapper(record)
@@ -110,7 +115,7 @@ def draw_images(
 
 
 def draw_angle(opened: Opened, students: Students, records: Sequence[dict], bar: Bar):
-    """The picture of :func:`draw_angle_and_kl` for the last student, (H, W, 3) uint8 RGB."""
+    """Draws the picture of :func:`draw_angle_and_kl` for the last student: (H, W, 3) uint8 RGB."""
     *_, (_, adapters) = students
     images = (opened.mapper(r) for r in bar(records, "collecting vectors"))
     vectors = collect(opened.distiller, images, adapters)
@@ -130,33 +135,36 @@ def visualize(
     angle_and_kl: Path | None = None,
     bar: Bar = lambda images, title: images,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Draws images of a set; or, of all of them together, one picture of angle and KL.
+    """Draws a picture of each image, or a single picture of angle and KL for all images.
 
     Args:
-        config: one that distils.
+        config: path of a config that distils.
         opts: overrides of the config.
         weights: checkpoint of a student.
-        before: checkpoint of another student, shown beside it; "": none.
+        before: checkpoint of another student, drawn beside the first; "": no other student.
         set_name: a registered set; "": the first test set of the config.
-        files: images of the set by path or name; none: ``count`` of them, spread evenly.
-        angle_and_kl: the file of that picture, which is then drawn instead; None: not drawn.
+        files: paths or names of images in the set; empty: ``count`` images, spread evenly.
+        count: number of images if ``files`` is empty.
+        angle_and_kl: path for the picture of angle and KL. It is drawn instead of the others. None:
+            it is not drawn.
+        bar: shows progress.
 
     Yields:
-        The file that is shown, and its picture, (H, W, 3) uint8 RGB.
+        The path of the image (or ``angle_and_kl``), and the picture (H, W, 3) uint8 RGB.
 
     Raises:
         FgBgError: a file is missing, or the config, the set or a checkpoint does not fit.
     """
     for path in filter(None, (weights, before)):
         if "://" not in path and not Path(path).is_file():
-            raise FgBgError(f"{path}: there is no such checkpoint.")
+            raise FgBgError(f"{path}: there is no such checkpoint: check the path.")
     opened = open_distiller(config, opts)
     if not set_name and not opened.test:
         raise DataError("DATASETS.TEST names no set: give one with --set.")
     name = set_name or opened.test[0]
     if name not in DatasetCatalog.list():
         known = ", ".join(opened.training + opened.test)
-        raise DataError(f"There is no set {name!r}; this config has {known}.")
+        raise DataError(f"There is no set {name!r}: choose from {known}, the sets of this config.")
     records = DatasetCatalog.get(name)
     records = named(records, files, name) if files else pick(records, count)
     shown = {"before": before, "after": weights} if before else {"student": weights}
@@ -169,7 +177,7 @@ def visualize(
 
 
 def named(records: Sequence[dict], files: Sequence[str], set_name: str) -> list[dict]:
-    """The images of a set by their paths, or by their file names.
+    """The images of a set with some paths or file names.
 
     Raises:
         DataError: a file is not in the set.
@@ -180,13 +188,15 @@ def named(records: Sequence[dict], files: Sequence[str], set_name: str) -> list[
         same = [r for r in records if Path(r["file_name"]).resolve() == path]
         same = same or [r for r in records if Path(r["file_name"]).name == file]
         if not same:
-            raise DataError(f"{file} is no image of the set {set_name}, with its ground truth.")
+            raise DataError(
+                f"{file} is not in the set {set_name}: give an image of this set, or --set."
+            )
         found.append(same[0])
     return found
 
 
 def path_of_its_own(folder: Path, file: str, taken: set[Path]) -> Path:
-    """A path in the folder with the name of an image; a number is added to a name that is taken."""
+    """A path in a folder with the name of an image. A number is added if the path is taken."""
     stem, number = Path(file).stem, 1
     path = folder / f"{stem}.png"
     while path in taken:
@@ -196,23 +206,24 @@ def path_of_its_own(folder: Path, file: str, taken: set[Path]) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """
+    """Checks that a picture can be written to a path, and makes its folder.
+
     Raises:
-        FgBgError: a picture cannot be written there.
-        OSError: its folder cannot be made.
+        FgBgError: the picture cannot be written.
+        OSError: the folder cannot be made.
     """
     if not cv2.haveImageWriter(str(path)):
         raise FgBgError(f"{path} cannot be written: give a name that ends in .png or .jpg.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise FgBgError(f"{path} cannot be written there.")
+        raise FgBgError(f"{path} cannot be written: choose another path.")
 
 
 def write(path: Path, picture: np.ndarray) -> None:
     """Writes a picture, (H, W, 3) uint8 RGB.
 
     Raises:
-        FgBgError: it cannot be written.
+        FgBgError: the file cannot be written.
     """
     if not cv2.imwrite(str(path), picture[:, :, ::-1]):
-        raise FgBgError(f"{path} cannot be written.")
+        raise FgBgError(f"{path} cannot be written: check its folder and the free disk space.")

@@ -1,4 +1,4 @@
-"""Methods of distillation: FgBg and the peers it is measured against. MODEL.KD.METHOD names one."""
+"""Distillation methods: FgBg, and the methods for comparison. MODEL.KD.METHOD selects one."""
 
 from ..detectors.dense import DenseOutput
 from .adapters import aligned, build_adapters

@@ -1,4 +1,4 @@
-"""Adapters: from the student's channels to the teacher's."""
+"""Adapters map the student's channels to the teacher's channels."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from .base import Batch
 
 
 def build_adapters(student: Sequence[int], teacher: Sequence[int]) -> nn.ModuleList:
-    """A 1x1 convolution on each level where the channels differ, an identity elsewhere.
+    """A 1x1 convolution on each level where the channels differ, and an identity elsewhere.
 
     Args:
         student, teacher: channels per level.
@@ -21,9 +21,9 @@ def build_adapters(student: Sequence[int], teacher: Sequence[int]) -> nn.ModuleL
 
 
 def aligned(adapters: nn.ModuleList, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (N, C, H, W) of the adapted student and the teacher, per level with an adapter.
+    """Adapted student features and teacher features, (N, C, H, W) each, per level with an adapter.
 
-    In fp32, or fp64 if given.
+    They are in fp32, or in fp64 if an input is fp64.
     """
     for phi, s, t in zip(adapters, batch.student.features, batch.teacher.features):
         dtype = accumulation_dtype(s, t)

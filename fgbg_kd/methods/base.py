@@ -1,4 +1,4 @@
-"""What a method of distillation is: outputs of both detectors and ground truth in, losses out."""
+"""The base class of distillation methods, and their input."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,17 +18,19 @@ METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
 
 
 class Batch(NamedTuple):
-    """Everything that a method sees of a batch.
+    """The input of a method for one batch.
 
     Attributes:
-        student, teacher: outputs on the same levels and maps; the teacher's carry no gradient.
+        student, teacher: outputs on the same levels, with maps of equal size. The teacher's outputs
+            have no gradient.
         gt_boxes: N tensors (B_i, 4), XYXY in pixels.
         gt_classes: N tensors (B_i,), int64.
         image_sizes: N pairs (height, width) in pixels, before padding.
         strides: in pixels, per level.
         num_classes: K, the same for student and teacher.
-        same_anchors: whether both detectors have the same anchors in a cell.
-        loss_normalizer: the number by which the student divides its own losses in this step.
+        same_anchors: whether both detectors have the same anchors per cell.
+        loss_normalizer: the number by which the student divides its own losses in this step; None:
+            the student has none.
     """
 
     student: DenseOutput
@@ -47,10 +49,10 @@ class Batch(NamedTuple):
         return split(self.gt_boxes, self.image_sizes, shapes, self.strides, assign=assign)
 
     def compare(self, cells: Split, *, boxes: bool = False, **options) -> Comparison:
-        """Both predictions, cell by cell: :func:`fgbg_kd.ops.compare_predictions`.
+        """Compares both predictions per cell: :func:`fgbg_kd.ops.compare_predictions`.
 
         Args:
-            boxes: whether qualities contain the IoU; both outputs then have decoded boxes.
+            boxes: whether qualities include the IoU. Both outputs must then have decoded boxes.
             options: "kl", "temperature", "quality".
         """
         return compare_predictions(
@@ -68,23 +70,24 @@ class Batch(NamedTuple):
 class Method(nn.Module):
     """Base class of all methods.
 
-    A subclass takes ``(student_channels, teacher_channels, *, option, ...)``, channels per level.
-    The options of a method ``Name`` are the keys of MODEL.KD.NAME in the config. Its parameters
-    are trained with the student and are no part of it. Each of them must get a gradient in every
-    batch.
+    The constructor of a subclass takes ``(student_channels, teacher_channels, *, option, ...)``,
+    with channels per level. The options of a method ``Name`` are the keys of MODEL.KD.NAME in the
+    config. The method's parameters are trained with the student, but do not belong to the student.
+    Every parameter must get a gradient in every batch.
     """
 
-    # Whether it needs the class logits of both detectors, and their decoded boxes.
+    # Whether the method needs the class logits of both detectors.
     needs_logits = False
+    # Whether it needs the decoded boxes of both detectors.
     needs_boxes = False
-    # Whether it compares logits one by one, so that both detectors must have the same anchors.
+    # Whether it compares logits anchor by anchor. Both detectors must then have the same anchors.
     compares_logits = False
-    # Names of the losses that it returns.
+    # Names of its losses.
     losses: Sequence[str] = ("loss_kd",)
 
     @classmethod
     def is_off(cls, options: dict[str, Any]) -> bool:
-        """Whether these options leave plain training. The teacher is not built then."""
+        """Whether these options switch the method off. The teacher is then not built."""
         return options.get("weight") == 0
 
     @classmethod
@@ -95,8 +98,8 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:
-            The weighted losses by the names in ``losses``, and statistics to log. Both are scalars
-            on the device.
+            The weighted losses, with the names in ``losses``, and statistics to log. All values are
+            scalars on the device.
         """
         raise NotImplementedError
 
@@ -139,7 +142,7 @@ def complete_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
     """
     Args:
-        key: of the config, below MODEL.KD.
+        key: config key below MODEL.KD.
 
     Raises:
         ValueError: the value is not one of the choices.
@@ -151,11 +154,11 @@ def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
 def check_not_negative(node: str, **values: float) -> None:
     """
     Args:
-        node: of the method in the config, below MODEL.KD.
-        values: by option.
+        node: config node of the method below MODEL.KD.
+        values: values by option.
 
     Raises:
-        ValueError: a value under 0, or NaN.
+        ValueError: a value is under 0 or NaN.
     """
     for name, value in values.items():
         if not value >= 0:
@@ -163,17 +166,17 @@ def check_not_negative(node: str, **values: float) -> None:
 
 
 def check_positive(node: str, **values: float) -> None:
-    """:func:`check_not_negative` that refuses 0 too."""
+    """The same as :func:`check_not_negative`, but also refuses 0."""
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be over 0.")
 
 
 def world_mean(sums: Tensor) -> Tensor:
-    """Mean over processes of each process's sum.
+    """Mean of the given sums over all processes.
 
-    DistributedDataParallel averages gradients. A loss that is divided by this mean has therefore
-    the gradient of the whole batch divided by the whole sum.
+    DistributedDataParallel averages gradients over processes. If a loss is divided by this mean,
+    its gradient is that of the loss of all processes, divided by the sum over all processes.
     """
     size = comm.get_world_size()
     if size > 1:
@@ -182,5 +185,5 @@ def world_mean(sums: Tensor) -> Tensor:
 
 
 def or_one(normalizer: Tensor) -> Tensor:
-    """A normaliser that is 0 (no object in the batch) becomes 1 and leaves the sum unchanged."""
+    """Replaces a normaliser of 0 (no object in the batch) by 1."""
     return torch.where(normalizer > 0, normalizer, 1)

@@ -1,4 +1,4 @@
-"""CWD: where each channel is active (Shu et al., ICCV 2021)."""
+"""CWD: compares the spatial distribution of each channel (Shu et al., ICCV 2021)."""
 
 from collections.abc import Sequence
 
@@ -14,11 +14,11 @@ class CWD(Method):
     """L = weight * sum over levels of tau^2 / (N C) * sum over images and channels of
     KL(softmax(T / tau) || softmax(phi(S) / tau)); each softmax is over the H*W cells of a channel.
 
-    phi: a 1x1 convolution where channels differ.
+    S, T: features of student and teacher. phi: a 1x1 convolution where channels differ.
 
-    Padding takes part in the softmax, as published. In a batch of images of different sizes it
-    takes probability from the cells of the small ones. The default weight is that of FPN features;
-    the authors use 50 for the logits of segmentation.
+    The softmax includes padding, as published. In a batch with different image sizes, padding
+    takes probability from the cells of small images. The default weight is the authors' weight for
+    FPN features. The authors use 50 for segmentation logits.
     """
 
     def __init__(

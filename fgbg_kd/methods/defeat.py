@@ -1,4 +1,4 @@
-"""DeFeat: features of foreground and background apart (Guo et al., CVPR 2021)."""
+"""DeFeat: separate feature losses for foreground and background (Guo et al., CVPR 2021)."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,20 @@ from .base import METHOD_REGISTRY, Batch, Method, check_not_negative, world_mean
 @METHOD_REGISTRY.register()
 class DeFeat(Method):
     """L = weight * (L_fg + bg_ratio * L_bg). Each term is the mean over levels of
-    sum over its cells of (phi(S) - T)^2 / max(1, 2 N C), N the number of its cells in the batch.
+    sum over its cells of (phi(S) - T)^2 / max(1, 2 N C). N: number of its cells in the batch. C:
+    number of channels.
 
-    phi: a 3x3 convolution on every level, also where channels agree; it starts near 0. Each box is
-    foreground on the one level that fits its size and background on the others.
+    phi: a 3x3 convolution on every level, even where channels are equal. Its initial weights are
+    near 0. Each box is foreground on the one level that fits its size, and background on the
+    others.
 
     Differences from the published code:
 
-    - Cells are those of this package's split: by their centres, at least one for each box. Padding
-      is neither foreground nor background; published, it is background.
-    - N C counts elements. The 2 is that of half a square; the published weights include it. N is
-      the number in all processes. A level without a box still counts in the mean.
+    - This package's split assigns cells: by their centres, at least one cell for each box. Padding
+      is neither foreground nor background. In the published code it is background.
+    - N C is a number of elements. The factor 2 comes from half a square, which the published
+      weights include. N counts the cells of all processes. A level without a box still counts in
+      the mean.
     - Only the features of the neck are compared. The paper adds terms on the backbone and on the
       heads of two-stage detectors.
     """

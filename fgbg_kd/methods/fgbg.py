@@ -1,4 +1,4 @@
-"""FgBg: foreground by direction, background by prediction, where the teacher is better."""
+"""FgBg: cosine loss on foreground features, KL on background predictions, and a gate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,14 +28,15 @@ class FgBg(Method):
     L_fg = fg_weight * sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
 
-    w: weight of a cell (:func:`fgbg_kd.ops.split`). g: the gate
-    (:func:`fgbg_kd.ops.teacher_gate`). phi: a 1x1 convolution where channels differ. F: number of
-    foreground cells.
+    S, T: features of student and teacher. w: weight of a cell (:func:`fgbg_kd.ops.split`). g: the
+    gate (:func:`fgbg_kd.ops.teacher_gate`). phi: a 1x1 convolution where channels differ. F: number
+    of foreground cells. tau: temperature.
 
-    Sums and counts are those of the whole batch of all processes, so neither the size of a batch
-    nor its distribution changes the scale of a term. Cells with a closed gate stay in the divisors:
-    a term fades as the student catches up. A batch without objects divides L_bg by the background
-    cells; divided by 1 it would weigh a hundred times as much as other batches.
+    Sums and counts cover the batches of all processes. So neither the batch size nor the number of
+    processes changes the scale of a term. Cells with a closed gate still count in the divisors, so
+    a term shrinks as the student improves. In a batch without objects, L_bg is divided by the
+    number of background cells. Without this divisor, such a batch would weigh a hundred times as
+    much as other batches.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class FgBg(Method):
         self.losses = [name for name, weight in weights.items() if weight > 0]
         self.needs_logits = bg_weight > 0 or gate != "off"
         self.needs_boxes = gate != "off" and gate_quality == "box"
-        # Only with a foreground term: DistributedDataParallel stops at unused parameters.
+        # Only a foreground term needs adapters. DistributedDataParallel fails on unused parameters.
         channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
         self.adapters = build_adapters(*channels)
 
@@ -96,7 +97,7 @@ class FgBg(Method):
         return losses, shares(cells, gate, found)
 
     def compare(self, batch: Batch, cells: Split) -> Comparison:
-        """KL and qualities, as far as the terms and the gate need them."""
+        """Computes the KL and qualities that the terms and the gate need."""
         if not self.needs_logits:
             return Comparison()
         return batch.compare(
@@ -116,11 +117,12 @@ class FgBg(Method):
 
 
 def shares(cells: Split, gate: Tensor, found: Comparison) -> dict[str, Tensor]:
-    """Statistics: shares of the foreground and of the background cells, NaN where there are none.
+    """Statistics: shares of foreground and background cells. NaN: there are no such cells.
 
     Returns:
-        kd/fg_gate, kd/bg_gate: the gate is open. kd/fg_better, kd/bg_better: the teacher's quality
-        is higher than the student's; left out without a gate.
+        kd/fg_gate, kd/bg_gate: share of cells with an open gate. kd/fg_better, kd/bg_better: share
+        of cells in which the teacher's quality is higher than the student's; left out without a
+        gate.
     """
     maps = {"gate": gate}
     if found.teacher_quality is not None:

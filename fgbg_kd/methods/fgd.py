@@ -1,4 +1,4 @@
-"""FGD: features weighted by boxes and the teacher's attention, and global context
+"""FGD: feature loss weighted by boxes and the teacher's attention, and global context
 (Yang et al., CVPR 2022)."""
 
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ class FGD(Method):
     """L = weight * (L_fg + bg_ratio * L_bg + attention_ratio * L_att + global_ratio * L_global),
     each summed over levels and divided by the number of images:
 
-    L_fg, L_bg: sum of W A_sp A_ch (phi(S) - T)^2; W = 1 / (cells of the box) on foreground (every
-        box on every level, the smallest of several), 1 / (background cells of the image) else.
+    L_fg, L_bg: sum of W A_sp A_ch (phi(S) - T)^2, with the teacher's A_sp and A_ch. W is
+        1 / (cells of the box) on foreground and 1 / (background cells of the image) on background.
+        Each box is foreground on every level. If boxes overlap, the smallest owns the cell.
     A_sp = H W softmax over cells of mean_c |F| / tau, A_ch = C softmax over channels of
-        mean_hw |F| / tau; the teacher's own in the two terms above.
+        mean_hw |F| / tau.
     L_att = |A_ch(phi(S)) - A_ch(T)|_1 + |A_sp(phi(S)) - A_sp(T)|_1.
     L_global = ||GC_s(phi(S)) - GC_t(T)||^2, with two trained context blocks.
 
@@ -27,22 +28,22 @@ class FGD(Method):
 
     Differences from the published code:
 
-    - Boxes meet cells by stride, and a cell belongs to the box that holds its centre. Published,
-      boxes are scaled by the size of the map over the size of the image, which shifts them where a
-      small image is padded, and they are rounded outwards: more foreground on coarse levels.
-    - Padding is neither foreground nor background. "Cells of the box" are the cells that it owns;
-      published, they are all cells that it covers.
-    - The score convolution of the context blocks has PyTorch's initial values; published, it has
-      Kaiming's. The authors' recipes start the student with the teacher's neck and head
-      (MODEL.KD.INHERIT).
+    - Boxes are mapped to cells by stride, and a cell belongs to the box that contains its centre.
+      The published code scales boxes by map size / image size. This shifts boxes if a small image
+      is padded. It also rounds boxes outwards, so coarse levels have more foreground.
+    - Padding is neither foreground nor background. "Cells of the box" are the cells that it owns.
+      In the published code they are all cells that it covers.
+    - The score convolution of the context blocks has PyTorch's initialisation. The published code
+      uses Kaiming initialisation. The authors' recipes initialise the student with the teacher's
+      neck and head (MODEL.KD.INHERIT).
 
     As published:
 
-    - GC_t is trained too: L_global has a moving target.
-    - Terms are sums, not means. The weight belongs to 256 channels, COCO's image sizes and clipped
-      gradients. L_global grows with the cells and L_fg with the boxes, so on small maps the ratios
-      leave little of L_global. The paper has an attention_ratio of 1, and of 5 for FCOS; the
-      published configs of one-stage detectors have 0.5.
+    - GC_t is trained too, so the target of L_global changes during training.
+    - Terms are sums, not means. The default weight is for 256 channels, COCO's image sizes and
+      gradient clipping. L_global grows with the number of cells, and L_fg with the number of boxes.
+      So the share of L_global is small on small maps. The paper has an attention_ratio of 1, and 5
+      for FCOS. The published configs for one-stage detectors have 0.5.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class FGD(Method):
         return {"loss_kd": self.weight * loss / len(t)}, {}
 
     def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 1, H, W) of the cells and (N, C, 1, 1) of the channels; each has mean 1."""
+        """Attention of cells (N, 1, H, W) and of channels (N, C, 1, 1). Each has mean 1."""
         x = x.abs()
         space, channel = x.mean(1, keepdim=True), x.mean((2, 3), keepdim=True)
         softmax = (space / self.temperature).flatten(1).softmax(1).reshape(space.shape)

@@ -1,4 +1,4 @@
-"""MGD: the teacher's features, generated from a part of the student's (Yang et al., ECCV 2022)."""
+"""MGD: generates the teacher's features from masked student features (Yang et al., ECCV 2022)."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,14 @@ from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 class MGD(Method):
     """L = weight / N * sum over levels and elements of (G(m * phi(S)) - T)^2.
 
-    m: a random mask (N, 1, H, W), 0 with probability ``mask_ratio``, drawn anew each time.
-    G: 3x3 convolution, ReLU, 3x3 convolution, one per level. phi: a 1x1 convolution where channels
-    differ.
+    N: number of images. m: a random mask (N, 1, H, W), 0 with probability ``mask_ratio``, sampled
+    in every step. G: 3x3 convolution, ReLU, 3x3 convolution, one per level. phi: a 1x1 convolution
+    where channels differ.
 
-    A sum, not a mean: it grows with channels and map. The published weight belongs to 256 channels,
-    COCO's image sizes and clipped gradients. The sum overflows fp16, so it is taken in fp32. The
-    authors' recipes start the student with the teacher's neck and head (MODEL.KD.INHERIT).
+    The loss is a sum, not a mean. So it grows with the number of channels and the map size. The
+    published weight is for 256 channels, COCO's image sizes and gradient clipping. The sum is in
+    fp32, because it overflows fp16. The authors' recipes initialise the student with the teacher's
+    neck and head (MODEL.KD.INHERIT).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Mimicking: the teacher's features, element by element (FitNets, Romero et al., ICLR 2015)."""
+"""Mimic: mean squared error between features (FitNets, Romero et al., ICLR 2015)."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,10 @@ from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 class Mimic(Method):
     """L = weight * sum over levels of the mean over elements of (phi(S) - T)^2.
 
-    phi: a 1x1 convolution where channels differ. The whole map counts, padding too. The mean makes
-    the scale independent of map and batch; levels and channels with large values dominate it. The
-    default weight is the one with which the authors of LD compare, there inside boxes only.
+    phi: a 1x1 convolution where channels differ. The mean covers the whole map, including padding.
+    It makes the scale independent of map size and batch size. Levels and channels with large values
+    dominate it. The authors of LD use the default weight in their comparison, but inside boxes
+    only.
     """
 
     def __init__(

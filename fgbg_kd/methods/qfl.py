@@ -12,14 +12,16 @@ from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 @METHOD_REGISTRY.register()
 class QFL(Method):
     """L = weight / positives * sum over anchors and classes of |sigmoid(x) - t| BCE(x, t),
-    x the student's logit, t the teacher's score. There is no mask.
+    where x is the student's logit and t is the teacher's score. There is no mask.
 
     positives: the number by which the student divides its own classification loss in the same step.
-    In Detectron2 it is the running mean of positive anchors of the process, so it is never 0.
+    In Detectron2 each process keeps a running mean of its number of positive anchors. So this
+    number is never 0.
 
-    Differences from CrossKD: this is its loss of classes only. Its loss of boxes is left out, and
-    so is its detour through the teacher's head, which needs heads of equal width. CrossKD leaves
-    out padding and the anchors that its assigner ignores; here they count.
+    Differences from CrossKD: only its classification loss is used, without its box loss. CrossKD
+    also passes student features through the teacher's head. This needs heads of equal width and is
+    left out here. CrossKD leaves out padding, and the anchors that its assigner ignores. Both count
+    here.
     """
 
     needs_logits = True

@@ -1,6 +1,6 @@
-"""The operators of the method. They take tensors and know no detector.
+"""The operators of FgBg. They take tensors and do not depend on a detector.
 
-Each file holds the definition in plain PyTorch; the fused kernel of ``x.py`` is ``x_triton.py``.
+Each file has the definition in plain PyTorch. ``x_triton.py`` has the fused kernels of ``x.py``.
 """
 
 from .common import BACKGROUND, PADDING

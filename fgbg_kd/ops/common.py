@@ -1,4 +1,4 @@
-"""What the operators share: cell marks, the choice of implementation, precision, device."""
+"""Helpers of all operators: cell marks, choice of implementation, precision and device."""
 
 import contextlib
 import functools
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Marks of cells that no box owns, beside the index of the owning box.
+# Marks of cells that no box owns. Other cells have the index of their box.
 BACKGROUND, PADDING = -1, -2
-# A vector shorter than 1e-6 has no direction: its rounding error is not worth a gradient.
+# A vector with a norm of at most 1e-6 counts as zero: its direction is rounding error.
 MIN_SQUARE = 1e-12
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -20,9 +20,9 @@ def use_triton(impl: str, tensor: Tensor) -> bool:
     """Whether the fused kernels run.
 
     Args:
-        impl: "auto": on CUDA tensors where Triton is installed. "torch": never. "triton": always.
-            On the CPU the last needs Triton's interpreter: set TRITON_INTERPRET=1 before the
-            import.
+        impl: "auto": on CUDA tensors if Triton is installed. "torch": never. "triton": always. On
+            the CPU "triton" needs Triton's interpreter: set TRITON_INTERPRET=1 before Triton is
+            imported.
     """
     if impl == "auto":
         return tensor.is_cuda and _HAS_TRITON
@@ -32,7 +32,7 @@ def use_triton(impl: str, tensor: Tensor) -> bool:
 
 
 def on_device_of(tensor: Tensor):
-    """Context in which Triton launches on the tensor's GPU, which need not be the current one."""
+    """Context in which Triton launches on the tensor's GPU, even if another GPU is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -42,7 +42,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def levels(maps: Sequence[Tensor]) -> list[tuple[int, int, int, int, int]]:
-    """Per level (N, C, H_l, W_l): its first cell among all R cells of an image, N, C, H_l, W_l."""
+    """Per map (N, C, H_l, W_l): index of its first cell in R, then N, C, H_l, W_l."""
     rows, first = [], 0
     for x in maps:
         rows.append((first, *x.shape))
@@ -59,23 +59,23 @@ def per_level(values: Tensor, level_shapes: Sequence[tuple[int, int]]) -> list[T
 def empty_map_like(x: Tensor) -> Tensor:
     """An empty map (N, C, H, W) with the memory layout of ``x``, whose ``flatten(2)`` is a view.
 
-    Kernels take flattened maps: only then Triton sees that neighbouring cells are neighbours in
-    memory. Flattening copies a map only if it is a cut-out of a wider one.
+    Kernels take flattened maps. Only then does Triton see that neighbouring cells are adjacent in
+    memory. Flattening copies a map only if it is a slice of a wider map.
     """
     return torch.empty_like(x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def triton_dtype(dtype: torch.dtype):
-    """Triton's name of an accumulation dtype."""
+    """Triton's dtype for an accumulation dtype."""
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def upload(values, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copies numbers of the host to the device of a tensor without waiting for that device.
+    """Copies numbers from the host to a tensor's device without waiting for the device.
 
-    A copy from ordinary memory would wait: PyTorch then synchronises the stream.
+    The host memory is pinned, because PyTorch synchronises the stream for other memory.
     """
     host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
     return host.to(like.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The foreground operator: do the features of student and teacher point the same way?"""
+"""The foreground operator: cosine distance between the features of student and teacher."""
 
 from collections.abc import Sequence
 
@@ -12,17 +12,17 @@ def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
     """Cosine of the angle between the feature vectors of each cell.
 
     Args:
-        student, teacher: (N, C, H, W); reduced in fp32, or fp64 if given.
+        student, teacher: (N, C, H, W). Sums are in fp32, or in fp64 if an input is fp64.
 
     Returns:
-        (N, H, W). Where either vector is zero (norm under 1e-6) it is 0 with a zero gradient.
+        (N, H, W). If a vector is zero (norm of at most 1e-6), cosine and gradient are 0.
     """
     dtype = accumulation_dtype(student, teacher)
     s, t = student.to(dtype), teacher.to(dtype)
     dot = (s * t).sum(1)  # (N, H, W)
     ss, tt = s.square().sum(1), t.square().sum(1)
     valid = (ss > MIN_SQUARE) & (tt > MIN_SQUARE)
-    # The inner `where` keeps the gradient of the branch not taken finite.
+    # The inner `where` keeps the gradient of the unused branch finite.
     norm = torch.where(valid, ss, 1).sqrt() * torch.where(valid, tt, 1).sqrt()
     return torch.where(valid, dot / norm, 0)
 

@@ -1,8 +1,8 @@
-"""The cosine term in two kernels: student and teacher features are read once forward, once back.
+"""The cosine term in two kernels. Each reads the features of student and teacher once.
 
-Forward keeps three numbers a cell (dot product and squared lengths), in fp32 (fp64 if given).
-Backward writes the gradient once. Cells of weight 0 are not read in either. Sums over cells are
-taken by PyTorch, in a fixed order: the same input gives the same bits.
+The forward kernel stores three numbers per cell (dot product and squared norms), in fp32 or, if an
+input is fp64, in fp64. The backward kernel writes the gradient once. Neither kernel reads cells of
+weight 0. PyTorch sums over cells in a fixed order, so the same input gives the same bits.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from .common import (
     triton_dtype,
 )
 
-# A tile. Cells are neighbours in memory in NCHW, channels in channels_last.
+# Size of a tile. In NCHW, cells are adjacent in memory. In channels_last, channels are.
 CELLS, CHANNELS = 64, 16
 
 
@@ -47,7 +47,7 @@ def cosine_forward_kernel(
     at = n * all_cells + first + cell
     used = tl.load(weight + at, mask=exists, other=0.0) != 0
     s_at, t_at = student + n * s_n + cell * s_p, teacher + n * t_n + cell * t_p
-    # Tiles, added up after the loop: within it no thread waits for another.
+    # These tiles are summed after the loop, so that no thread waits for another in the loop.
     dot = tl.zeros([CHANNELS, CELLS], ACC)
     ss, tt = dot, dot
     for start in range(0, channels, CHANNELS):
@@ -68,7 +68,7 @@ def cosine_forward_kernel(
 def cosine_backward_kernel(
     student,  # (N, C, HW), any strides
     teacher,  # likewise
-    factors,  # (2, N, R) contiguous: of t and of s in the gradient; both 0: cell not read
+    factors,  # (2, N, R) contiguous: of t and s in the gradient; both 0: the cell is not read
     grad,  # (N, C, HW), any strides
     channels,
     num_cells,
@@ -103,7 +103,7 @@ def cosine_backward_kernel(
 def cosine_grad(
     student: Sequence[Tensor], teacher: Sequence[Tensor], factors: Tensor
 ) -> list[Tensor]:
-    """Gradient of the student's features: factors[0] * teacher + factors[1] * student."""
+    """Gradient for the student's features: factors[0] * teacher + factors[1] * student."""
     grads, factors = [empty_map_like(s) for s in student], factors.contiguous()
     with on_device_of(factors):
         for (first, n, c, h, w), *maps in zip(levels(student), student, teacher, grads):
@@ -126,7 +126,7 @@ def _(student, teacher, factors):
 def weighted_cosine(
     student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of weight * (1 - cos) over all cells, and the (3, N, R) sums its gradient needs."""
+    """Sum of weight * (1 - cos) over all cells, and the (3, N, R) sums for the gradient."""
     weight = weight.contiguous()
     sums = weight.new_empty(3, *weight.shape, dtype=accumulation_dtype(student[0], teacher[0]))
     with on_device_of(weight):

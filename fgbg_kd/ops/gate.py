@@ -1,4 +1,4 @@
-"""The gate: the student learns from a cell only where the teacher's prediction is better."""
+"""The gate: it selects the cells in which the teacher's prediction is better."""
 
 import torch
 from torch import Tensor
@@ -12,21 +12,22 @@ MODES = ("cell", "object", "image")
 def teacher_gate(
     student: Tensor, teacher: Tensor, cells: Split, *, mode: str, margin: float
 ) -> Tensor:
-    """1 where quality of the teacher > quality of the student + margin, else 0.
+    """1 where the teacher's quality > the student's quality + margin, else 0.
 
     Args:
         student, teacher: (N, R) qualities (:func:`fgbg_kd.ops.prediction_quality`).
         cells: the split of the same cells.
-        mode: what shares one decision. "cell": nothing. "object": all cells of a box, by their
-            mean advantage; each background cell decides alone. "image": all foreground cells of
-            an image, and all its background cells.
-        margin: how much better the teacher must be. A negative margin allows a worse teacher.
+        mode: the cells that share one decision, by their mean advantage. "cell": each cell decides
+            alone. "object": all cells of a box; each background cell decides alone. "image": all
+            foreground cells of an image, and separately all its background cells.
+        margin: the advantage (teacher's quality - student's quality) must exceed it. A negative
+            margin allows a worse teacher.
 
     Returns:
-        (N, R) float32. It is 0 on padding. It carries no gradient.
+        (N, R) float32, without a gradient. It is 0 on padding.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: the mode is unknown.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: choose one of {MODES}.")
@@ -45,7 +46,7 @@ def teacher_gate(
 
 
 def _group_mean(value: Tensor, group: Tensor, num_groups: int, mask: Tensor) -> Tensor:
-    """(N, R): mean of the masked values of the same image and group, spread to its cells."""
+    """(N, R): for each cell, the mean of the masked values in its image and group."""
     zeros = value.new_zeros(len(value), num_groups)
     total, count = (zeros.scatter_add(1, group, x) for x in (value * mask, mask.to(value.dtype)))
     return (total / count.clamp(min=1)).gather(1, group)

@@ -1,6 +1,7 @@
-"""Predictions of student and teacher, cell by cell: how far apart are they, how good is each?
+"""Compares the predictions of student and teacher per cell: KL divergence and quality.
 
-Shapes: N images, L levels of (H_l, W_l) cells, R = sum of H_l * W_l, K classes, A_l anchors a cell.
+Shapes: N images, L levels of (H_l, W_l) cells, R = sum of H_l * W_l, K classes, A_l anchors per
+cell.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ class Comparison(NamedTuple):
     """Result of :func:`compare_predictions`; each (N, R) in fp32 or better.
 
     Attributes:
-        kl: the divergence on background cells, 0 elsewhere. It carries the gradient.
+        kl: the divergence on background cells, 0 elsewhere. Only it has a gradient.
         student_quality, teacher_quality: :func:`prediction_quality`, without a gradient.
     """
 
@@ -45,19 +46,19 @@ def compare_predictions(
 ) -> Comparison:
     """KL(teacher || student) on background cells, and the quality of both on all cells.
 
-    Both need all logits, so one pass over them gives both.
+    KL and quality need all logits, so one pass over the logits computes both.
 
     Args:
         student, teacher: per level (N, A_l*K, H_l, W_l) class logits.
         cells: the split of the same cells.
         gt_classes: (N, B) int64, classes of the boxes in ``cells.boxes``.
         num_classes: K.
-        boxes: of student and teacher, per level (N, A_l*4, H_l, W_l), decoded to XYXY in pixels:
-            qualities are then class score times IoU. None: class score alone.
+        boxes: decoded boxes of student and teacher, per level (N, A_l*4, H_l, W_l), XYXY in pixels.
+            Quality on foreground is then class score times IoU. None: class score alone.
         same_anchors: False: student and teacher have different anchors (RetinaNet and FCOS). The
             KL then compares the largest logit of each class over the anchors of a cell.
-        kl, temperature: see :func:`kl_divergence`. None: no KL.
-        quality: False: no qualities.
+        kl, temperature: see :func:`kl_divergence`. kl None: no KL.
+        quality: whether to compute qualities.
         impl: "torch": plain PyTorch, the definition. "triton": fused. "auto": Triton on CUDA.
     """
     if kl not in (None, "sigmoid", "softmax"):
@@ -90,7 +91,7 @@ def _compare_plain(
     temperature: float,
     quality: bool,
 ) -> Comparison:
-    """The definition."""
+    """The definition, in plain PyTorch."""
     found = Comparison()
     if kl:
         apart = [
@@ -116,12 +117,13 @@ def kl_divergence(
     "Distilling the Knowledge in a Neural Network", 2015, section 2).
 
     Args:
-        student, teacher: (N, A*K, H, W) class logits; computed in fp32, or fp64 if given.
+        student, teacher: (N, A*K, H, W) class logits. The KL is computed in fp32, or in fp64 if an
+            input is fp64.
         num_classes: K.
-        kind: "sigmoid": the sum over classes of the KL of two Bernoulli distributions, which is
-            what RetinaNet and FCOS predict. "softmax": one KL over the K classes and a background
-            of logit 0.
-        temperature: T; it divides the logits.
+        kind: "sigmoid": KL of Bernoulli distributions, summed over classes. RetinaNet and FCOS
+            predict such distributions. "softmax": one KL over the K classes and a background class
+            with logit 0.
+        temperature: T, which divides the logits.
 
     Returns:
         (N, H, W), not negative up to rounding.
@@ -147,12 +149,12 @@ def prediction_quality(
 ) -> Tensor:
     """How good a detector's prediction is at each cell, in [0, 1].
 
-    It compares predictions with the ground truth, not one head with another. So an FCOS teacher
-    can gate a RetinaNet student.
+    It compares predictions with the ground truth, not with another head. So the gate works for an
+    FCOS teacher and a RetinaNet student.
 
-    - On a foreground cell owned by box b: the largest value, over anchors, of sigmoid(logit of the
-      class of b), times IoU(decoded box, b) if boxes are given.
-    - On a background cell: 1 - the largest sigmoid(logit) over anchors and classes.
+    - On a foreground cell of box b: the maximum over anchors of sigmoid(logit of b's class). If
+      boxes are given, it is the maximum of sigmoid(logit of b's class) * IoU(decoded box, b).
+    - On a background cell: 1 - the maximum of sigmoid(logit) over anchors and classes.
     - On a padding cell: 0.
 
     Args:
@@ -160,7 +162,7 @@ def prediction_quality(
         cells: the split of the same cells.
         gt_classes: (N, B) int64.
         num_classes: K.
-        boxes: per level (N, A_l*4, H_l, W_l), decoded, XYXY in pixels; None: the class score alone.
+        boxes: per level (N, A_l*4, H_l, W_l), decoded, XYXY in pixels; None: class score alone.
 
     Returns:
         (N, R) in fp32 or better.
@@ -182,7 +184,7 @@ def prediction_quality(
 
 
 def _best_anchor(logits: Tensor, num_classes: int) -> Tensor:
-    """(N, A*K, H, W) -> (N, K, H, W), the largest over anchors: a cell's score of a class."""
+    """(N, A*K, H, W) -> (N, K, H, W), the largest logit over anchors."""
     return logits.unflatten(1, (-1, num_classes)).amax(1)
 
 
@@ -194,7 +196,7 @@ def _per_anchor(x: Tensor, channels: int) -> Tensor:
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes pair by pair, (..., 4) with (..., 4), XYXY; 0 where both are empty."""
+    """Elementwise IoU of boxes (..., 4) and (..., 4), XYXY; 0 where both are empty."""
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     inter = (high - low).clamp(min=0).prod(-1)
     area = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (a, b)]

@@ -1,9 +1,10 @@
 """The comparison of predictions in two kernels. Each reads the logits of both detectors once.
 
-Forward takes the KL and both qualities from one pass and keeps three numbers a cell. It does not
-read padding. On a foreground cell it reads only the logits of the owner's class. The gradient of
-the KL is known in closed form: backward reads the background cells whose upstream gradient is not 0
-and writes the gradient once. Everything is computed in fp32 (fp64 if given).
+The forward kernel computes the KL and both qualities in one pass and stores three numbers per cell.
+It does not read padding. On a foreground cell it reads only the logits of the owner's class. The
+gradient of the KL has a closed form. The backward kernel reads only background cells whose upstream
+gradient is not 0, and writes the gradient once. Both kernels compute in fp32, or in fp64 if an
+input is fp64.
 """
 
 from collections.abc import Sequence
@@ -23,17 +24,17 @@ from .common import (
 )
 from .split import Split
 
-# The Bernoulli KL is a sum over all channels. The kernel reads GROUP channels at a time, across
-# anchors, and threads wait for each other only after the last tile. A softmax needs all classes of
-# an anchor at once. Wider tiles are slow on small maps: these have few programs, and each of them
-# goes through all channels.
+# The Bernoulli KL is a sum over all channels. So the kernel reads GROUP channels at a time, across
+# anchors. Threads wait for each other only after the last tile. A softmax needs all classes of an
+# anchor at once. Wider tiles are slow on small maps: few programs run, and each of these programs
+# loops over all channels.
 GROUP, CELLS = 16, 32
-TILE = 1024  # largest number of values in a tile; more spill registers on sm_80
+TILE = 1024  # maximum number of values in a tile; larger tiles spill registers on sm_80
 
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) of e in [0, 1], exact to rounding also where e is under the rounding of 1."""
+    """log(1 + e) for e in [0, 1], exact up to rounding, even where 1 + e rounds to 1."""
     if e.dtype == tl.float64:
         u = 1 + e
         return tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))  # Kahan
@@ -66,7 +67,7 @@ def _bernoulli_kl(s, t):
 
 @triton.jit
 def _log_softmax(x, mask):
-    """Over axis 0 and an implicit background of logit 0 -> log p, log p(background)."""
+    """Softmax over axis 0 and an implicit background of logit 0 -> log p, log p(background)."""
     x = tl.where(mask, x, float("-inf"))
     top = tl.maximum(tl.max(x, 0), 0.0)
     total = tl.sum(tl.exp(x - top[None, :]), 0) + tl.exp(-top)
@@ -88,7 +89,7 @@ def _highest(logits_at, z_c, channels, mask, ACC: tl.constexpr, CLASSES: tl.cons
 
 @triton.jit
 def _overlap(boxes_at, b_c, x0, y0, x1, y1, mask):
-    """IoU of one anchor's decoded box at each cell with the owner of the cell."""
+    """IoU of one anchor's decoded box with the cell's owner, per cell."""
     p0 = tl.load(boxes_at, mask=mask, other=0.0).to(tl.float32)
     p1 = tl.load(boxes_at + b_c, mask=mask, other=0.0).to(tl.float32)
     p2 = tl.load(boxes_at + 2 * b_c, mask=mask, other=0.0).to(tl.float32)
@@ -110,7 +111,7 @@ def _own_quality(
     BOXES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The largest, over anchors, of sigmoid(logit of own_class), with BOXES times the IoU."""
+    """Maximum over anchors of sigmoid(logit of own_class); with BOXES, of this times the IoU."""
     best = tl.zeros([mask.shape[0]], ACC) + float("-inf")
     for a in range(num_anchors):
         z = tl.load(logits_at + (a * classes + own_class) * z_c, mask=mask, other=0.0).to(ACC)
@@ -133,7 +134,7 @@ def compare_kernel(
     s_channels,
     t_channels,
     classes,  # K
-    group,  # channels of a tile: K of a softmax, else GROUP
+    group,  # channels per tile: K for a softmax, else GROUP
     num_cells,  # HW of this level
     first,  # cell of this level in R
     all_cells,  # R
@@ -159,7 +160,7 @@ def compare_kernel(
     background = owner == -1
     s_at, t_at = student + n * s_n + cell * s_p, teacher + n * t_n + cell * t_p
     plane = tl.num_programs(1).to(tl.int64) * all_cells
-    if QUALITY:  # of foreground first: what it needs is not held below
+    if QUALITY:  # foreground first, so that its values need no registers below
         foreground = owner >= 0
         box = n * num_boxes + tl.where(foreground, owner, 0)
         own_class = tl.load(box_classes + box, mask=foreground, other=0)
@@ -175,16 +176,16 @@ def compare_kernel(
             t_at, t_c, t_boxes + n * tb_n + cell * tb_p, tb_c, t_channels // classes, classes,
             own_class, x0, y0, x1, y1, foreground, BOXES, ACC,
         )  # fmt: skip
-        other = exists & ~background  # and padding, of quality 0
+        other = exists & ~background  # foreground and padding; padding has quality 0
         tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=other)
         tl.store(out + 2 * plane + at, tl.where(foreground, t_good, 0), mask=other)
     if KL:
         k = tl.arange(0, CLASSES)
-        # Tiles, added up after the loop: within it no thread waits for another.
+        # These tiles are summed after the loop, so that no thread waits for another in the loop.
         apart = tl.zeros([CLASSES, CELLS], ACC)
         s_max = tl.zeros([CLASSES, CELLS], ACC) + float("-inf")
         t_max = s_max
-        rest = tl.zeros([CELLS], ACC)  # of the background of a softmax
+        rest = tl.zeros([CELLS], ACC)  # term of the softmax background
         for start in range(0, s_channels, group):
             channel = (start + k)[:, None]
             real = ((k < group) & (start + k < s_channels))[:, None] & (cell >= 0)[None, :]
@@ -219,7 +220,7 @@ def compare_kernel(
 def kl_backward_kernel(
     student,  # (N, A*K, HW), any strides
     teacher,  # likewise
-    weight,  # (N, R) contiguous: upstream gradient of the KL; 0: cell not read
+    weight,  # (N, R) contiguous: upstream gradient of the KL; 0: the cell is not read
     grad,  # (N, A*K, HW), any strides
     channels,
     group,
@@ -255,14 +256,14 @@ def kl_backward_kernel(
         value = tl.exp(log_s) - tl.exp(log_t)
     else:
         value = _sigmoid(s) - _sigmoid(t)
-    # T^2 KL has 1/T from the logits: T (p_s - p_t)
+    # The logits are divided by T, so the gradient of T^2 KL is T (p_s - p_t).
     value = tl.where(mask, value * (w / INVERSE_T)[None, :], 0)
     at = g_at[None, :] + channel * g_c
     tl.store(at, value.to(grad.dtype.element_ty), mask=real & exists[None, :])
 
 
 def _tile(classes: int, softmax: bool) -> tuple[int, int, int]:
-    """Channels that are read at a time, the same as a power of two, and cells."""
+    """Channels per tile, these rounded up to a power of two, and cells per tile."""
     group = classes if softmax else GROUP
     block = triton.next_power_of_2(group)
     return group, block, max(1, min(CELLS, TILE // block))
@@ -282,10 +283,10 @@ def _compare(
     quality: bool,
     temperature: float,
 ) -> Tensor:
-    """(3, N, R): KL, quality of the student, of the teacher. A part not asked for is not written.
+    """(3, N, R): KL, student's quality, teacher's quality. Parts that are off are not written.
 
-    decoded: boxes on all levels of the student, then of the teacher; empty: qualities by class
-    scores alone.
+    decoded: boxes on all levels of the student, then on all levels of the teacher. If it is empty,
+    quality is the class score alone.
     """
     with_boxes, num_levels = len(decoded) > 0, len(student)
     acc = accumulation_dtype(student[0], teacher[0])
@@ -322,7 +323,7 @@ def kl_grad(
     softmax: bool,
     temperature: float,
 ) -> list[Tensor]:
-    """Gradient of the sum of weight * T^2 * KL(teacher || student) in the student's logits."""
+    """Gradient of sum(weight * T^2 * KL(teacher || student)) for the student's logits."""
     grads, weight = [empty_map_like(s) for s in student], weight.contiguous()
     group, block, cells = _tile(num_classes, softmax)
     acc = triton_dtype(accumulation_dtype(student[0], teacher[0]))

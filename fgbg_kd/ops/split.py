@@ -1,7 +1,7 @@
 """The split: from ground-truth boxes to foreground, background and padding cells.
 
-Shapes: N images, B boxes an image (padded), L feature levels of stride s_l and shape (H_l, W_l),
-R = sum of H_l * W_l cells an image, levels one after the other, rows before columns.
+Shapes: N images, B boxes per image (padded), L feature levels of stride s_l and shape (H_l, W_l),
+R = sum of H_l * W_l cells per image, ordered by level, then row, then column.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .common import BACKGROUND, PADDING, upload, use_triton
 
-# Boxes compared with all cells of a level at a time: bounds the memory to _CHUNK ints a cell,
-# whatever the number of boxes.
+# Number of boxes that are compared with all cells of a level at once. It limits the memory to
+# _CHUNK ints per cell for any number of boxes.
 _CHUNK = 16
 
 
@@ -23,8 +23,8 @@ class Split(NamedTuple):
     Attributes:
         box_index: (N, R) int32, index of the owning box in its image's list; -1 background,
             -2 padding.
-        weight: (N, R) float32, 1 / (cells of the box on that level) for a foreground cell; 0
-            elsewhere.
+        weight: (N, R) float32, 1 / (number of the box's cells on that level) for a foreground
+            cell; 0 elsewhere.
         boxes: (N, max(B, 1), 4) float32, the boxes as XYXY pixels, padded with zeros.
         level_shapes: (H_l, W_l) per level.
     """
@@ -47,7 +47,7 @@ class Split(NamedTuple):
     def owner(self, per_box: Tensor) -> Tensor:
         """Spreads a value per box, (N, B, ...), to the cells of the box: (N, R, ...).
 
-        Cells without a box get the value of box 0: mask them.
+        Cells without a box get the value of box 0. Mask these cells.
         """
         index = self.box_index.clamp(min=0).long()
         index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
@@ -66,15 +66,15 @@ def split(
 ) -> Split:
     """Splits the cells of all levels and images into foreground, background and padding.
 
-    A cell p = (y, x) of a level of stride s stands for the image point ((x+.5)s, (y+.5)s), its
-    centre. Boxes are clipped to their image. A box that is then empty, or not a number, owns
-    nothing.
+    On a level of stride s, the centre of cell (y, x) is the image point ((x+.5)s, (y+.5)s). Boxes
+    are clipped to their image. A box that is then empty or contains NaN owns nothing.
 
-    - A cell belongs to a box if its centre lies in [x0, x1) x [y0, y1). If several boxes hold the
-      centre, the smallest owns the cell. Of boxes of equal area the first in the list owns it.
-    - A box may hold no cell centre of a level. It then owns the cell that holds its own centre.
-      If that cell is padding, it owns the nearest cell that is not. So no object vanishes on a
-      coarse level.
+    - A cell belongs to a box if the cell's centre lies in [x0, x1) x [y0, y1). If several boxes
+      contain the centre, the smallest box owns the cell. Among boxes of equal area, the first in
+      the list owns the cell.
+    - If a box contains no cell centre of a level, it owns the cell that contains the box's centre.
+      If this cell is padding, it owns the nearest cell that is not padding. So a small object is
+      not lost on a coarse level, unless a smaller box owns the same cell.
     - A cell whose centre lies outside its image is padding.
 
     Args:
@@ -82,9 +82,9 @@ def split(
         image_sizes: N pairs (height, width) in pixels, before padding.
         level_shapes: L pairs (H_l, W_l) of the padded batch's feature maps.
         strides: L strides in pixels.
-        assign: "all": every box takes part on every level (FGD). "scale": each box takes part on
-            the first level whose stride is over sqrt(area) / 14 (DeFeat); a box of up to 112
-            pixels is on stride 8.
+        assign: "all": every box is used on every level (FGD). "scale": each box is used on the
+            first level whose stride is over sqrt(area) / 14, else on the last level (DeFeat). A box
+            with sqrt(area) under 112 pixels is on stride 8.
         impl: "torch": plain PyTorch, the definition; "triton": one kernel; "auto": Triton on CUDA.
 
     Raises:
@@ -127,7 +127,7 @@ def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str)
     y0, y1 = (torch.clamp(y, zero, height[:, None]) for y in (y0, y1))
     valid = (x1 > x0) & (y1 > y0)  # False for NaN
     area = torch.where(valid, (x1 - x0) * (y1 - y0), torch.inf)
-    order = area.argsort(dim=1, stable=True)  # who wins first: the smallest, then the first
+    order = area.argsort(dim=1, stable=True)  # priority: smallest area, then list order
     x0, y0, x1, y1, area, valid = (t.gather(1, order) for t in (x0, y0, x1, y1, area, valid))
     home = _level_of_size(area, strides) if assign == "scale" else None
 
@@ -137,7 +137,7 @@ def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str)
         rows = _covered(y0, y1, h, stride, height)  # (N, B, H), (N, B), (N, H)
         columns = _covered(x0, x1, w, stride, width)
         winners.append(_smallest_box(rows, columns, here).flatten(1))
-    winner = torch.cat(winners, dim=1)  # (N, R) in sorted order; num_boxes: none; more: padding
+    winner = torch.cat(winners, dim=1)  # (N, R) position in order; B: no box; B + 1: padding
 
     index = order.gather(1, winner.clamp(max=num_boxes - 1).long())
     index = torch.where(winner == num_boxes, BACKGROUND, index)
@@ -145,10 +145,11 @@ def _box_index(boxes: Tensor, sizes: Tensor, level_shapes, strides, assign: str)
 
 
 def _covered(lo: Tensor, hi: Tensor, size: int, stride: int, extent: Tensor):
-    """One axis of a level: centres covered per box, the cell of the box's centre, padding.
+    """On one axis of a level: centres that each box covers, cell of the box's centre, padding.
 
-    Returns (N, B, size) bool, (N, B) int64 (-1 if the axis has no cell inside the image),
-    (N, size) bool.
+    Returns:
+        (N, B, size) bool, (N, B) int64 (-1 if the axis has no cell inside the image), (N, size)
+        bool.
     """
     centre = (torch.arange(size, device=lo.device, dtype=lo.dtype) + 0.5) * stride
     covered = (centre >= lo[..., None]) & (centre < hi[..., None])
@@ -162,7 +163,7 @@ def _covered(lo: Tensor, hi: Tensor, size: int, stride: int, extent: Tensor):
 def _smallest_box(rows, columns, here: Tensor) -> Tensor:
     """(N, H, W) position in sorted order of the box that owns each cell.
 
-    B: no box; B + 1: padding. Boxes go through in chunks, all images at once.
+    B: no box; B + 1: padding. Boxes are processed in chunks, for all images at once.
     """
     (in_y, mid_y, pad_y), (in_x, mid_x, pad_x) = rows, columns
     num_boxes, h, w = in_y.shape[1], in_y.shape[2], in_x.shape[2]
@@ -183,14 +184,14 @@ def _smallest_box(rows, columns, here: Tensor) -> Tensor:
 
 def _level_of_size(area: Tensor, strides: Sequence[int]) -> Tensor:
     """(N, B) int64: the first level whose stride is over sqrt(area) / 14, else the last."""
-    bounds = 14 * upload(list(strides[:-1]), area, area.dtype)  # stride 8: up to 112 px, ...
+    bounds = 14 * upload(list(strides[:-1]), area, area.dtype)  # stride 8: under 112 px, ...
     return (area.sqrt()[..., None] >= bounds).sum(-1)
 
 
 def _cell_weights(index: Tensor, level_shapes, num_boxes: int) -> Tensor:
-    """(N, R) float32: 1 / (cells of the box on that level), 0 where no box owns the cell.
+    """(N, R) float32: 1 / (number of the box's cells on that level), 0 where no box owns the cell.
 
-    So a large object does not outweigh ten small ones.
+    So large and small objects have equal weights.
     """
     foreground = index >= 0
     level = torch.repeat_interleave(
@@ -200,15 +201,15 @@ def _cell_weights(index: Tensor, level_shapes, num_boxes: int) -> Tensor:
     )  # (R,)
     key = index.clamp(min=0) + level * num_boxes  # (N, R): one bin per box and level
     count = key.new_zeros(len(index), len(level_shapes) * num_boxes)
-    count = count.scatter_add(1, key, foreground.long())  # of integers: the same in any order
+    count = count.scatter_add(1, key, foreground.long())  # integer sums: any order gives the same
     return foreground / count.gather(1, key).clamp(min=1)
 
 
 def _check(gt_boxes, image_sizes, level_shapes, strides, assign) -> None:
     if len(gt_boxes) == 0 or len(gt_boxes) != len(image_sizes):
         raise ValueError(
-            f"{len(gt_boxes)} box lists for {len(image_sizes)} images: give one list an image "
-            "(empty where there are no objects)."
+            f"{len(gt_boxes)} box lists for {len(image_sizes)} images: give one list per image "
+            "(empty if there are no objects)."
         )
     if len(level_shapes) == 0 or len(level_shapes) != len(strides):
         raise ValueError(f"{len(level_shapes)} feature levels but {len(strides)} strides.")
@@ -216,4 +217,4 @@ def _check(gt_boxes, image_sizes, level_shapes, strides, assign) -> None:
         raise ValueError(f"assign is {assign!r}: choose 'all' or 'scale'.")
     for boxes in gt_boxes:
         if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"boxes have shape {tuple(boxes.shape)}: expected (B, 4) XYXY.")
+            raise ValueError(f"boxes have shape {tuple(boxes.shape)}: give (B, 4), XYXY in pixels.")

@@ -1,6 +1,6 @@
-"""The split as one kernel: every cell of every level and image asks the boxes of its image.
+"""The split as one kernel. Each cell loops over the boxes of its image.
 
-Cost: cells times boxes of an image. Memory: the answer, 4 bytes a cell.
+Time: number of cells times boxes per image. Memory: only the output, 4 bytes per cell.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ def box_index_kernel(
     position = cell - tl.load(levels + level * 4 + 3)
     row, column = position // w, position % w
     y, x = (row.to(tl.float32) + 0.5) * stride, (column.to(tl.float32) + 0.5) * stride
-    # One address for the whole block: values of box and image as vectors, like all the rest.
+    # The same address for the whole block, so that values of boxes and images are vectors too.
     same = cell * 0
     height, width = tl.load(sizes + n * 2 + same), tl.load(sizes + n * 2 + 1 + same)
     padding = (y >= height) | (x >= width)
-    # Divisions round to nearest: the fast ones could move a box's edge by a cell.
+    # Divisions round to nearest, because fast divisions could move a box's edge by one cell.
     last_row = tl.minimum(tl.ceil(tl.div_rn(height, stride) - 0.5), h) - 1
     last_column = tl.minimum(tl.ceil(tl.div_rn(width, stride) - 0.5), w) - 1
 
@@ -64,7 +64,8 @@ def box_index_kernel(
                 home += (side >= bound).to(tl.int32)
             here = here & (home == level)
         inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
-        # Does the box cover any centre of this level? The first at or after its corner tells.
+        # tiny: the box contains no cell centre of this level. It is enough to check the first
+        # centre at or after the box's upper left corner.
         first_row = tl.ceil(tl.div_rn(y0, stride) - 0.5)
         first_column = tl.ceil(tl.div_rn(x0, stride) - 0.5)
         tiny = (first_row > last_row) | ((first_row + 0.5) * stride >= y1)
@@ -74,7 +75,7 @@ def box_index_kernel(
         home_cell = (row.to(tl.float32) == tl.minimum(middle_row, last_row)) & (
             column.to(tl.float32) == tl.minimum(middle_column, last_column)
         )
-        # Strictly smaller: of equal boxes the first keeps the cell.
+        # Strictly smaller, so that the first of several equal boxes keeps the cell.
         wins = here & tl.where(tiny, home_cell, inside) & (area < smallest)
         owner = tl.where(wins, b, owner)
         smallest = tl.where(wins, area, smallest)

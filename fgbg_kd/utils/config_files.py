@@ -35,8 +35,8 @@ _PYTHON_PATHS = (
 def merge_yaml(cfg: CN, filename: str) -> None:
     """``cfg.merge_from_file`` for a file of any origin: tags in its YAML cannot run code.
 
-    Only the files of Detectron2's model zoo may contain such tags: Base-RetinaNet.yaml computes
-    its anchor sizes. An unchanged copy of such a file may, too. A whole number is accepted where
+    Only files of Detectron2's model zoo, and unchanged copies of them, may contain such tags. For
+    example, Base-RetinaNet.yaml computes its anchor sizes. A whole number is accepted where
     Detectron2 expects a float.
 
     Raises:
@@ -59,8 +59,8 @@ def merge_overrides(cfg: CN, opts: Sequence[str]) -> None:
         if "=" in key:
             name, _, value = key.partition("=")
             raise ConfigError(
-                f"command line: {key!r} is not a key. In a YAML config's overrides, a space stands "
-                f"between key and value: {name} {value}"
+                f"command line: {key!r} is not a key. For a YAML config, put a space between key "
+                f"and value: {name} {value}"
             )
     if len(opts) % 2:
         raise ConfigError(
@@ -133,7 +133,7 @@ class _HarmlessYaml(CN):
             raise ConfigError(f"{filename} is not a valid YAML file: {error}") from error
         except OSError as error:
             raise ConfigError(f"{filename} cannot be read: {error}") from error
-        except (AttributeError, TypeError, AssertionError) as error:  # no mapping, or a null in it
+        except (AttributeError, TypeError, AssertionError) as error:  # not a mapping, or a null
             raise _no_config(filename) from error
         except RecursionError:
             raise ConfigError(
@@ -181,7 +181,7 @@ def _check(cfg: CN, new: dict, source: str, prefix: str) -> None:
 
 
 def _is_zoo_file(filename: str) -> bool:
-    """Whether a file is one of the model zoo or a copy of it; line ends may differ."""
+    """Whether a file is in the model zoo, or a copy of such a file. Line endings may differ."""
     path, zoo = Path(filename), Path(model_zoo.__file__).parent / "configs"
     return path.is_file() and any(
         _unix_lines(path) == _unix_lines(file) for file in zoo.rglob(path.name)

@@ -12,15 +12,15 @@ from pathlib import Path
 def whole(path: str | Path, partial: str | Path | None = None) -> Iterator[Path]:
     """Gives a temporary path to write to, and renames the written file to ``path`` at the end.
 
-    So nobody ever sees half a file under ``path``, not even after a kill or a power failure. After
-    an error the temporary file is removed and the previous file at ``path`` is unchanged.
+    So ``path`` never holds an incomplete file, even after a kill or a power failure. After an error
+    the temporary file is removed, and the previous file at ``path`` is unchanged.
 
     Args:
-        path: where the complete file shall be.
-        partial: the temporary path, in the same folder. By default its name contains the number of
-            this process, so that two processes can write the same file: the last one wins. Give a
-            fixed name where only one process writes: then the next write reuses the temporary
-            file that a killed process leaves.
+        path: path of the complete file.
+        partial: the temporary path, in the same folder. By default its name contains the process
+            id. Two processes can then write the same file, and the last write counts. If only one
+            process writes, give a fixed name. The next write then reuses the temporary file that a
+            killed process leaves.
 
     Example::
 
@@ -35,7 +35,7 @@ def whole(path: str | Path, partial: str | Path | None = None) -> Iterator[Path]
         partial.replace(path)
         _to_disk(path.parent)  # the new name
     finally:
-        with contextlib.suppress(OSError):  # usually renamed; else the disk may have failed
+        with contextlib.suppress(OSError):  # usually it is renamed already
             partial.unlink()
 
 
@@ -67,12 +67,12 @@ def read_json(path: Path):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines (metrics.json, results.jsonl); [] if there is no file.
+    """The rows of a JSON Lines file (metrics.json, results.jsonl); [] if there is no file.
 
-    An incomplete last row is left out: another process is writing it, or was killed meanwhile.
+    An incomplete last row is left out. Another process may be writing it, or was killed.
 
     Raises:
-        ValueError: another row is not JSON.
+        ValueError: a row before the last row is not JSON.
     """
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     rows = []
@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Appends a row to a file of JSON lines, and first removes an incomplete last row."""
+    """Appends a row to a JSON Lines file. An incomplete last row is removed first."""
     if path.is_file() and not path.read_bytes().endswith(b"\n"):
         write_whole(path, "".join(f"{json.dumps(r)}\n" for r in read_rows(path)))
     with open(path, "a") as file:

@@ -1,4 +1,4 @@
-"""Names in pictures that can be read, in any script for which a font is installed."""
+"""Makes names in pictures readable, in any script for which a font is installed."""
 
 import functools
 import logging
@@ -14,10 +14,13 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def readable(names: Sequence[str]) -> Iterator[list[str]]:
-    """Context in which Matplotlib draws the given names; without it, Chinese names are squares.
+    """Context in which Matplotlib can draw the given names.
+
+    By default, Matplotlib draws Chinese names as squares.
 
     Yields:
-        The names. One that no installed font can draw becomes "class 3", after its place.
+        The names. A name that no installed font can draw is replaced by its index, such as
+        "class 3".
 
     Example::
 
@@ -33,11 +36,11 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
 
 @functools.lru_cache
 def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
-    """Font families that draw the characters together, and the characters that none has."""
+    """Font families that together draw the characters, and the characters that no font has."""
     usual = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
     missing = set(characters) - _drawn_by(usual, characters)
     fonts = {f.name: f.fname for f in font_manager.fontManager.ttflist}
-    # Matplotlib's last resort "has" all characters, and draws frames with their numbers.
+    # Matplotlib's font Last Resort claims all characters, but draws frames with their numbers.
     fonts = {name: file for name, file in fonts.items() if not name.startswith("Last Resort")}
     added = []
     while missing:
@@ -45,13 +48,14 @@ def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
         best = max(found, key=lambda name: len(found[name]), default="")
         if not best or not found[best]:
             logger.warning(
-                f"No font here has the characters {''.join(sorted(missing))}: classes with them "
-                "are drawn by their numbers. Install a font, such as the package fonts-noto-cjk."
+                f"No installed font has the characters {''.join(sorted(missing))}. Classes with "
+                "these characters are shown by their index. Install a font, such as the package "
+                "fonts-noto-cjk."
             )
             break
         added.append(best)
         missing -= found[best]
-    # Matplotlib looks for each character in the families one after the other.
+    # Matplotlib searches the families in this order for each character.
     first = font_manager.FontProperties(fname=usual).get_name()
     return [first, *added], missing
 

@@ -1,4 +1,4 @@
-"""Tables in Markdown that are also easy to read as plain text: their columns are aligned."""
+"""Markdown tables with aligned columns, so that they are also readable as plain text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str] | None = None) -> str:
-    """A table of rows of values by column. A column that a row lacks is empty there.
+    """A table from rows that map columns to values. A missing value is an empty cell.
 
     Args:
-        headings: of columns that are not called by their key.
+        headings: headings by column, for columns whose heading is not their key.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[row.get(c, "") for c in columns] for row in rows]

@@ -1,4 +1,4 @@
-"""Reads checkpoints of any origin: only numbers are read, so a file cannot run code."""
+"""Reads checkpoints from any source. Only numbers are read, so a file cannot run code."""
 
 import collections
 import logging
@@ -20,16 +20,16 @@ def load_tensors(path: str, key: str) -> dict[str, torch.Tensor]:
     """A plain state dict from a .pth file, with errors that name the config key.
 
     Args:
-        path: of the file. It holds names and tensors, either directly or under "model" or
+        path: path of the file. It holds names and tensors, either directly or under "model" or
             "state_dict".
-        key: of the config, such as "MODEL.TIMM.WEIGHTS".
+        key: config key that errors name, such as "MODEL.TIMM.WEIGHTS".
 
     Raises:
         CheckpointError: the file cannot be read, holds anything but tensors, or a tensor is not
             finite.
     """
     try:
-        saved = _load_tensors_only(path)
+        saved = read_pth(path)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{key}: {error}") from error
     for name in ("model", "state_dict"):
@@ -67,7 +67,13 @@ def _check_torch() -> None:
         )
 
 
-def _load_tensors_only(path: str):
+def read_pth(path: str) -> Any:
+    """Reads a .pth file of tensors and plain containers.
+
+    Raises:
+        OSError: it cannot be read.
+        CheckpointError: it is damaged, or holds more than numbers.
+    """
     _check_torch()
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -82,10 +88,10 @@ class _TensorsOnly(Checkpointer):
     """fvcore's reader of .pth files, which DetectionCheckpointer calls as its base class."""
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        return _load_tensors_only(f)
+        return read_pth(f)
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        # DetectionCheckpointer has translated the names by now.
+        # DetectionCheckpointer has already converted the names.
         _check_kinds(self.model, checkpoint["model"], self._file)
         return super()._load_model(checkpoint)
 
@@ -122,9 +128,9 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
     def __init__(self, model, save_dir: str = "", *, sha256: str = "", **kwargs):
         """
         Args:
-            sha256: of the file to be loaded, in hex digits; the first digits are enough. "" = not
+            sha256: sha256 of the file to load, in hex digits; the first digits are enough. "" = not
                 checked.
-            kwargs: those of DetectionCheckpointer.
+            kwargs: arguments of DetectionCheckpointer.
         """
         super().__init__(model, save_dir, **kwargs)
         self.sha256 = sha256
@@ -147,9 +153,10 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
             if not found.startswith(self._expected.lower()):
                 raise CheckpointError(
                     f"{filename}: expected sha256 {self._expected}, found {found}. The file is "
-                    "damaged or another one: delete it and run again, or correct the sha256."
+                    "damaged or not the expected file: delete it and run again, or correct the "
+                    "sha256."
                 )
-        if filename.endswith(".pyth"):  # Detectron2 would read these with torch's default
+        if filename.endswith(".pyth"):  # Detectron2 reads these with torch.load's default options
             _TensorsOnly._load_file(self, filename)
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)
@@ -181,8 +188,8 @@ def _damaged(filename: str) -> CheckpointError:
     )
 
 
-# NumPy's own functions are not safe if a file chooses the arguments: numpy.ndarray makes an array
-# of objects from any bytes. The unpickler calls these stand-ins, which only store the arguments.
+# NumPy's own functions are not safe with arguments from a file: numpy.ndarray can make an array of
+# objects from any bytes. The unpickler calls these stand-ins, which only store the arguments.
 
 
 class _DType:
@@ -241,13 +248,13 @@ for _core in ("numpy.core", "numpy._core"):  # NumPy 1 and NumPy 2
     _ADMITTED[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: the C class does not let BUILD be overridden
+class _Unpickler(pickle._Unpickler):  # the Python class: in the C class, BUILD cannot be overridden
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def load_build(self):
-        """Sets the state of an object, of the two kinds above only.
+        """Sets the state of a _DType or an _Array only.
 
-        pickle would set any attribute of any object, also of this file's functions and classes.
+        pickle would set any attribute of any object, including this file's functions and classes.
         """
         if isinstance(self.stack[-2], (_DType, _Array)):
             return super().load_build()
@@ -268,7 +275,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the C class does not let BUIL
 
 
 def _numbers(x):
-    """Replaces stand-ins by arrays, and refuses all but plain containers, numbers and texts."""
+    """Replaces stand-ins by arrays. Accepts only plain containers, numbers and strings."""
     if isinstance(x, _Array):
         return x.array()
     if isinstance(x, dict):

@@ -1,4 +1,4 @@
-"""How long calls take."""
+"""Measures the latency of calls."""
 
 import time
 from collections.abc import Callable
@@ -9,20 +9,49 @@ import torch
 
 
 def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
-    """Median milliseconds of each call.
+    """Median latency of each call, in milliseconds.
+
+    Args:
+        calls: by name. Each gets the number of the run.
+        runs: number of measured runs.
+    """
+    return {name: float(np.median(x)) for name, x in times_in_turn(calls, runs).items()}
+
+
+def times_in_turn(
+    calls: dict[str, Callable[[int], Any]],
+    runs: int,
+    timer: Callable[[Callable[[], Any]], float] | None = None,
+    seconds: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Milliseconds of each run of each call, after three runs to warm up.
 
     The calls take turns, so that other work on the machine slows all of them alike.
 
     Args:
         calls: by name. Each gets the number of the run.
-        runs: that are measured, after three that are not.
+        runs: number of measured runs at most.
+        timer: from a call to milliseconds; None: :func:`wall_clock`.
+        seconds: after which no run begins; five runs are measured in any case.
     """
-    times = {name: [] for name in calls}
-    for i in range(runs + 3):
-        for name, call in calls.items():
-            start = time.perf_counter()
+    timer = timer or wall_clock
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(3):
+        for call in calls.values():
             call(i)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: float(np.median(x[3:])) for name, x in times.items()}
+    stop = time.perf_counter() + seconds
+    for i in range(runs):
+        if i >= 5 and time.perf_counter() > stop:
+            break
+        for name, call in calls.items():
+            times[name].append(timer(lambda call=call, i=i: call(i)))
+    return times
+
+
+def wall_clock(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call, with the work that it leaves to the GPU."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)

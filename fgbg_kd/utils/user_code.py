@@ -11,16 +11,16 @@ from .errors import ConfigError
 def import_user_module(name: str) -> ModuleType:
     """Imports a module once. This runs the module's code: use only code that you trust.
 
-    The folder of a .py file is added to ``sys.path``. So the file can import its neighbours, and
-    data loading processes can import the file.
+    The folder of a .py file is added to ``sys.path``. So the file can import other files in its
+    folder, and data loading processes can import the file.
 
     Args:
         name: a dotted module name ("my_package.l1"), or the path of a .py file
             ("~/distil/l1.py"), which is imported under the name of the file ("l1").
 
     Raises:
-        ConfigError: there is no such module, its name is taken by another module, or it raises an
-            error while it is imported.
+        ConfigError: there is no such module, another module has its name, or it raises an error
+            during the import.
 
     Example::
 

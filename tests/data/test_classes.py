@@ -1,16 +1,25 @@
-"""Training set, test set and detector agree on classes by name; the evaluator says what AP is."""
+"""Training set, test set and detector match classes by name. The evaluator explains AP."""
 
 import json
 import logging
 import math
+import os
 
 import pytest
 import torch
 from conftest import CLASSES, tiny_cfg, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from omegaconf import OmegaConf
 
-from fgbg_kd.data import BoxEvaluator, check_num_classes, match_categories, register_datasets
+from fgbg_kd.data import (
+    BoxEvaluator,
+    check_num_classes,
+    match_categories,
+    register_datasets,
+    training_classes,
+)
+from fgbg_kd.data.classes import class_names
 from fgbg_kd.utils.errors import ConfigError, DataError
 
 
@@ -39,7 +48,7 @@ def edit(path, change):
 
 
 def renumber(content):
-    """stripe = 1, square = 2, the other way round than in the training set."""
+    """stripe = 1, square = 2, the reverse of the training set."""
     for category in content["categories"]:
         category["id"] = 3 - category["id"]
     for a in content["annotations"]:
@@ -47,7 +56,7 @@ def renumber(content):
 
 
 def perfect(name, folder=None):
-    """Results where every object is detected: classes as the detector numbers them."""
+    """Results of a perfect detector, with the detector's class numbers."""
     evaluator = BoxEvaluator(name, str(folder) if folder else None)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
@@ -91,7 +100,7 @@ def test_the_ap_of_a_class_has_its_name_also_in_another_numbering(cfg):
 
 
 def test_evaluation_alone_matches_the_classes_as_well(cfg):
-    """The training images need not be there, only the JSON file with the names."""
+    """The training images need not exist, only the JSON file with the names."""
     edit(cfg.DATASETS.TEST_JSON, renumber)
     cfg.DATASETS.TRAIN_IMAGES = "nowhere"
     register_datasets(cfg, training=False)
@@ -120,7 +129,7 @@ def test_a_test_set_with_fewer_classes_is_told_what_to_add(cfg):
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 1]
 
     edit(cfg.DATASETS.TEST_JSON, drop)
-    with pytest.raises(DataError, match=r'add stripe to its list "categories" \(annotations of'):
+    with pytest.raises(DataError, match=r'add stripe to its list "categories" \(they need no'):
         register_datasets(cfg)
 
 
@@ -129,12 +138,46 @@ def test_sets_that_are_registered_in_python_are_compared_too():
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("python_train",), ("python_test",)
     MetadataCatalog.get("python_train").thing_classes = ["square", "stripe"]
     MetadataCatalog.get("python_test").thing_classes = ["stripe", "square"]
-    with pytest.raises(DataError, match="python_train and python_test have another order"):
+    with pytest.raises(DataError, match="python_train and python_test have the same classes"):
         check_num_classes(cfg, 2)
     cfg.DATASETS.TEST = ()
     check_num_classes(cfg, 2)
     with pytest.raises(ConfigError, match="2 classes .* has 80: set MODEL.RETINANET.NUM_CLASSES 2"):
         check_num_classes(cfg, 80)
+
+
+def test_a_set_without_names_is_skipped():
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("nameless_train",), ("named_test",)
+    MetadataCatalog.get("named_test").thing_classes = ["square", "stripe"]
+    check_num_classes(cfg, 2)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_more_and_fewer_classes_than_the_sets_are_refused(number):
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN = ("two_classes",)
+    MetadataCatalog.get("two_classes").thing_classes = ["square", "stripe"]
+    with pytest.raises(ConfigError, match=f"2 classes .* has {number}"):
+        check_num_classes(cfg, number)
+
+
+@pytest.mark.parametrize("names", ["named_by_text", ["nameless", "named_by_text"]])
+def test_a_python_configs_classes_are_found_by_one_name_or_several(names):
+    MetadataCatalog.get("named_by_text").thing_classes = ["a", "b"]
+    cfg = OmegaConf.create({"dataloader": {"train": {"dataset": {"names": names}}}})
+    assert training_classes(cfg) == ["a", "b"]
+
+
+def test_names_come_in_the_order_of_ids_and_a_file_that_changed_is_read_again(tmp_path):
+    path = tmp_path / "c.json"
+    rows = [{"id": 5, "name": "a"}, {"id": 2, "name": "b"}, {"id": 9, "name": "0"}]
+    path.write_text(json.dumps({"categories": rows}))
+    os.utime(path, (1, 1))
+    assert class_names(str(path)) == ["b", "a", "0"]
+    path.write_text(json.dumps({"categories": rows[:1]}))
+    os.utime(path, (2, 2))
+    assert class_names(str(path)) == ["a"]
 
 
 def test_one_set_may_be_training_and_test_set_and_be_registered_again(cfg):

@@ -1,9 +1,9 @@
-"""One reader: every tool sees the same upright pixels of a file."""
+"""All tools use one image reader and see the same upright pixels of a file."""
 
 import numpy as np
 import pytest
 from conftest import tiny_cfg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from fgbg_kd.data import NamingMapper
 from fgbg_kd.data.image_files import check_images
@@ -11,7 +11,7 @@ from fgbg_kd.data.images import pick, read_image
 from fgbg_kd.utils.errors import DataError
 
 Image.init()
-# Formats that keep an image as it was saved, up to compression, and that Pillow reads again.
+# Formats that Pillow can both write and read.
 FORMATS = sorted(set(Image.SAVE) & set(Image.OPEN))
 
 
@@ -22,7 +22,7 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-# What a file of each orientation shows, by the pixels that are stored in it (EXIF 2.3, 4.6.4).
+# From the stored pixels to the upright image, for each orientation (EXIF 2.3, 4.6.4).
 VIEWS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -36,7 +36,7 @@ VIEWS = {
 
 
 def save(path, kind: str, orientation: int) -> bool:
-    """False: this Pillow cannot write such a file of 8 bits and read it again."""
+    """Returns False if this Pillow cannot write and read such a file with 8 bits."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     for mode in ("RGB", "P", "L", "1"):
@@ -50,7 +50,7 @@ def save(path, kind: str, orientation: int) -> bool:
     return False
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow's, of old formats
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow warns about old formats
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_reader_sees_the_same_upright_pixels_in_all_orientations(kind, tmp_path):
     mapper = NamingMapper(tiny_cfg(), False)
@@ -66,11 +66,11 @@ def test_every_reader_sees_the_same_upright_pixels_in_all_orientations(kind, tmp
         seen = mapper({"file_name": str(path)})["image"].permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(image, seen)
         entry = {"file_name": path.name, "height": image.shape[0], "width": image.shape[1]}
-        check_images([entry], str(tmp_path))  # which reads the header alone
+        check_images([entry], str(tmp_path))  # reads only the header
         if stores_it:
             expected = view(np.asarray(picture()).astype(int))
             assert image.shape == expected.shape
-            assert np.abs(image - expected).mean() < 12  # of compression
+            assert np.abs(image - expected).mean() < 12  # error of compression
 
 
 def test_orders_differ_in_their_channels_alone(tmp_path):
@@ -85,7 +85,7 @@ def test_orders_differ_in_their_channels_alone(tmp_path):
 def test_what_cannot_be_read_is_named_with_a_way_out(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     Image.fromarray(np.zeros((20, 30), np.uint16)).save(path)
-    with pytest.raises(DataError, match="more than 8 bits .*scale them to 8 bits"):
+    with pytest.raises(DataError, match="more than 8 bits .*convert it to 8 bits"):
         read_image(path, "RGB")
     picture().save(path)
     with monkeypatch.context() as patch:
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_named_with_a_way_out(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"too large.* --import large_images.py"):
             read_image(path, "RGB")
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match="x.png is a damaged image"):
+    with pytest.raises(DataError, match="x.png is damaged"):
         read_image(path, "RGB")
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "absent.png", "RGB")
@@ -104,3 +104,16 @@ def test_a_choice_of_images_is_spread_over_those_with_objects():
     records = [{"n": i, "annotations": [box] if i % 2 else [{"iscrowd": 1}]} for i in range(9)]
     assert [r["n"] for r in pick(records, 3)] == [1, 3, 7]
     assert [r["n"] for r in pick(records[:1], 3)] == [0]
+
+
+@pytest.mark.parametrize("orientation", VIEWS)
+def test_an_orientation_in_xmp_is_seen_by_all_readers_alike(orientation, tmp_path):
+    """Some editors write the orientation of a PNG into XMP alone."""
+    about = PngImagePlugin.PngInfo()
+    text = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"></x:xmpmeta>'
+    about.add_itxt("XML:com.adobe.xmp", text)
+    picture().save(tmp_path / "image.png", pnginfo=about)
+    image = read_image(tmp_path / "image.png", "RGB")
+    entry = {"file_name": "image.png", "height": image.shape[0], "width": image.shape[1]}
+    check_images([entry], str(tmp_path))
+    np.testing.assert_array_equal(image, VIEWS[orientation](np.asarray(picture())))

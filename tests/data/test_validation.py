@@ -1,8 +1,9 @@
-"""Bad data, one test each: refused with its name before training, or handled as the docs say."""
+"""One test per kind of bad data: it is refused by name before training or handled as documented."""
 
 import json
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_boxes_without_area_and_outside_are_left_out_and_counted(data, caplog):
 
 def test_no_annotations_at_all(data):
     data.content["annotations"] = []
-    with pytest.raises(DataError, match="no box to learn from. Of its 0 annotations"):
+    with pytest.raises(DataError, match="no box to learn from: all of its 0 annotations"):
         data.register()
     data.register("TEST")
 
@@ -180,7 +181,7 @@ def test_no_annotations_at_all(data):
 def test_only_crowds(data):
     for a in data.content["annotations"]:
         a["iscrowd"] = 1
-    with pytest.raises(DataError, match="no box to learn from. Of its 6 annotations"):
+    with pytest.raises(DataError, match="no box to learn from: all of its 6 annotations"):
         data.register()
 
 
@@ -228,7 +229,7 @@ def test_other_ways_to_write_a_crowd_flag_of_0_lose_no_box(data, value):
     assert [len(samples[i]["instances"]) for i in range(4)] == [0, 1, 2, 3]
 
 
-# --- what boxes cannot be, and what COCO's evaluation does not say ---
+# --- invalid boxes, and objects that COCO's evaluation ignores silently ---
 
 
 def many_boxes(data, boxes):
@@ -293,6 +294,89 @@ def test_a_test_set_on_which_ap_is_undefined_or_limited_is_warned_of(data, caplo
     assert "in 1 cases an image has more than 100 objects" in caplog.text
 
 
+def warning_of(data, box, caplog):
+    """The warning on a file whose first box (image 1, 56x72 pixels) is replaced."""
+    data.content["annotations"][0]["bbox"] = box
+    read_coco_of(data, training=True)
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    "box", [[-2, 5, 9, 9], [5, -2, 9, 9], [49, 5, 9, 9], [5, 65, 9, 9]], ids=str
+)
+def test_a_box_may_reach_a_pixel_over_each_side_and_is_counted_beyond(data, caplog, box):
+    near = [v + (1 if v < 0 else -1 if v > 40 else 0) for v in box]
+    assert not warning_of(data, near, caplog)
+    assert "0 lie outside their image, and 1 reach over" in warning_of(data, box, caplog)
+
+
+@pytest.mark.parametrize(
+    "box", [[-9, 5, 9, 9], [5, -9, 9, 9], [56, 5, 9, 9], [5, 72, 9, 9]], ids=str
+)
+def test_a_box_that_only_touches_a_side_from_outside_is_outside(data, caplog, box):
+    assert "1 lie outside their image, and 0 reach over" in warning_of(data, box, caplog)
+
+
+@pytest.mark.parametrize("box", [[5, 5, 0, 9], [5, 5, 9, 0], [5, 5, 0, 0]], ids=str)
+def test_a_box_without_width_or_without_height_has_no_area(data, caplog, box):
+    assert "1 have no area, 0 lie outside" in warning_of(data, box, caplog)
+
+
+def test_a_file_with_few_boxes_or_small_ones_is_not_taken_for_fractions(data):
+    many_boxes(data, lambda i: [0.5, 0.5, 2, 2])
+    read_coco_of(data, training=True)
+    many_boxes(data, lambda i: [0.05 * i, 0.3, 0.2, 0.1])
+    data.content["annotations"] = data.content["annotations"][:9]
+    read_coco_of(data, training=True)
+
+
+def test_boxes_of_size_0_are_not_taken_for_fractions(data, caplog):
+    many_boxes(data, lambda i: [0, 0, 0, 0])
+    read_coco_of(data, training=False)
+    assert "12 have no area" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "out", [[40, 30, 30, 60], [20, 50, 40, 40]], ids=["x2 before x1", "y2 before y1"]
+)
+def test_boxes_that_reach_out_but_cannot_be_corners_are_counted_alone(data, caplog, out):
+    many_boxes(data, lambda i: out)
+    read_coco_of(data, training=True)
+    assert "12 reach over its border" in caplog.text
+
+
+def test_few_boxes_that_reach_out_make_no_file_of_corners(data, caplog):
+    """All twelve would fit as corners; a fifth of them is the limit."""
+    many_boxes(data, lambda i: [20, 20, 50, 60] if i < 2 else [10, 10, 20, 20])
+    read_coco_of(data, training=True)
+    assert "2 reach over its border" in caplog.text
+    many_boxes(data, lambda i: [20, 20, 50, 60] if i < 3 else [10, 10, 20, 20])
+    with pytest.raises(DataError, match="3 of 12 boxes reach over"):
+        read_coco_of(data, training=True)
+
+
+def test_a_hundred_objects_of_a_class_in_an_image_are_no_limit_and_crowds_do_not_count(
+    data, caplog
+):
+    first = data.content["annotations"][0] | {"category_id": 1}
+    extra = [{"iscrowd": 1}] * 5 + [{"category_id": 2}] * 5
+    rows = [first | x for x in [{}] * 100 + extra]
+    data.content["annotations"] = [x | {"id": i + 1} for i, x in enumerate(rows)]
+    read_coco_of(data, training=False)
+    assert "more than 100" not in caplog.text
+
+
+def test_an_area_of_0_and_the_largest_that_counts_are_taken(data):
+    for area in (0, 1e10):
+        data.content["annotations"][0]["area"] = area
+        read_coco_of(data, training=False)
+
+
+def test_only_the_flag_ignore_is_refused_and_its_0_is_not(data):
+    data.content["annotations"][0]["ignore"] = 0
+    read_coco_of(data, training=True)
+
+
 def test_boxes_that_no_detection_can_match_are_counted_in_a_test_set(data, caplog):
     data.content["annotations"][1]["bbox"] = [5, 5, 0, 9]
     read_coco_of(data, training=False)
@@ -332,7 +416,7 @@ def test_a_truncated_image_is_named_when_it_is_read(data):
 
 def test_a_recorded_size_that_is_wrong(data):
     data.content["images"][1]["height"] += 1
-    with pytest.raises(DataError, match=r"1.png: .* says \(56, 73\).*but it is \(56, 72\)"):
+    with pytest.raises(DataError, match=r"1.png: .* says \(56, 73\).*but the image is \(56, 72\)"):
         data.register()
 
 
@@ -367,7 +451,7 @@ def test_more_than_8_bits(data, mode):
 
 
 def turn(data, i, orientation):
-    """Stores image i so that viewers, who heed EXIF, show it as it was."""
+    """Stores image i turned, so that viewers that apply EXIF show it unchanged."""
     image = Image.open(data.image(i))
     stored = image.transpose(
         {6: Image.Transpose.ROTATE_90, 3: Image.Transpose.ROTATE_180}[orientation]
@@ -391,7 +475,7 @@ def test_exif_that_turns_against_the_recorded_size(data):
     turn(data, 1, 6)
     entry = data.content["images"][1]
     entry["width"], entry["height"] = entry["height"], entry["width"]
-    with pytest.raises(DataError, match=r"says \(72, 56\).*it is \(56, 72\) after turning it"):
+    with pytest.raises(DataError, match=r"says \(72, 56\).*the image is \(56, 72\) after its EXIF"):
         data.register()
 
 
@@ -453,7 +537,7 @@ def odd_value(rng):
 
 
 def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
-    """What passes the checks is read without an error, and no box is lost or moved."""
+    """A file that passes the checks is read without an error. No box is lost or moved."""
     good = json.dumps(Data(tmp_path).content)
     passed, cases = 0, 10_000
 
@@ -489,3 +573,16 @@ def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
     finally:
         logging.disable(logging.NOTSET)
     assert cases / 10 < passed < cases * 9 / 10
+
+
+def test_one_file_for_training_and_testing_needs_what_a_test_set_needs(coco, tmp_path):
+    """A set with one name in both places is checked for both."""
+    content = json.loads(Path(coco[0]).read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"]
+    path = tmp_path / "no_area.json"
+    path.write_text(json.dumps(content))
+    cfg = tiny_cfg((str(path), coco[1]), name="both")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("one_set",)
+    with pytest.raises(DataError, match="area"):
+        register_datasets(cfg)

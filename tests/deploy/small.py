@@ -13,11 +13,11 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def detector(cfg) -> torch.nn.Module:
-    """With predictions that differ in score, so that NMS and limits have work to do."""
+    """Its predictions differ in score, so that NMS and limits have an effect."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(cfg).eval()
-        fcos = hasattr(model.head, "ctrness")  # its scores are lower: roots of products
+        fcos = hasattr(model.head, "ctrness")  # lower scores: square roots of products
         grey = len(cfg.MODEL.PIXEL_MEAN) == 1  # a plain ResNet's features are smaller
         std = 0.3 if fcos else 2.0 if grey else 0.1
         torch.nn.init.normal_(model.head.cls_score.weight, std=std)
@@ -44,7 +44,7 @@ def variant(name: str):
         cfg.INPUT.FORMAT = "RGB"
     if name == "BGR":
         cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN = "BGR", [10.0, 100.0, 200.0]
-    if name == "crowded":  # more candidates in a level, and more detections, than are let through
+    if name == "crowded":  # more candidates per level, and more detections, than the limits
         cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 100
         cfg.TEST.DETECTIONS_PER_IMAGE = 20
         cfg.MODEL.RETINANET.NMS_THRESH_TEST = 0.8

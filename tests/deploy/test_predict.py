@@ -1,4 +1,4 @@
-"""predict.py reads what training reads, loses nothing, and writes ids that the ids file has."""
+"""predict.py reads images like training, overwrites no input, and writes the ids of a file."""
 
 import json
 import runpy
@@ -26,7 +26,9 @@ from fgbg_kd.deploy.predict import (
 )
 from fgbg_kd.utils.errors import DataError
 
-library = sys.modules["fgbg_kd.deploy.predict"]  # beside the function of the same name
+library = sys.modules[
+    "fgbg_kd.deploy.predict"
+]  # the module; the package exports a function of this name
 ABOUT = {
     "min_size": 64,
     "max_size": 80,
@@ -81,7 +83,7 @@ def test_each_image_has_an_id_of_its_own(coco, tmp_path):
     films = find([tmp_path / "film.avi", tmp_path / "film.mp4"])
     with pytest.raises(DeployError, match="written twice"):
         check_not_overwritten(films, list(targets(films, tmp_path / "o").values()))
-    with pytest.raises(DeployError, match="would both be 1.png"):
+    with pytest.raises(DeployError, match="would both be written to 1.png"):
         find([folder / "1.png", folder / "more" / "1.png"])
 
     content = json.loads(Path(coco[0]).read_text())
@@ -143,7 +145,7 @@ def test_what_cannot_be_read_or_written_is_named(fake, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Video, "__iter__", lambda _: iter([photo(64, 80)]))  # cut off
         predict("x.pt", [video], results=results, say=said.append)
-        assert said == [f"{video}: its header counts 2 frames, and only 1 could be read."]
+        assert said == [f"{video}: its header counts 2 frames, but only 1 could be read."]
         patch.setattr(Video, "__iter__", lambda _: iter(()))
         with pytest.raises(DataError, match="1 of 1 inputs"):
             predict("x.pt", [video], results=results)
@@ -208,7 +210,7 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path, monkeypatch, caps
 
     folder = tmp_path / "photos"
     shutil.copytree(coco[1], folder)
-    shutil.copytree(coco[1], folder / "more")  # names that are there twice
+    shutil.copytree(coco[1], folder / "more")  # each file name exists twice
     video, out = film(tmp_path / "film.avi"), tmp_path / "predictions"
     run("predict.py", file, folder, video, "--json", results, "--score", "0.1", "--output", out)
     found = json.loads(results.read_text())

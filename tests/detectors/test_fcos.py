@@ -1,4 +1,4 @@
-"""FCOS by YAML is Detectron2's own, and images without objects train on every version."""
+"""FCOS from YAML equals Detectron2's. Images without objects train with every version."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def test_light_backbones_give_p3_to_p7_and_learn(name):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_the_maps_are_the_timm_models_own_with_the_weights_of_the_file(name, tmp_path):
-    """Against the classifier's forward_intermediates, which knows nothing of ``features_only``."""
+    """Compares with the classifier's forward_intermediates, which does not use features_only."""
     whole = timm.create_model(name, pretrained=False).eval()
     save_file(whole.state_dict(), tmp_path / "w.safetensors")
     cfg = light_cfg(name, str(tmp_path / "w.safetensors"))
@@ -82,7 +82,7 @@ def test_frozen_norms_keep_statistics_and_affine_in_training(name):
 
 @pytest.mark.parametrize("name, mean", [("resnet18", 0.485), ("tf_efficientnet_lite0", 0.5)])
 def test_a_warning_gives_the_input_that_the_weights_want(name, mean, tmp_path, caplog):
-    """The keys that it names, put in a config, silence it, and normalise as timm does."""
+    """With the keys that the warning names, there is no warning, and the input equals timm's."""
     path = str(tmp_path / "w.pth")
     torch.save(timm.create_model(name).state_dict(), path)
     cfg = get_fgbg_kd_cfg()  # Detectron2's default input: BGR, 0..255, std 1
@@ -183,7 +183,7 @@ def test_a_light_student_learns_from_a_teacher_of_other_input_and_width(teacher_
 
 
 def test_the_lines_of_the_page_make_a_light_student(tmp_path, monkeypatch, caplog):
-    """The YAML of docs/zoo.md, as it is printed."""
+    """Uses the YAML in docs/zoo.md."""
     section = PAGE.read_text().split("## Light backbones")[1].split("\n## ")[0]
     (lines,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,8 @@
-"""Checkpoints are written whole or not at all, and a damaged one is passed over."""
+"""Checkpoints are written atomically, and damaged checkpoints are skipped."""
 
 import os
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fgbg_kd.utils.errors import CheckpointError, ConfigError
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpointer with three checkpoints, whose one weight is the iteration."""
+    """A checkpointer with three checkpoints. Their only weight is the iteration."""
     model = torch.nn.Linear(1, 1)
     checkpointer = RunCheckpointer(model, str(tmp_path))
     for i in (9, 19, 29):
@@ -64,7 +65,7 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_run(saved, tmp_path):
 
 
 def test_old_checkpoints_go_and_the_newest_stay(saved, tmp_path):
-    """By their age: a new run in the folder of a longer one counts from 0 again."""
+    """The file age decides, since a new run in the folder of a longer run starts at 0."""
     saved.max_to_keep = 2
     saved.save("model_0000004", iteration=4)
     assert {x.name for x in tmp_path.glob("*.pth")} == {"model_0000004.pth", "model_0000029.pth"}
@@ -72,6 +73,86 @@ def test_old_checkpoints_go_and_the_newest_stay(saved, tmp_path):
     assert len(list(tmp_path.glob("*.pth"))) == 3
     with pytest.raises(ConfigError, match="CHECKPOINT_MAX_TO_KEEP is 1"):
         RunCheckpointer(saved.model, max_to_keep=1)
+    with pytest.raises(ConfigError, match="CHECKPOINT_MAX_TO_KEEP is -1"):
+        RunCheckpointer(saved.model, max_to_keep=-1)
+
+
+def test_a_finished_run_has_its_last_checkpoint_as_the_final_one_and_is_marked_so(saved, tmp_path):
+    saved.finish()
+    assert saved.get_checkpoint_file() == str(tmp_path / "model_final.pth")
+    final, last = (tmp_path / name for name in ("model_final.pth", "model_0000029.pth"))
+    assert final.read_bytes() == last.read_bytes()
+    before = os.stat(final).st_mtime_ns
+    saved.finish()
+    assert os.stat(final).st_mtime_ns == before
+
+
+def test_without_a_limit_all_checkpoints_stay(saved, tmp_path):
+    saved.save("model_0000039", iteration=39)
+    assert len(list(tmp_path.glob("*.pth"))) == 4
+
+
+def test_a_folder_without_checkpoints_has_no_last_one_and_starts_from_the_weights(tmp_path):
+    assert last_checkpoint("") == last_checkpoint(str(tmp_path)) == ""
+    model = nn.Linear(1, 1)
+    assert RunCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True) == {}
+
+
+def test_a_checkpoint_of_another_shape_fills_nothing_and_names_the_tensors(saved, tmp_path):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.new = nn.Parameter(torch.zeros(1, 2)), nn.Parameter(torch.zeros(1))
+
+    other = RunCheckpointer(Other(), str(tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        other.resume_or_load("", resume=True)
+    for text in ("weight (1, 1), now (1, 2)", "only the checkpoint has: bias", "this run has: new"):
+        assert text in str(error.value)
+    assert (other.model.weight == 0).all()
+
+
+@pytest.mark.parametrize(
+    "trained, message", [(("weight", "bias"), None), (("weight",), "other parameters are trained")]
+)
+def test_a_resume_may_not_train_other_parameters(tmp_path, trained, message):
+    def checkpointer(names):
+        model = nn.Linear(2, 2)
+        parameters = [p for name, p in model.named_parameters() if name in names]
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        trainer = SimpleNamespace(
+            optimizer=optimizer,
+            state_dict=lambda: {"optimizer": optimizer.state_dict()},
+            load_state_dict=lambda state: optimizer.load_state_dict(state["optimizer"]),
+        )
+        # The schedule adds "initial_lr" when it begins, also after a resume.
+        return RunCheckpointer(model, str(tmp_path), trainer=trainer), optimizer
+
+    first, optimizer = checkpointer(("weight", "bias"))
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    first.save("model_0000001")
+    again, _ = checkpointer(trained)
+    if message is None:
+        again.resume_or_load("", resume=True)
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            again.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    "width, message", [(3, None), (4, "a teacher with other levels or channels: phi.weight")]
+)
+def test_a_method_of_other_shapes_is_not_resumed(tmp_path, width, message):
+    def method(width):
+        return nn.ModuleDict({"phi": nn.Linear(2, width, bias=False)})
+
+    RunCheckpointer(nn.Linear(1, 1), str(tmp_path), method=method(3)).save("model_0000001")
+    again = RunCheckpointer(nn.Linear(1, 1), str(tmp_path), method=method(width))
+    if message is None:
+        again.resume_or_load("", resume=True)
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            again.resume_or_load("", resume=True)
 
 
 def test_a_save_that_fails_leaves_the_last_checkpoint(saved, tmp_path):
@@ -98,7 +179,7 @@ def test_what_a_killed_save_leaves_is_overwritten_by_the_next(saved, tmp_path):
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_checkpoint_before_it(tmp_path):
-    """A limit on the size of files stands for the disk: the write fails in the middle."""
+    """A file size limit simulates a full disk: the write fails in the middle."""
     model = nn.Linear(1000, 1000)  # 4 MB
     checkpointer = RunCheckpointer(model, str(tmp_path))
     checkpointer.save("model_0000001")

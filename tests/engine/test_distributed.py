@@ -1,4 +1,4 @@
-"""Several processes train as one: gradients, the teacher, torchrun's restart of a lost worker."""
+"""Training in several processes: gradients, teachers, torchrun's restart after a lost worker."""
 
 import os
 import re
@@ -31,7 +31,7 @@ BOXES = {
     "one process without boxes": (TWO, TWO[:1], TWO[1:], TWO) + ((),) * 4,
     "no boxes at all": ((),) * 8,
 }
-METHODS = ("FgBg", "DeFeat")  # those with a normaliser over the batch
+METHODS = ("FgBg", "DeFeat")  # the methods with a normaliser over the batch
 
 
 def build(yaml, method):
@@ -43,7 +43,7 @@ def build(yaml, method):
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:
-    """Gradients of the distillation losses. Those of detection stay in the graph with weight 0."""
+    """Gradients of the distillation losses. Detection losses have weight 0."""
     with EventStorage():
         losses = model(batch)
     sum(v if k.startswith("loss_kd") else 0 * v for k, v in losses.items()).backward()
@@ -95,7 +95,7 @@ def train_and_save_gradients(args):
 def yaml(teacher_files):
     cfg = tiny_cfg()
     cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
-    cfg.MODEL.TIMM.FREEZE_BN = True  # trained batch norm has the statistics of a process
+    cfg.MODEL.TIMM.FREEZE_BN = True  # trained batch norm would use per-process statistics
     cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
     return cfg.dump()
 

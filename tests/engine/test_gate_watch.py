@@ -1,4 +1,4 @@
-"""What is said of the teacher before and while a run starts."""
+"""Log messages and errors about the teacher before and at the start of a run."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ WARNING = "hardly ever better than the student"
 
 
 class Teacher(HookBase):
-    """Makes the teacher as bad, or as good, as can be."""
+    """Sets all class logits of the teacher to one value."""
 
     def __init__(self, logit):
         self.logit = logit

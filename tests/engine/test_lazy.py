@@ -1,4 +1,4 @@
-"""Python configs train as YAML does: the same losses bit for bit, checkpoints, resume, tool."""
+"""Python configs train like YAML: bit-identical losses, checkpoints, resume, and the tool."""
 
 import re
 import runpy
@@ -20,7 +20,7 @@ from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, tra
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, EvaluationError, TeacherError
 
-# The detector of tiny_cfg, from the zoo's parts; then the lines that distil it.
+# The detector of tiny_cfg, built from the zoo's parts. The last lines distil it.
 CONFIG = """
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -106,7 +106,7 @@ def saved(folder, name="model_final"):
 
 
 def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, recorded, tmp_path):
-    """Of the same seed: same start, same images, same augmentation, same steps."""
+    """With the same seed: the same initial weights, images, augmentation and steps."""
     warm_up(4)
     run(config, "train.max_iter=6")
     lazy = list(recorded)
@@ -176,9 +176,11 @@ def test_overrides_reach_the_method(config, recorded):
     with pytest.raises(ValueError, match="FgBg has no option .'fg_wieght'.: choose from"):
         run(config, "model.method.fg_wieght=2")
     for key, near in (("train.max_iters", "max_iter"), ("train.checkpointer.perid", "period")):
-        with pytest.raises(ConfigError, match=f"{key} is no key of the config: is it {near}"):
+        with pytest.raises(
+            ConfigError, match=f"{key} is not a key of the config: did you mean {near}"
+        ):
             load_lazy_config(config, [f"{key}=2"])
-    with pytest.raises(ConfigError, match="dataloadr is no key"):
+    with pytest.raises(ConfigError, match="dataloadr is not a key"):
         load_lazy_config(config, ["dataloadr=2"])
 
 
@@ -245,7 +247,7 @@ def test_the_students_classes_come_from_the_training_set(config):
     assert tuple(names.thing_classes) == CLASSES
     cfg = load_lazy_config(config, ["model.student.num_classes=3"])
     cfg.model.teacher = None
-    with pytest.raises(ValueError, match="set has 2 classes .* the detector 3: set num_classes=2"):
+    with pytest.raises(ValueError, match="set has 2 classes .* has 3: set num_classes=2"):
         train_lazy(cfg)
 
 
@@ -270,7 +272,7 @@ def test_the_tool_takes_python_configs(config, tmp_path):
     assert saved(tmp_path / "lazy")["iteration"] == 2
     record = tmp_path / "lazy" / "config.yaml"
     before = record.read_bytes()
-    for _ in range(2):  # refused, it leaves the record of the run that was
+    for _ in range(2):  # a refused start keeps the config of the last run
         with pytest.raises(TeacherError):
             main("model.teacher.config=gone")
     kept = tmp_path / "lazy" / "config.previous.yaml"
@@ -309,7 +311,7 @@ def test_an_open_seed_is_drawn_once_and_few_checkpoints_stay(config, tmp_path):
     cfg = load_lazy_config(config, ["train.max_iter=3", *few])
     train_lazy(cfg)
     seed = (tmp_path / "lazy" / "seed.txt").read_text()
-    assert cfg.train.seed == int(seed)  # what default_setup seeds the process with
+    assert cfg.train.seed == int(seed)  # default_setup seeds the process with it
     train_lazy(load_lazy_config(config, ["train.max_iter=4", *few], resume=True), resume=True)
     assert (tmp_path / "lazy" / "seed.txt").read_text() == seed
     names = sorted(p.name for p in (tmp_path / "lazy").glob("model_0*.pth"))

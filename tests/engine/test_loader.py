@@ -1,6 +1,9 @@
-"""The training data can start at any iteration, and is that of Detectron2's own loader."""
+"""The training data can start at any iteration and equals that of Detectron2's loader."""
 
 import itertools
+import random
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,12 @@ from detectron2.utils import comm
 
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer
-from fgbg_kd.engine.loader import ResumableLoader
+from fgbg_kd.engine.loader import (
+    ResumableLoader,
+    _leave_interrupts_to_the_training,
+    derived_seed,
+    random_numbers,
+)
 from fgbg_kd.utils.errors import ConfigError
 
 
@@ -61,6 +69,50 @@ def test_loading_leaves_the_trainings_random_numbers_alone(data_cfg):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_asking_for_a_batch_leaves_the_trainings_random_numbers_alone(data_cfg):
+    loader = resumable_loader(data_cfg)
+    state = torch.get_rng_state()
+    next(iter(loader))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeded_numbers_are_the_seeds_and_then_each_sequence_goes_on():
+    def drawn(seed):
+        with random_numbers(seed):
+            return draw()
+
+    first, again, other = drawn(5), drawn(5), drawn(6)
+    assert first == again and all(a != b for a, b in zip(first, other))
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draw()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    with pytest.raises(KeyError), random_numbers(5):
+        draw()
+        raise KeyError
+    assert draw() == expected
+
+
+def test_a_derived_seed_depends_on_the_seed_and_on_each_number_of_its_key():
+    seeds = [derived_seed(*x) for x in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2))]
+    assert len(set(seeds)) == 5 and derived_seed(1, 2, 3) == seeds[0]
+
+
+def test_a_loading_process_ignores_ctrl_c_and_hides_lost_connections_alone(monkeypatch):
+    handlers, told = {}, []
+    monkeypatch.setattr(signal, "signal", lambda number, what: handlers.update({number: what}))
+    monkeypatch.setattr(sys, "excepthook", lambda kind, *_: told.append(kind))
+    _leave_interrupts_to_the_training(0)
+    for error in (EOFError(), ConnectionResetError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN} and told == [ValueError]
+
+
 def test_more_processes_share_the_batch_of_one(data_cfg, monkeypatch):
     monkeypatch.setattr(comm, "shared_random_seed", lambda: 5)
     data_cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
@@ -78,8 +130,10 @@ def test_more_processes_share_the_batch_of_one(data_cfg, monkeypatch):
 
 def test_a_batch_that_cannot_be_shared_is_named(monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 3)
-    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 16, .* among 3 processes equally"):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 16, .* equally among 3 processes"):
         ResumableLoader([], mapper=None, sampler=None, total_batch_size=16, seed=0)
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 0"):
+        ResumableLoader([], mapper=None, sampler=None, total_batch_size=0, seed=0)
 
 
 def test_the_order_of_images_is_the_seeds_whatever_was_drawn_before(data_cfg):

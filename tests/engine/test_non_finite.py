@@ -1,4 +1,4 @@
-"""A loss that is not finite stops the run at once, says where, and leaves what is needed to see."""
+"""A loss that is not finite stops the run. The error says where, and a file allows a replay."""
 
 import runpy
 import sys
@@ -15,7 +15,7 @@ from fgbg_kd.utils.errors import NonFiniteLossError
 
 
 class Spoil(HookBase):
-    """Before iteration 2 it does something to the model."""
+    """Changes the model before iteration 2."""
 
     def __init__(self, do):
         self.do, self.before = do, None
@@ -29,7 +29,7 @@ class Spoil(HookBase):
 
 @torch.no_grad()
 def overflow_on_p4(model):
-    """On one level the student's features leave fp32; every parameter stays finite."""
+    """The student's features exceed fp32 on one level, but all parameters stay finite."""
     model.student.backbone.fpn_output4.weight.fill_(1e38)
 
 
@@ -85,6 +85,24 @@ def test_a_search_that_fails_does_not_hide_the_fault(distil_cfg, tmp_path, monke
     assert "loss_cls is nan" in message and "could not be found (no memory left)" in message
 
 
+def test_of_several_processes_none_runs_the_model_again(distil_cfg, tmp_path, monkeypatch):
+    """The others would be waited for, by a SyncBN."""
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 1)
+    trainer.train()
+    monkeypatch.setattr("fgbg_kd.engine.non_finite.comm.get_world_size", lambda: 2)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer._trainer._stop(["loss_cls is nan"])
+    assert "finite:" not in str(stopped.value) and "Not finite" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_nan_and_both_infinities_stop_a_run(coco, tmp_path, value):
+    trainer = make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "plain", 1)
+    trainer.train()
+    with trainer.storage, pytest.raises(NonFiniteLossError, match=f"a is {value}"):
+        trainer._trainer._write_metrics({"a": torch.tensor(float(value))}, 0.0)
+
+
 def test_parameters_and_a_teacher_that_are_not_finite_are_named(distil_cfg, tmp_path):
     @torch.no_grad()
     def spoil(model):
@@ -125,7 +143,7 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_fault(distil_cfg, tmp_pa
 
 
 def test_losses_are_read_once(coco, tmp_path):
-    """What Detectron2 writes is on the CPU already: no second wait for the device."""
+    """Detectron2 gets losses that are on the CPU, so it does not wait for the device again."""
     trainer = make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "plain", 1)
     trainer.train()
     reads = []

@@ -1,6 +1,7 @@
-"""What a user adds to a recipe works with distillation as with plain training.
+"""Common training options work with distillation as with plain training.
 
-Sizes, crop and flip (INPUT), mixed precision, gradient clipping, averaged weights.
+The options: image sizes, crop and flip (INPUT), mixed precision, gradient clipping, averaged
+weights.
 """
 
 import pytest
@@ -90,7 +91,7 @@ def test_mixed_precision_is_set_off_where_there_is_no_cuda(cfg, tmp_path):
 
 
 def mix(average, weights, decay):
-    """Counts (of batches) are not averaged."""
+    """Averages weights as the hook does. Batch counts are not averaged."""
     return {
         k: decay * v + (1 - decay) * weights[k] if v.is_floating_point() else weights[k]
         for k, v in average.items()
@@ -98,7 +99,7 @@ def mix(average, weights, decay):
 
 
 def test_evaluation_and_checkpoint_have_the_average_of_the_weights_that_train(cfg, tmp_path):
-    """Training itself is what it is without; the average is worked out beside it."""
+    """The average does not change the training."""
     own, history = make_trainer(FgBgTrainer, cfg, tmp_path / "own", 4), []
     own.run_step = lambda step=own.run_step: (step(), history.append(copied(detector_of(own))))
     own.train()

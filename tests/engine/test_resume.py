@@ -1,15 +1,17 @@
-"""A run that stops anywhere and resumes ends as one that does not.
+"""A run that is stopped and resumed ends like an uninterrupted run.
 
-The parts are tested in test_loader.py, test_checkpointer.py and test_run_dir.py, Python configs in
-test_lazy.py, and several processes in test_distributed.py.
+The parts are tested in test_loader.py, test_checkpointer.py and test_run_dir.py. Python
+configs are tested in test_lazy.py, and several processes in test_distributed.py.
 """
 
 import itertools
 import json
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_trainer, tiny_fcos_cfg
@@ -18,7 +20,7 @@ from detectron2.utils import comm
 
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.checkpointer import RunCheckpointer
-from fgbg_kd.engine.resume import IterationState, begin, run_seed, warm_up
+from fgbg_kd.engine.resume import IterationState, begin, run_seed, seed_iteration, warm_up
 from fgbg_kd.utils.errors import OutputDirError
 
 
@@ -105,7 +107,7 @@ def final(folder):
 
 
 def test_a_killed_and_resumed_run_ends_with_the_same_checkpoint(run_cfg, tmp_path):
-    """Killed twice, with another number of loading processes after."""
+    """The run is killed twice. After the first kill, the number of loading processes differs."""
     run(run_cfg, tmp_path / "whole")
     run(run_cfg, tmp_path / "killed", kill_at=4)
     run_cfg.DATALOADER.NUM_WORKERS = 2
@@ -127,7 +129,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_checkpoint(run_cfg, tmp_pat
 
 @pytest.mark.parametrize("run_cfg", [distilled], indirect=True)
 def test_resuming_elsewhere_in_the_data_would_show(run_cfg, tmp_path):
-    """The comparison above can fail: with another seed it does."""
+    """Shows that the comparison above can fail: it fails with another seed."""
     run(run_cfg, tmp_path / "a")
     run_cfg.SEED += 1
     run(run_cfg, tmp_path / "b")
@@ -182,6 +184,52 @@ def test_the_normaliser_goes_on_in_each_process_and_in_other_numbers_of_them(mon
     assert [loaded(0, 1), loaded(3, 4)] == [80, 20]
 
 
+def test_a_detector_without_a_normaliser_gets_none(monkeypatch):
+    detector = SimpleNamespace()
+    IterationState(detector, 0, 1).load_state_dict({"loss_normalizers": [None]})
+    assert not hasattr(detector, "loss_normalizer")
+
+
+def test_the_normalisers_are_gathered_for_each_checkpoint_of_period_and_end():
+    detector = SimpleNamespace(loss_normalizer=0)
+    hook, kept = IterationState(detector, 0, checkpoint_period=3), []
+    for i in range(8):
+        hook.trainer = SimpleNamespace(iter=i, max_iter=8)
+        detector.loss_normalizer = i + 1
+        hook.after_step()
+        kept.append(hook.state_dict()["loss_normalizers"])
+    assert [kept[i] for i in (2, 5, 7)] == [[3], [6], [8]]
+
+
+def test_each_iteration_of_each_process_draws_its_own_numbers_the_same_each_time():
+    def drawn(*key):
+        seed_iteration(*key)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    keys = [(1, 2, 0), (1, 3, 0), (1, 2, 1), (2, 2, 0)]
+    assert drawn(*keys[0]) == drawn(*keys[0])
+    for numbers in zip(*map(lambda key: drawn(*key), keys)):
+        assert len(set(numbers)) == len(keys)
+
+
+def test_a_given_seed_goes_before_the_one_in_the_folder(tmp_path):
+    begin(0, 20, None, str(tmp_path), 5, resume=False)
+    assert run_seed(7, str(tmp_path), resume=True) == 7
+    assert run_seed(0, str(tmp_path), resume=True) == 0
+
+
+def test_all_processes_take_the_seed_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(comm, "all_gather", lambda seed: [11, seed])
+    assert run_seed(-1, str(tmp_path), resume=False) == 11
+
+
+def test_a_loader_that_cannot_start_later_is_warned_of_only_where_it_must(tmp_path, caplog):
+    begin(0, 20, [], str(tmp_path), 5, resume=True)
+    assert "cannot start" not in caplog.text
+    begin(3, 20, [], str(tmp_path), 5, resume=True)
+    assert "list cannot start at iteration 3" in caplog.text
+
+
 def test_an_open_seed_is_drawn_once_a_run(tmp_path):
     assert run_seed(7, str(tmp_path), resume=True) == 7
     seed = run_seed(-1, str(tmp_path), resume=True)
@@ -199,9 +247,9 @@ def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeyp
 
 
 def test_processes_that_are_killed_end_as_one_that_is_not(distil_cfg, tmp_path):
-    """tools/chaos.py, which says in which iteration and file a process was killed.
+    """Runs tools/chaos.py, which prints when a process was killed.
 
-    Unlike above, each start is a process of its own, which compiles its functions anew.
+    Unlike in the tests above, each start is a new process, which compiles its functions again.
     """
     distil_cfg.SOLVER.MAX_ITER, distil_cfg.SOLVER.CHECKPOINT_PERIOD = 12, 2
     distil_cfg.DATASETS.TEST, distil_cfg.DATASETS.TEST_JSON = (), ""

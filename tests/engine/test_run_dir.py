@@ -62,14 +62,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OutputDirError, match="file/run cannot be written .*choose another"):
         lock_output_dir(str(tmp_path / "file" / "run"))
     if os.getuid() == 0:
-        return  # may write everywhere
+        return  # root may write everywhere
     (tmp_path / "read_only").mkdir(mode=0o500)
     with pytest.raises(OutputDirError, match="cannot be written"):
         lock_output_dir(str(tmp_path / "read_only" / "run"))
 
 
 def test_each_previous_run_in_a_folder_keeps_its_results_in_its_own_place(tmp_path, caplog):
-    """Else --resume would take its checkpoints for those of a new run that is killed early."""
+    """Otherwise, if a new run is killed early, --resume would load an old run's checkpoint."""
     own = f"events.out.tfevents.5.host.{os.getpid()}.0"
     for run in (1, 2):
         for name in ("model_final.pth", "model_0000009.pth", "last_checkpoint", "log.txt"):

@@ -41,15 +41,15 @@ class StockOnOurData(DefaultTrainer):
 def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
     coco, distil_cfg, tmp_path, off, stock, flip
 ):
-    """Augmentation alone differs: it is a function of the position in the data, stock's is not."""
+    """Only augmentation differs: unlike in stock Detectron2, it depends on the data position."""
     if off == "no teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
         distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = distil_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
     plain_cfg = tiny_cfg(coco)
     distil_cfg.INPUT.RANDOM_FLIP = plain_cfg.INPUT.RANDOM_FLIP = flip
-    # TorchScript (fvcore's focal loss) runs its first calls in a process unoptimised, and those
-    # round differently: let them pass, so that both runs use the same code.
+    # In each process, TorchScript runs the first calls of fvcore's focal loss unoptimised, with
+    # other rounding. This training makes these calls, so that both runs below use the same code.
     train(DefaultTrainer, plain_cfg, tmp_path / "warm", 2)
     train(FgBgTrainer, distil_cfg, tmp_path / "off", 20)
     train(stock, plain_cfg, tmp_path / "stock", 20)
@@ -111,7 +111,7 @@ torch.save([(f["pred_boxes"].tensor, f["scores"], f["pred_classes"]) for f in fo
 
 
 def test_stock_detectron2_loads_the_checkpoint_and_detects_the_same(coco, distil_cfg, tmp_path):
-    """In a process that does not know this package, with stock keys and a stock backbone."""
+    """Runs in a process without this package, with stock keys and a stock backbone."""
 
     def edit(cfg):
         cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "RetinaNet", "cpu"
@@ -206,7 +206,7 @@ def test_the_first_log_period_shows_losses_and_gate_shares(distil_cfg, tmp_path)
 
 
 def test_a_two_stage_detector_is_built_as_well():
-    """To train it as a teacher."""
+    """Two-stage detectors are trained as teachers."""
     cfg = get_fgbg_kd_cfg()
     cfg.merge_from_other_cfg(model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
@@ -269,7 +269,7 @@ def test_inherited_weights_come_after_model_weights_and_not_again_on_resume(dist
     start = build_model(tiny_cfg()).state_dict()
     torch.save({"model": start}, distil_cfg.MODEL.WEIGHTS)
     teacher = torch.load(kd.TEACHER.WEIGHTS, weights_only=True)["model"]
-    distil_cfg.SOLVER.BASE_LR = 1e-12  # what training starts from is what it ends with
+    distil_cfg.SOLVER.BASE_LR = 1e-12  # training does not change the weights
     train(FgBgTrainer, distil_cfg, tmp_path / "kd", 1)
     ended = weights(tmp_path / "kd")
     for key in ("head.cls_score.weight", "backbone.fpn_output3.weight"):
@@ -277,7 +277,7 @@ def test_inherited_weights_come_after_model_weights_and_not_again_on_resume(dist
     key = next(k for k in ended if k.startswith("backbone.bottom_up") and k.endswith("weight"))
     torch.testing.assert_close(ended[key], start[key])
 
-    # The student has gone on; a resumed run must not throw it back.
+    # The student has trained further. A resumed run must not reset it.
     last = tmp_path / "kd" / "model_final.pth"
     saved = torch.load(last, weights_only=False)
     saved["model"]["head.cls_score.weight"].fill_(0.125)

@@ -1,4 +1,4 @@
-"""A comparison of methods: what a method's name means, what is refused, and the tool itself."""
+"""A comparison of methods: the names of methods, refused comparisons, and the tool."""
 
 import json
 import sys
@@ -57,16 +57,16 @@ def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
         ("PKD WEIGHT", "'WEIGHT' has no value: write WEIGHT=VALUE"),
         ("PKD MAGIC=1", "PKD does not read MAGIC: its options are .*WEIGHT"),
         ("PKD KD=1", "PKD does not read KD"),
-        # A row under a wrong name: the run would not read the key.
+        # The run would not read the key, so its row would have a wrong name.
         ("plain WEIGHT=1", "plain does not read WEIGHT: it has no options of its own"),
         ("PKD GATE=off", "PKD does not read GATE: its options"),
         ("PKD MODEL.KD.FGBG.FG_WEIGHT=9", "PKD does not read MODEL.KD.FGBG.FG_WEIGHT"),
         ("plain MODEL.KD.FGBG.FG_WEIGHT=9", "plain does not read"),
         # Keys that the comparison sets.
-        ("FgBg SEED=5", "SEED is no option of a method"),
-        ("FgBg METHOD=PKD", "METHOD is no option"),
-        ("FgBg TEACHER.WEIGHTS=b.pth", "TEACHER.WEIGHTS is no option"),
-        ("plain MODEL.META_ARCHITECTURE=FCOS", "MODEL.META_ARCHITECTURE is no option"),
+        ("FgBg SEED=5", "SEED is not an option of a method"),
+        ("FgBg METHOD=PKD", "METHOD is not an option"),
+        ("FgBg TEACHER.WEIGHTS=b.pth", "TEACHER.WEIGHTS is not an option"),
+        ("plain MODEL.META_ARCHITECTURE=FCOS", "MODEL.META_ARCHITECTURE is not an option"),
     ],
 )
 def test_what_is_no_method_or_option_is_named_with_the_reason(distil_cfg, spec, message):
@@ -115,7 +115,7 @@ def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path):
         train_or_find_teacher(Cannot(), cfg)
     kd.WEIGHTS = ""
     assert train_or_find_teacher(Cannot(), cfg) is None
-    cfg.MODEL.WEIGHTS = str(weights)  # what the teacher's config names is a part of the settings
+    cfg.MODEL.WEIGHTS = str(weights)  # the weights that the teacher's config names
     (tmp_path / "teacher.yaml").write_text(cfg.dump())
     assert train_or_find_teacher(Cannot(), cfg) == weights
     kd.CONFIG = ""
@@ -142,7 +142,7 @@ def test_how_a_teacher_is_evaluated_on_the_students_test_set(coco, distil_cfg, t
     with pytest.raises(RunError, match="80 classes are not the 2 of tiny_evaluated"):
         evaluation(distil_cfg, None)
 
-    # A set of COCO's classes: the zoo's own file and weights, and a Python config.
+    # A set with the classes of COCO: the file and weights of the zoo, and a Python config.
     distil_cfg.DATASETS.TEST_JSON, distil_cfg.DATASETS.TEST = "", ("coco_2017_val_100",)
     file, opts = evaluation(distil_cfg, None)
     assert Path(file).is_file() and read_config(file, opts).MODEL.WEIGHTS.startswith("https://")
@@ -170,7 +170,7 @@ def test_of_a_teacher_with_masks_the_boxes_are_evaluated(distil_cfg, tmp_path):
     found.pred_masks = torch.ones(1, 64, 80, dtype=torch.bool)
     evaluator.reset()
     evaluator.process([{"image_id": 1}], [{"instances": found}])
-    assert list(evaluator.evaluate()) == ["bbox"]  # its set has no masks
+    assert list(evaluator.evaluate()) == ["bbox"]  # its test set has no masks
 
 
 def test_a_teacher_that_cannot_be_evaluated_leaves_the_comparison_of_students(
@@ -242,7 +242,7 @@ class TheirL1(Method):
 
 @pytest.fixture
 def their_module(tmp_path, monkeypatch):
-    """A module from outside of the package that registers a method with an option."""
+    """A module outside the package that registers a method with an option."""
     from fgbg_kd.methods import METHOD_REGISTRY
 
     (tmp_path / "their_methods.py").write_text(THEIR_METHOD)
@@ -300,7 +300,7 @@ def test_the_tool_trains_compares_and_does_nothing_twice_with_a_method_from_outs
     assert len(more) == 2 * len(rows) and all(r.pop("errors") for r in more[len(rows) :])
     assert sorted(map(str, more[len(rows) :])) == sorted(map(str, rows))
 
-    # The method's code is a part of the settings: after a change, the run is not taken for done.
+    # The code of the method is part of the settings. After a change, the run is not finished.
     Path(their_module).write_text(THEIR_METHOD + "# changed")
     with pytest.raises(RunError, match="sha256 of the file of TheirL1 was"):
         tool(*arguments)

@@ -1,4 +1,4 @@
-"""The configs of the quickstart, the costs in its table, and its picture."""
+"""The configs of the quickstart, the cost in its table, and its picture."""
 
 import sys
 
@@ -31,7 +31,7 @@ def read_config(name):
 
 @pytest.mark.parametrize("name", ["digits", "scenes", "trees"])
 def test_the_quickstarts_three_configs_fit_together(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # configs name each other from here
+    monkeypatch.chdir(ROOT)  # paths in the configs are relative to it
     teacher, student, distilled = (
         read_config(f"{name}_{role}") for role in ("teacher", "student", "distilled")
     )
@@ -53,7 +53,7 @@ def test_the_quickstarts_three_configs_fit_together(name, tmp_path, monkeypatch)
 
 
 class TwoConvolutions(torch.nn.Module):
-    """Backbone: 1x1, 3 to 4 channels. Head: 1x1, 4 to 2 channels. Both on all pixels."""
+    """A 1x1 backbone from 3 to 4 channels, and a 1x1 head from 4 to 2 channels, on all pixels."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def test_cost_counts_a_convolution_by_hand():
 def test_a_distilled_checkpoint_costs_and_loads_as_the_plain_student(coco, distil_cfg, tmp_path):
     model = build_model(distil_cfg)
     torch.save({"model": model.student.state_dict()}, tmp_path / "s.pth")
-    distil_cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "not_here.pth")  # the checkpoint holds them
+    distil_cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "not_here.pth")  # the checkpoint has the weights
     loaded = load_detector(distil_cfg, str(tmp_path / "s.pth"))
     assert type(loaded) is type(model.student) and not loaded.training
     plain = build_model(tiny_cfg()).eval()
@@ -137,7 +137,7 @@ def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, mon
     import analyze
 
     config = tmp_path / "distilled.yaml"
-    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""  # none are needed
+    distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""  # no weights are needed
     config.write_text(distil_cfg.dump())
     monkeypatch.setattr(
         sys, "argv", ["analyze.py", str(config), "--size", "64", "80", "--runs", "1"]
@@ -148,7 +148,7 @@ def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, mon
     head, _, teacher, student, ratio = rows
     assert head == ["name", "parameters (M)", "GFLOPs", "ms / image"]
     assert teacher[0] == f"teacher of {config}" and student[0] == f"student of {config}"
-    plain = cost(build_model(tiny_cfg()).eval(), make_batch()[0], runs=1)  # 64 x 80, too
+    plain = cost(build_model(tiny_cfg()).eval(), make_batch()[0], runs=1)  # also 64 x 80
     assert student[1:3] == [str(plain["parameters_m"]), str(plain["gflops"])]
     for i in (1, 2):
         assert float(teacher[i]) > float(student[i])
@@ -179,7 +179,7 @@ def test_a_two_stage_detector_costs_backbone_and_rpn(tmp_path, monkeypatch, caps
     text = capsys.readouterr().out
     assert "backbone and RPN" in text
     gflops = float(text.splitlines()[4].split(" | ")[2])
-    # RPN: 3x3 of 16 channels, then 3 anchors' scores and boxes, on P2 to P6 of 64 pixels.
+    # RPN: a 3x3 convolution of 16 channels, then scores and boxes of 3 anchors, on P2 to P6.
     rpn = (16 * 16 * 9 + 16 * 3 * 5) * (16**2 + 8**2 + 4**2 + 2**2 + 1) / 1e9
     with torch.no_grad():
         rest = FlopCountAnalysis(_Features(build_model(cfg).eval()), torch.zeros(1, 3, 64, 64))

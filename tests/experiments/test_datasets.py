@@ -1,4 +1,4 @@
-"""The data scripts, on tiny made-up objects, photos and wheels: no network."""
+"""The data scripts, with small artificial objects, photos and wheels, and without a network."""
 
 import json
 import subprocess
@@ -41,7 +41,9 @@ def write(folder, objects, photos, split="train", count=6, **kwargs):
 def make_wheel(folder, name="thing-1.0-py3-none-any.whl"):
     path = folder / name
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(zipfile.ZipInfo("thing/data.txt"), "seven")  # a fixed date, fixed bytes
+        archive.writestr(
+            zipfile.ZipInfo("thing/data.txt"), "seven"
+        )  # the date is fixed, so the bytes are too
     return path
 
 
@@ -241,7 +243,7 @@ def test_a_scrambled_object_moves_every_quarter():
 
 
 def build(folder, monkeypatch, digits, photos, **options):
-    """build_scenes from made-up digits and photos; (meta, was_built)."""
+    """build_scenes with artificial digits and photos. Returns (meta, was_built)."""
     pools = scenes.divide(digits.labels, val=0.25, test=0.25)
     monkeypatch.setattr(scenes, "load_digits", lambda cache: (digits, pools))
     monkeypatch.setattr(scenes, "load_photos", lambda cache: photos)
@@ -280,7 +282,7 @@ def test_a_built_set_is_whole(style, tmp_path, monkeypatch, objects, photos):
 def test_a_split_shows_the_digits_of_its_own_pool_alone(style, tmp_path, monkeypatch, photos):
     grey = np.zeros((120, 28, 28), np.uint8)
     grey[:, 6:22, 6:22] = 255
-    grey[:, 10, 10] = np.arange(120) + 1  # tells which digit it is
+    grey[:, 10, 10] = np.arange(120) + 1  # the number of the digit
     seen = []
 
     def compose(rng, objects, *_):
@@ -304,7 +306,7 @@ BOXES = np.array(
         [10, 10, 30, 30],  # train
         [10, 90, 30, 110],  # half in train (ends at 100)
         [10, 95, 30, 135],  # an eighth in train
-        [40, 120, 60, 140],  # in the gap
+        [40, 120, 60, 140],  # between the regions
         [10, 190, 30, 240],  # four fifths in test (starts at 200)
         [70, 250, 90, 270],  # test
     ],
@@ -361,7 +363,7 @@ TILES = [(0, 0, 100, 100), (100, 0, 200, 100)]
 @pytest.mark.parametrize(
     "box, train, test",
     [
-        # per tile: is the box labelled (train), counted or ignored (test)
+        # per tile: whether the box is labelled (train), and whether it counts or is ignored (test)
         ([40, 40, 60, 60], [True, False], ["counted", None]),
         ([90, 40, 110, 60], [True, True], ["counted", "ignored"]),
         ([95, 40, 115, 60], [False, True], ["ignored", "counted"]),
@@ -385,7 +387,7 @@ def test_a_photo_without_trees_still_makes_tiles():
 
 
 def fake_trees(tmp_path, monkeypatch):
-    """A wheel with one noisy photo and a grid of crowns, in place of the real one."""
+    """Replaces the wheel by a wheel with a photo of noise and a grid of crowns."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 255, (900, 700, 3), np.uint8)
     corners = [(x, y) for y in range(5, 860, 45) for x in range(5, 660, 45)]
@@ -427,7 +429,7 @@ def test_the_tree_set_counts_every_test_tree_once_and_loads(tmp_path, monkeypatc
 
 
 def test_the_trees_for_tuning_lie_in_the_training_regions_alone():
-    def ends(region):  # of a photo larger than any
+    def ends(region):  # in a photo that is larger than all photos
         return region and tuple(9999 if v is None else v for v in region)
 
     for whole, tuning in zip(tree_crowns.PHOTOS, tree_crowns.TUNING_PHOTOS, strict=True):
@@ -447,7 +449,10 @@ def mobilenet():
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     model = torchvision.models.mobilenet_v2()
-    for name, tensor in model.named_buffers():  # statistics that differ, so that a mix-up shows
+    for (
+        name,
+        tensor,
+    ) in model.named_buffers():  # all differ, so that a wrong name changes the output
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.1)
         elif name.endswith("running_var"):
@@ -512,7 +517,7 @@ def run_tool(*args):
 def test_help_shows_an_example():
     result = run_tool("--help")
     assert result.returncode == 0
-    assert "example: python tools/prepare_data.py" in result.stdout
+    assert "tools/prepare_data.py scenes" in result.stdout
 
 
 def test_the_tool_names_the_mend_and_makes_nothing(tmp_path):

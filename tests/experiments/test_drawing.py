@@ -1,4 +1,4 @@
-"""The pictures show what the losses are made of, and drawing them changes nothing."""
+"""The pictures show the terms of the losses."""
 
 import sys
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     torch.testing.assert_close(8 * fg, losses["loss_kd_fg"])
     torch.testing.assert_close(maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
     torch.testing.assert_close(gate[foreground].mean(), shares["kd/fg_gate"])
-    assert 0 < maps.gate.mean() < 1  # shown where it would be open, also when it is off
+    assert 0 < maps.gate.mean() < 1  # a gate that is off shows where it would be open
     titles = {0.0: "student", -0.02: "student - 0.02", -0.2: "student - 0.2"}
     title = f"gate: teacher > {titles[distil_cfg.MODEL.KD.FGBG.GATE_MARGIN]}"
     assert title in drawing._columns({"student": maps})
@@ -72,7 +72,7 @@ def test_each_cell_is_drawn_where_it_is(distil_cfg):
     closed = picture()
 
     def turned_orange(*cells):
-        """The box of the picture's pixels that change when the gate opens there."""
+        """The box around the pixels that change when the gate opens in these cells."""
         change = picture(*cells) - closed
         y, x = np.nonzero((change[..., 0] > 100) & (change[..., 2] < -60))
         return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
@@ -177,7 +177,9 @@ def run_tool(monkeypatch, tmp_path, cfg, *arguments):
 def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_cfg):
     torch.save({"model": build_model(tiny_cfg()).state_dict()}, tmp_path / "plain.pth")
     weights, output = str(tmp_path / "plain.pth"), tmp_path / "out"
-    distil_cfg.MODEL.TIMM.WEIGHTS = str(tmp_path / "not_here.pth")  # the checkpoints hold them
+    distil_cfg.MODEL.TIMM.WEIGHTS = str(
+        tmp_path / "not_here.pth"
+    )  # the checkpoints have the weights
     also = ["--weights", weights, "--output", str(output)]
     also_before = [*also, "--before", weights, "--image", "3.png", "MODEL.KD.FGBG.GATE", "off"]
     run_tool(monkeypatch, tmp_path, distil_cfg, *also_before)
@@ -189,8 +191,8 @@ def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_
     run_tool(monkeypatch, tmp_path, distil_cfg, "--weights", weights, "--angle-and-kl", str(file))
     assert cv2.imread(str(file)) is not None
     for arguments, message in (
-        (["--image", "absent.png"], "absent.png is no image of the set seen_test"),
-        (["--set", "absent"], "There is no set 'absent'; this config has seen_train, seen_test"),
+        (["--image", "absent.png"], "absent.png is not in the set seen_test"),
+        (["--set", "absent"], "There is no set 'absent': choose from seen_train, seen_test"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "does not distil"),
         (["DATASETS.TEST", "()", "DATASETS.TEST_JSON", "", "DATASETS.TEST_IMAGES", ""], "--set"),
         (["--config-file", "absent.py"], "there is no such config"),

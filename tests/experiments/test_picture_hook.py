@@ -1,4 +1,4 @@
-"""Pictures in TensorBoard: drawn every period, and training does not notice."""
+"""Pictures in TensorBoard are drawn every period and do not change training."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from fgbg_kd.experiments.picture_hook import DistillationPictures
 
 
 class Seen(HookBase):
-    """The pictures in the event storage after each step; the storage forgets them here."""
+    """Collects the pictures in the event storage after each step, and removes them from it."""
 
     def __init__(self):
         self.pictures = []
@@ -40,7 +40,7 @@ def run(cfg, folder, hooks):
 def test_training_is_the_same_bit_for_bit_with_and_without_pictures(distil_cfg, tmp_path, edit):
     distil_cfg.merge_from_list(list(edit))
     seen = Seen()
-    # The first training of a process can differ by rounding from a second one of the same kind.
+    # The first training in a process can differ from the next training by rounding.
     run(distil_cfg, tmp_path / "warm_up", [])
     with_pictures = run(distil_cfg, tmp_path / "a", [DistillationPictures(2), seen])
     without = run(distil_cfg, tmp_path / "b", [])

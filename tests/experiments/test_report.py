@@ -1,4 +1,4 @@
-"""The page about runs: its numbers, its pictures, and how a browser draws it."""
+"""The page about runs: its numbers and pictures, and the page in a browser."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ GAINED, LOST = 3, 2
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, coco):
-    """A teacher, and two seeds of a plain and of a distilled student, as trainings leave them."""
+    """Folders like after training: a teacher, and two seeds of a plain and a distilled student."""
     base = tmp_path_factory.mktemp("runs")
     for name, ap in AP.items():
         folder = base / name
@@ -76,7 +76,7 @@ def page(runs, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def a_cost_that_takes_no_time(monkeypatch):
-    """For all pages but the one of the fixture above, which is made before this."""
+    """For all pages except the page of the fixture above, which is made earlier."""
     figures = {"parameters_m": 1.0, "gflops": 1.0, "ms_per_image": 1.0}
     monkeypatch.setattr("fgbg_kd.experiments.report.cost", lambda *_: figures)
 
@@ -189,7 +189,7 @@ def test_the_page_has_the_kinds_of_errors(page):
     header = next(r for r in html.rows if "FalseNeg" in r)
     distilled = [r for r in html.rows if len(r) == len(header) and r[0] == "distilled"]
     errors = dict(zip(header[1:], map(float, distilled[0][1:])))
-    assert errors["Cls"] == errors["Loc"] == errors["FalsePos"] == 0  # what it found was right
+    assert errors["Cls"] == errors["Loc"] == errors["FalsePos"] == 0  # its detections are right
     assert errors["Miss"] > 10
 
 
@@ -227,7 +227,7 @@ def not_on_the_page(folder) -> str:
 
 
 def changed(runs, tmp_path, **changes):
-    """A plain and a distilled run, with other values of DATASETS."""
+    """A plain and a distilled run with other values of DATASETS."""
     for name in ("plain/seed0", "distilled/seed0"):
         folder = shutil.copytree(runs / name, tmp_path / name)
         cfg = tiny_cfg()
@@ -293,7 +293,7 @@ def test_runs_are_compared_with_those_of_their_own_test_set_and_recipe(runs, tmp
     text = (faster / "config.yaml").read_text()
     (faster / "config.yaml").write_text(re.sub(r"BASE_LR: .*", "BASE_LR: 0.7", text))
     evaluated = shutil.copytree(runs / "plain" / "seed0", tmp_path / "a" / "an_evaluation")
-    (evaluated / "metrics.json").unlink()  # by the plain config, of whatever weights
+    (evaluated / "metrics.json").unlink()  # an evaluation with the plain config and any weights
     write_report([tmp_path], tmp_path / "report.html", print)
     text = " ".join(" ".join(Parser(tmp_path / "report.html").text).split())
     assert "an_evaluation" not in text
@@ -328,7 +328,7 @@ def test_of_several_runs_in_one_metrics_file_the_last_is_read(runs, tmp_path):
 
 
 def test_runs_of_compare_have_cost_and_pictures_of_the_best_method(runs, tmp_path):
-    """A teacher that was only evaluated; of the ways to distil, pictures of the best."""
+    """The teacher was only evaluated. The pictures are of the best distilled group."""
     shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
     for name, ap in (("CWD", 5.0), ("FgBg", 9.0)):
         folder = shutil.copytree(runs / "distilled" / "seed0", tmp_path / name / "seed0")

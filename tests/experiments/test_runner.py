@@ -1,4 +1,4 @@
-"""Runs as child processes: done once, gone on with, refused where they do not fit, ended."""
+"""Runs as child processes: they are run once, resumed, refused if they do not fit, and stopped."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ from fgbg_kd.experiments.runner import Runner
 from fgbg_kd.experiments.settings import changes, settings_of
 from fgbg_kd.utils.errors import RunError
 
-# Stands in for train_net.py: writes what that writes, into OUTPUT_DIR.
+# A replacement of train_net.py that writes the same files to OUTPUT_DIR.
 CHILD = """
 import json, pathlib, sys, time
 out = pathlib.Path(sys.argv[-1].removeprefix("train.output_dir=").strip("'"))
@@ -49,7 +49,7 @@ print("eta: 0:01  iter: 19  total_loss: 1.5  max_mem: 120M")
 
 @pytest.fixture
 def folder(tmp_path, coco):
-    """A folder with a config, an empty run and a train_net.py of a few lines."""
+    """A folder with a config, an empty run and a short train_net.py."""
     (tmp_path / "train_net.py").write_text(CHILD)
     cfg = tiny_cfg(coco)
     (tmp_path / "c.yaml").write_text(cfg.dump())
@@ -111,7 +111,7 @@ def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
         run(folder)
     (folder / "run" / "fail").unlink()
     with open(folder / "run" / "train.txt", "a") as log:
-        log.write("memory 77777\n")  # of a part of the run that took more than the last
+        log.write("memory 77777\n")  # an earlier part of the run with more memory
     first, second = run(folder), run(folder)
     assert first == second and len(calls(folder)) == 2 and first["memory_mb"] == 77777
     assert all("--resume" in line for line in calls(folder))
@@ -135,7 +135,7 @@ def test_data_that_changed_under_one_name_are_refused(folder, coco):
     data.write_text(data.read_text() + " ")
     with pytest.raises(RunError, match="sha256 of DATASETS.TRAIN_JSON was"):
         run(folder, *opts)
-    data.unlink()  # a run that is done stays so
+    data.unlink()  # a finished run stays finished
     run(folder, *opts)
     assert len(calls(folder)) == 1
 
@@ -266,7 +266,7 @@ def test_ctrl_c_ends_the_children_and_their_children_without_a_trace(folder):
             parent.kill()
     assert parent.returncode == 1 and "Traceback" not in errors and "stopped" in errors
 
-    def all_are_gone():  # child and grandchild hold one lock
+    def all_are_gone():  # child and grandchild hold the same lock
         with open(folder / "run" / "lock") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

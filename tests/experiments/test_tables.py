@@ -1,4 +1,4 @@
-"""Rows of runs, the arithmetic over seeds, and the tables that are made from them."""
+"""Rows of runs, statistics over seeds, and tables."""
 
 import math
 
@@ -29,7 +29,7 @@ def aps(methods: dict) -> dict:
 
 
 def test_an_interval_is_that_of_students_t():
-    mean, half = mean_interval([1.0, 2.0, 3.0])  # standard deviation 1; t of 2 degrees of freedom
+    mean, half = mean_interval([1.0, 2.0, 3.0])  # standard deviation 1, 2 degrees of freedom
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
     assert mean_interval([5.0]) == (5.0, None)
     assert mean_interval([0.0, 1.0] * 50)[1] == pytest.approx(2.042 * 0.5025 / 10, rel=1e-3)
@@ -180,7 +180,7 @@ def test_others_are_compared_with_fgbg_as_the_config_makes_it(with_variant):
 
 def test_the_note_names_every_commit():
     rows = [row("plain", 0, 1.0, commit="abc"), row("plain", 1, 1.0, commit="def+")]
-    rows += [row("plain", 2, 1.0, commit="abc, 123")]  # a run that went on under another commit
+    rows += [row("plain", 2, 1.0, commit="abc, 123")]  # a run that was resumed with another commit
     assert "commit abc, def+, 123." in comparison_tables(group(rows)["c.yaml"])
 
 

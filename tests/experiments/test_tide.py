@@ -1,4 +1,4 @@
-"""Kinds of errors, computed by hand and in the table of a comparison; the score of an image."""
+"""Kinds of errors, by hand and in the table of a comparison, and the score of an image."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from fgbg_kd.utils.errors import RunError
 
 @pytest.fixture
 def truth(tmp_path):
-    """One image with an object of each of two classes."""
+    """An image with two objects of different classes."""
     pytest.importorskip("tidecv")
     boxes = [
         {"id": i, "image_id": 5, "category_id": i, "bbox": [40 * i, 0, 20, 20], "iscrowd": 0}
@@ -39,7 +39,7 @@ def write(path, *detections):
 
 def test_errors_by_hand(truth, tmp_path):
     right = (2, 80, 0.8)
-    # The object of class 1 is taken for class 2, with a higher score than the right detection has.
+    # The object of class 1 is detected as class 2, with a higher score than the right detection.
     # AP50 is 0 for class 1 and 50 for class 2.
     wrong_class = detection_errors(truth, write(tmp_path / "a.json", (2, 40, 0.9), right))
     assert wrong_class == {
@@ -89,14 +89,15 @@ def test_the_table_has_means_and_paired_differences_to_plain():
     table = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert table[0] == ["dAP50", *KINDS]
     by_method = {cells[0]: dict(zip(KINDS, cells[1:])) for cells in table[2:]}
-    assert list(by_method) == ["teacher", "plain", "FgBg"]  # PKD's were not measured
+    assert list(by_method) == ["teacher", "plain", "FgBg"]  # PKD has no errors in its row
     assert set(by_method["teacher"].values()) == {"1.0"}
     assert by_method["plain"]["Miss"] == "5.0"
     assert by_method["FgBg"]["Miss"] == "4.0 (-1.00 ± 0.00)"
 
 
 def test_the_score_of_an_image_by_hand(coco, tmp_path):
-    """Image 3 has three objects: one found, one found twice, one missed, and a faint false one."""
+    """Image 3 has three objects: one is found once, one twice, one is missed. There is also a false
+    detection with a low score."""
     found = answers(coco, {3})
     assert len(found) == 3
     faint = {**found[0], "bbox": [0, 0, 5, 5], "score": 0.2}
@@ -104,6 +105,8 @@ def test_the_score_of_an_image_by_hand(coco, tmp_path):
     file.write_text(json.dumps([found[0], found[1], found[1], faint]))
     scores = image_scores(Path(coco[0]), file, 0.3)
     assert scores[3] == pytest.approx(2 * 2 / (2 + 1 + 3))
-    assert scores[0] == 1.0 and scores[1] == 0.0  # none there, none found; one there
+    assert (
+        scores[0] == 1.0 and scores[1] == 0.0
+    )  # no object and no detection; an object without a detection
     file.write_text(json.dumps([faint]))
     assert image_scores(Path(coco[0]), file, 0.3)[3] == 0.0

@@ -1,4 +1,4 @@
-"""The zoo's published figures beside those of runs, each read from the run's own files."""
+"""The published results of the zoo, and the results of runs from the files of each run."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ NAME = "retinanet_R50_3x_to_R18_1x"
 
 
 def shown(folder, monkeypatch, capsys):
-    """name -> row of what the tool prints."""
+    """The rows that the tool prints, by name."""
     monkeypatch.setattr(sys, "argv", ["zoo.py", "--runs", str(folder)])
     zoo.main()
     head, _, *rows = (
@@ -57,7 +57,7 @@ def test_a_run_gives_its_own_figures(tmp_path, monkeypatch, capsys):
     [
         ({"done": 60000}, "at iteration 60000 of 90000", "1x"),  # not the AP of iteration 20,000
         ({"more": '\n{"ite'}, "33.3", "1x"),
-        ({"more": '\n{"iteration": 19}\n'}, "at iteration 19 of 90000", "1x"),  # begun anew
+        ({"more": '\n{"iteration": 19}\n'}, "at iteration 19 of 90000", "1x"),  # started again
         ({"data": "scenes_test"}, "33.3 on scenes_test", "1x"),
         ({"iterations": 600, "done": 600}, "33.3", "600 iterations"),
     ],

@@ -1,16 +1,26 @@
-"""FgBg: values by hand, and a scale that batch, map and number of processes do not change."""
+"""FgBg: values by hand. Batch size, map size and number of processes do not change the scale."""
 
 import math
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from detectron2.utils import comm
 from torch import distributed
 
 from fgbg_kd import Batch, DenseOutput, FgBg
 from fgbg_kd.config import method_defaults
 from fgbg_kd.methods import build_method
-from fgbg_kd.ops import Comparison, kl_divergence
+from fgbg_kd.methods.base import or_one
+from fgbg_kd.methods.fgbg import shares
+from fgbg_kd.ops import (
+    Comparison,
+    compare_predictions,
+    cosine_loss,
+    kl_divergence,
+    split,
+    teacher_gate,
+)
 
 
 def outputs(size, seed):
@@ -105,6 +115,121 @@ def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_p
     for name, value in whole.items():
         mean = (parts[0][name] + parts[1][name]) / 2  # what DistributedDataParallel does
         torch.testing.assert_close(mean, value)
+
+
+def random_batch():
+    """One image of 32 x 32 pixels, two levels; a large box and a small one in it."""
+    generator = torch.Generator().manual_seed(9)
+
+    def output():
+        maps = [[torch.randn(1, 4, n, n, generator=generator) for n in (4, 2)] for _ in range(2)]
+        corner = [24 * torch.rand(1, 2, 2, n, n, generator=generator) for n in (4, 2)]
+        decoded = [torch.cat([x, x + 12], 2).flatten(1, 2) for x in corner]  # two anchors a cell
+        return DenseOutput(*maps, decoded)
+
+    boxes, classes = torch.tensor([[0.0, 0, 24, 16], [0, 0, 8, 8]]), torch.tensor([0, 1])
+    return Batch(output(), output(), [boxes], [classes], [(32, 32)], [8, 16], num_classes=2)
+
+
+ALL_OPTIONS = {
+    "fg_weight": 2.0,
+    "bg_weight": 3.0,
+    "assign": "scale",
+    "kl": "softmax",
+    "temperature": 2.0,
+    "gate": "object",
+    "gate_margin": -0.1,
+    "gate_quality": "box",
+}
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("assign", "all"),
+        ("kl", "sigmoid"),
+        ("temperature", 1.0),
+        ("gate", "cell"),
+        ("gate", "image"),
+        ("gate_margin", 0.2),
+        ("gate_quality", "score"),
+        ("fg_weight", 4.0),
+        ("bg_weight", 1.0),
+    ],
+)
+def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
+    batch = random_batch()
+
+    def composed(o):
+        cells = split(batch.gt_boxes, [(32, 32)], [(4, 4), (2, 2)], [8, 16], assign=o["assign"])
+        s, t = batch.student, batch.teacher
+        boxes = (s.boxes, t.boxes) if o["gate_quality"] == "box" else None
+        found = compare_predictions(
+            s.logits,
+            t.logits,
+            cells,
+            batch.gt_classes[0][None],
+            2,
+            boxes=boxes,
+            kl=o["kl"],
+            temperature=o["temperature"],
+        )
+        quality = found.student_quality, found.teacher_quality
+        gate = teacher_gate(*quality, cells, mode=o["gate"], margin=o["gate_margin"])
+        fg = cosine_loss(s.features, t.features, cells.weight * gate) / cells.weight.sum()
+        bg = (gate * found.kl).sum() / cells.foreground.sum()
+        return {"loss_kd_fg": o["fg_weight"] * fg, "loss_kd_bg": o["bg_weight"] * bg}
+
+    changed = {**ALL_OPTIONS, option: value}
+    before, expected = composed(ALL_OPTIONS), composed(changed)
+    assert any(before[name] != expected[name] for name in expected)
+    got, _ = build_method("FgBg", [4, 4], [4, 4], **changed)(batch)
+    for name, loss in expected.items():
+        torch.testing.assert_close(got[name], loss)
+
+
+def test_a_gate_without_a_background_term_needs_the_logits():
+    method = build_method("FgBg", [4, 4], [4, 4], bg_weight=0.0, gate="cell")
+    assert method.needs_logits
+    assert list(method(random_batch())[0]) == ["loss_kd_fg"]
+
+
+def test_without_a_foreground_term_there_is_no_parameter_that_gets_no_gradient():
+    method = build_method("FgBg", [3], [5], fg_weight=0.0)
+    assert not list(method.parameters())
+
+
+def test_one_weight_of_two_keeps_the_method_on():
+    assert not FgBg.is_off({"fg_weight": 0.0, "bg_weight": 1.0})
+    assert not FgBg.is_off({"fg_weight": 1.0, "bg_weight": 0.0})
+    assert FgBg.is_off({"fg_weight": 0.0, "bg_weight": 0.0})
+
+
+def test_for_features_alone_the_background_term_and_the_gate_are_off():
+    changed = {"bg_weight": 0.0, "gate": "off"}
+    assert FgBg.for_features_only(ALL_OPTIONS) == ALL_OPTIONS | changed
+
+
+def test_better_is_the_share_of_cells_where_the_teacher_is_better_than_the_student():
+    cells = split([torch.tensor([[0.0, 0, 16, 16]])], [(16, 16)], [(2, 2)], [8], assign="all")
+    student, teacher = torch.full((1, 4), 0.5), torch.tensor([[0.9, 0.5, 0.4, 0.4]])
+    found = Comparison(None, student, teacher)
+    assert shares(cells, torch.ones(1, 4), found)["kd/fg_better"].item() == 0.25
+
+
+def test_both_terms_divide_by_the_cells_of_all_processes(monkeypatch):
+    """With a second process that has no cells the mean over processes is half."""
+    alone = build_method("FgBg", [4, 4], [4, 4], gate="off")(random_batch())[0]
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda sums: None)
+    shared = build_method("FgBg", [4, 4], [4, 4], gate="off")(random_batch())[0]
+    for name, loss in alone.items():
+        torch.testing.assert_close(shared[name], 2 * loss)
+
+
+def test_a_normaliser_under_1_divides_too():
+    """It is the mean over processes, of which some may have no objects."""
+    assert or_one(torch.tensor([0.0, 0.25, 3.0])).tolist() == [1, 0.25, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""The peers: values by independent arithmetic, no difference no loss, and a step of training."""
+"""Methods for comparison: independently computed values, zero loss for equal maps, one step."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_batch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import METHOD_REGISTRY, Batch, DenseOutput
@@ -48,7 +49,7 @@ def loss_of(name, batch, edit=None, **options):
 
 
 def identity(method):
-    """Makes every convolution that a method starts with the identity."""
+    """Sets every convolution of a method to the identity."""
     for module in method.modules():
         if isinstance(module, torch.nn.Conv2d) and module.in_channels == module.out_channels:
             torch.nn.init.dirac_(module.weight)
@@ -163,7 +164,7 @@ def test_mgd_generates_by_two_3x3_convolutions_with_a_relu_between():
 
 
 def test_mgd_masks_before_it_generates():
-    """What the mask hides is made anew from the rest: a masked cell's own bias comes through."""
+    """Masked cells are generated from the unmasked cells; their own bias still has an effect."""
 
     def biased(method):
         identity(method)
@@ -179,13 +180,13 @@ def test_mgd_masks_whole_cells_anew_each_time_with_its_probability():
     t = [torch.zeros(2, 3, 50, 50)]
     method, first = loss_of("MGD", batch_of(s, t, ((), ())), edit=identity, weight=1.0)
     again = method(batch_of(s, t, ((), ())))[0]["loss_kd"]
-    assert first.item() % 1.5 == again.item() % 1.5 == 0  # 3 channels a cell, over 2 images
+    assert first.item() % 1.5 == again.item() % 1.5 == 0  # 3 channels per cell, over 2 images
     assert first != again
     assert first.item() / (3 * 2500) == pytest.approx(0.35, abs=0.03)
 
 
 def test_defeat_by_hand():
-    """Box of 2 cells on the first level (its size belongs there), none on the second."""
+    """The box has 2 cells on the first level, which fits its size, and none on the second."""
     s, t = maps(0), maps(1)
     method, loss = loss_of(
         "DeFeat", batch_of(s, t, **TWO_LEVELS), edit=identity, weight=3.0, bg_ratio=2.0
@@ -196,6 +197,15 @@ def test_defeat_by_hand():
     bg1 = error[1].sum() / (2 * 8 * 3)
     expected = 3 * ((fg + 0) / 2 + 2 * (bg0 + bg1) / 2)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_defeat_divides_by_the_cells_of_all_processes(monkeypatch):
+    """With a second process that has no cells the mean over processes is half."""
+    batch = batch_of(maps(0), maps(1), **TWO_LEVELS)
+    _, alone = loss_of("DeFeat", batch)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: None)
+    torch.testing.assert_close(loss_of("DeFeat", batch)[1], 2 * alone)
 
 
 def test_defeat_starts_near_zero_with_a_convolution_on_every_level():
@@ -271,7 +281,7 @@ def test_no_difference_no_loss(name):
 @pytest.mark.parametrize("boxes", [None, ((), ())], ids=["some boxes", "no boxes"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_step_through_the_config(distil_cfg, name, boxes):
-    """Finite losses, a gradient for every parameter (or DDP waits for it), none for the teacher."""
+    """Losses are finite. Every parameter has a gradient, as DDP needs; the teacher has none."""
     distil_cfg.MODEL.KD.METHOD = name
     node = distil_cfg.MODEL.KD[name.upper()]
     model = build_model(distil_cfg).train()

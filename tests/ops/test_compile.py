@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80 and sm_90 without a GPU, and spills next to no registers."""
+"""Every kernel compiles for sm_80 and sm_90 without a GPU, and spills almost no registers."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# In a process of its own: this one may have Triton's interpreter on.
+# Runs in a separate process, because this process may use Triton's interpreter.
 SCRIPT = '''
 import os, subprocess, sys, tempfile
 import triton, triton.language as tl
@@ -98,5 +98,5 @@ def test_kernels_compile_with_next_to_no_register_spills(arch):
     assert len(kernels) == 2 + 2 * 2 + 4 + 9
     for kernel in kernels:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", kernel)
-        # With Triton 3.8 none; with 3.6 ptxas gives up some bytes on sm_80 for a fourth block.
+        # Triton 3.8 spills none. With 3.6, ptxas spills some bytes on sm_80 to fit a fourth block.
         assert spills and max(map(int, spills)) <= 32, kernel

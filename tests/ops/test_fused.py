@@ -15,7 +15,7 @@ from fgbg_kd.ops import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# (N, C, level shapes): ones, primes, neither a multiple of a tile.
+# (N, C, level shapes): ones and primes, none of them a multiple of a tile.
 SHAPES = [
     (1, 1, [(1, 1)]),
     (2, 37, [(7, 11), (3, 5)]),
@@ -40,7 +40,7 @@ def layout(x, channels_last):
 
 
 def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
-    """Sum of weight * KL; cells of weight 0 are padding, all others background."""
+    """Sum of weight * KL. Cells of weight 0 are padding, and all other cells are background."""
     shapes = tuple(tuple(s.shape[2:]) for s in student)
     index = torch.where(weight != 0, BACKGROUND, PADDING).int()
     boxes = torch.zeros(len(weight), 1, 4, device=weight.device)
@@ -68,7 +68,7 @@ def run(function, student, upstream=0.7):
 
 
 def check(function, student, reference_inputs):
-    """Error at most twice that of plain PyTorch in the same dtype, plus a rounding unit."""
+    """The error is at most twice plain PyTorch's error in the same dtype, plus a rounding unit."""
     exact, exact_grads = run(lambda s: function(s, "torch", wide=True), reference_inputs)
     plain, plain_grads = run(lambda s: function(s, "torch"), student)
     fused, fused_grads = run(lambda s: function(s, "triton"), student)
@@ -137,6 +137,17 @@ def test_fused_cosine_does_not_read_cells_of_weight_zero_and_takes_zero_vectors(
     assert (grad[0, :, 0, 1] != 0).all()
 
 
+def test_weights_of_cells_may_lie_in_any_order_in_memory():
+    student, teacher = randn(2, 5, 2, 3, seed=1).float(), randn(2, 5, 2, 3, seed=2).float()
+    weight = make_weight("mixed", 6, 2).T
+    assert not weight.is_contiguous()
+    results = [
+        run(lambda s, i=impl: cosine_loss(s, [teacher], weight, i), [student])
+        for impl in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_the_same_input_gives_the_same_bits():
     student, teacher = randn(2, 9, 7, 5, seed=1).float(), randn(2, 9, 7, 5, seed=2).float()
     weight = make_weight("mixed", 2, 35)
@@ -146,7 +157,7 @@ def test_the_same_input_gives_the_same_bits():
 
 
 def test_cosine_operator_is_registered_soundly():
-    """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
+    """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
     from fgbg_kd.ops.cosine_triton import weighted_cosine
 
     arguments = (
@@ -211,7 +222,7 @@ def test_maps_may_be_cut_out_or_transposed(loss, cut):
     expected, (grad,) = run(lambda x: function(cut(x[0]).contiguous()), [wide])
     got, (cut_grad,) = run(lambda x: function(cut(x[0])), [wide])
     assert torch.equal(got, expected) and torch.equal(cut_grad, grad)
-    # A map that is one without being cut here.
+    # A map with the same strides, but not a slice.
     _, (own,) = run(lambda x: function(x[0]), [cut(wide)])
     assert torch.equal(own, cut(grad))
 
@@ -247,7 +258,7 @@ def predictions(
     """Random logits, and boxes of about 24 pixels near each cell, per level; N = 2.
 
     Args:
-        anchors: a cell, per level.
+        anchors: number of anchors per cell, per level.
     """
     logits, boxes = [], []
     for i, ((h, w), a, stride) in enumerate(zip(shapes, anchors, (8, 16))):
@@ -273,7 +284,7 @@ SCENE = {
 }
 
 
-# Pairwise: scene, dtype, layout, KL, boxes, anchors a cell on each level.
+# Pairwise: scene, dtype, layout, KL, boxes, anchors per cell on each level.
 PASS_CASES = [
     ("boxes", torch.float32, False, "sigmoid", True, (3, 3)),
     ("boxes", torch.bfloat16, True, "softmax", False, (3, 2)),
@@ -317,7 +328,7 @@ def test_one_pass_gives_the_qualities_and_the_kl(
 
 @pytest.mark.parametrize("with_boxes", [True, False])
 def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
-    """Three anchors against one: qualities by their own, the KL by the largest logit."""
+    """Three anchors and one: quality uses each one's anchors, the KL uses the largest logit."""
     boxes = [torch.tensor([[3.0, 3, 30, 40], [20, 20, 29, 29]], device=DEVICE)] * 2
     shapes = [(5, 6), (3, 3)]
     cells = split(boxes, [(40, 48), (33, 48)], shapes, [8, 16], assign="all", impl="torch")
@@ -340,6 +351,35 @@ def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
             expected = torch.where(cells.foreground, own, (1 - score.amax(1)) * cells.background)
             torch.testing.assert_close(quality, expected)
     assert cells.foreground.any() and (cells.box_index == PADDING).any()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_with_other_anchors_temperature_and_kind_reach_the_kl_and_quality_can_be_left_out(impl):
+    cells, classes, (student, _) = one_box_scene()
+    teacher = predictions((1, 1), 3, [(2, 3), (1, 2)], seed=80)
+    options = {"kl": "softmax", "temperature": 2.0, "quality": False, "impl": impl}
+    got = compare(student, teacher, cells, classes, 3, same_anchors=False, **options)
+    best = [[x.unflatten(1, (-1, 3)).amax(1) for x in maps[0]] for maps in (student, teacher)]
+    apart = [kl_divergence(s, t, 3, "softmax", 2.0).flatten(1) for s, t in zip(*best)]
+    expected = torch.where(cells.background, torch.cat(apart, dim=1), 0)
+    torch.testing.assert_close(got.kl, expected, rtol=1e-5, atol=1e-6)
+    assert got.student_quality is None and got.teacher_quality is None
+
+
+def test_what_is_not_said_is_the_sigmoid_kl_of_temperature_1_with_the_same_anchors():
+    cells, classes, both = one_box_scene()
+    said = {"kl": "sigmoid", "temperature": 1.0, "same_anchors": True, "quality": True}
+    plain, full = compare(*both, cells, classes, 3), compare(*both, cells, classes, 3, **said)
+    assert all(torch.equal(a, b) for a, b in zip(plain, full))
+
+
+def test_half_precision_is_compared_in_fp32():
+    cells, classes, both = one_box_scene()
+    half = [[[x.half() for x in maps] for maps in output] for output in both]
+    full = [[[x.float() for x in maps] for maps in output] for output in half]
+    got, expected = (compare(*x, cells, classes, 3, boxes=True, impl="torch") for x in (half, full))
+    assert all(x.dtype == torch.float32 for x in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
 def one_box_scene():
@@ -382,7 +422,7 @@ def test_the_losses_compile_without_a_graph_break():
 
 
 def test_the_comparison_is_registered_soundly():
-    """torch.library's own checks: schema, fake tensors, autograd, as torch.compile needs them."""
+    """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
     from fgbg_kd.ops import predictions_triton
 
     shapes = [(2, 2), (1, 1)]

@@ -1,4 +1,4 @@
-"""The gate and the quality that it compares, against values by hand."""
+"""The gate, and the qualities that it compares, against values computed by hand."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def upper_row():
 
 
 def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
-    """Against the same thing computed box by box with Detectron2's own functions."""
+    """Compares with the same quality, computed per box with Detectron2's functions."""
     torch.manual_seed(0)
     model = build_model(tiny_cfg()).eval()
     torch.nn.init.normal_(model.head.cls_score.weight, std=0.5)
@@ -79,6 +79,47 @@ def test_image_gate_averages_foreground_and_background_apart():
     student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.1]]), torch.tensor([[0.6, 0.2, 0.3, 0.2]])
     gate = teacher_gate(student, teacher, upper_row(), mode="image", margin=0.0)
     assert gate.tolist() == [[1, 1, 0, 0]]
+
+
+def test_background_does_not_count_for_the_first_object_nor_padding_for_the_background():
+    student = torch.full((1, 4), 0.5)
+    worse_below = torch.tensor([[0.6, 0.6, 0.0, 0.0]])
+    gate = teacher_gate(student, worse_below, upper_row(), mode="object", margin=0.0)
+    assert gate.tolist() == [[1, 1, 0, 0]]
+    box = [torch.tensor([[0.0, 0, 8, 8]])]
+    right_is_padding = split(box, [(16, 8)], [(2, 2)], [8], assign="all")
+    teacher = torch.tensor([[0.6, 0.0, 0.6, 0.0]])
+    gate = teacher_gate(student, teacher, right_is_padding, mode="image", margin=0.0)
+    assert gate.tolist() == [[1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("mode", ["object", "image"])
+def test_the_mean_of_a_group_is_of_its_own_cells_and_compared_with_the_margin(mode):
+    """Two cells by 0.2 and 0.1, so 0.15 on average, not 0.3."""
+    student, teacher = torch.full((1, 4), 0.5), torch.tensor([[0.7, 0.6, 0.5, 0.5]])
+    for margin, opened in ((0.14, 1), (0.16, 0)):
+        gate = teacher_gate(student, teacher, upper_row(), mode=mode, margin=margin)
+        assert gate.tolist() == [[opened, opened, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ((0, 0, 4, 4), (0, 0, 4, 4), 1.0),
+        ((0, 0, 4, 4), (2, 0, 6, 4), 1 / 3),
+        ((0, 0, 4, 4), (8, 8, 12, 12), 0.0),  # apart on both axes
+        ((0, 0, 0.5, 0.5), (0.25, 0, 0.75, 0.5), 1 / 3),  # under a pixel
+        ((3, 3, 3, 3), (3, 3, 3, 3), 0.0),  # both empty
+    ],
+)
+def test_the_quality_with_boxes_is_the_score_times_the_iou(a, b, expected):
+    owned = split([torch.tensor([b]).float()], [(8, 8)], [(1, 1)], [8], assign="all")
+    owned = owned._replace(
+        box_index=torch.zeros(1, 1, dtype=torch.int32), boxes=torch.tensor([[b]]).float()
+    )
+    logits, decoded = torch.zeros(1, 1, 1, 1), torch.tensor(a).float().reshape(1, 4, 1, 1)
+    got = prediction_quality([logits], owned, torch.zeros(1, 1, dtype=torch.long), 1, [decoded])
+    assert got.item() == pytest.approx(0.5 * expected)
 
 
 @pytest.mark.parametrize("mode", ["cell", "object", "image"])

@@ -1,4 +1,4 @@
-"""Cosine and KL: values by hand, other implementations, gradients in float64, extreme input."""
+"""Cosine and KL: values by hand, other implementations, float64 gradients, extreme inputs."""
 
 import math
 
@@ -105,6 +105,31 @@ def test_kl_gradient(kind, temperature):
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_a_temperature_divides_both_logits_and_its_square_multiplies_the_kl(kind, temperature):
+    s, t = randn(2, 6, 2, 2), randn(2, 6, 2, 2, seed=1)
+    expected = temperature**2 * kl_divergence(s / temperature, t / temperature, 3, kind)
+    torch.testing.assert_close(kl_divergence(s, t, 3, kind, temperature), expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
+    t = torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1)
+    weight = torch.ones(1, 1)
+    for length, expected in ((3e-6, 0.0), (3e-7, 1.0)):
+        short = length * t / 5
+        assert cosine_loss([short], [t], weight, impl).item() == pytest.approx(expected, abs=1e-4)
+        assert cosine_loss([t], [short], weight, impl).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_gradient_flows_into_teacher_or_weight():
+    s, t = randn(1, 3, 2, 2).requires_grad_(), randn(1, 3, 2, 2, seed=1).requires_grad_()
+    weight = randn(1, 4, seed=2).abs().requires_grad_()
+    cosine_loss([s], [t], weight).backward()
+    assert s.grad.abs().sum() > 0 and t.grad is None and weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_kl_of_equal_predictions_is_zero_and_else_positive(kind):
     s, t = randn(4, 6, 3, 3), randn(4, 6, 3, 3, seed=1)
     assert kl_divergence(s, s, 3, kind).abs().max() < 1e-12
@@ -127,7 +152,7 @@ def test_one_class_softmax_is_the_sigmoid():
 
 
 def test_small_kl_can_hide_a_large_angle():
-    """The thesis' observation: why the foreground is taught by direction, not by softmax."""
+    """An observation of the thesis. It is why the foreground uses cosine, not a softmax KL."""
     s, t = torch.tensor([10.0, 0, 0, 3.0]), torch.tensor([10.0, 0, 0, -3.0]) + 100
     kl = F.kl_div(s.log_softmax(0), t.log_softmax(0), log_target=True, reduction="sum")
     cosine = cosine_similarity(s.reshape(1, 4, 1, 1), t.reshape(1, 4, 1, 1)).item()

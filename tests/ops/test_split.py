@@ -1,4 +1,4 @@
-"""The split against a definition written with loops, over anything hypothesis can think of."""
+"""Compares the split with a definition in Python loops, on inputs that hypothesis generates."""
 
 import math
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs
 
 
 def owner_by_definition(boxes, image_size, shape, stride, here):
-    """Cell by cell, box by box: what `split` says in words."""
+    """The definition in the docstring of `split`, with one loop over cells and one over boxes."""
     height, width = image_size
     boxes = [
         (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
@@ -85,7 +85,7 @@ def test_split_is_its_definition(images, assign, strides):
 
 
 def home(box, size, strides):
-    """DeFeat's rule: stride 8 up to 112 pixels, 16 up to 224, 32 beyond."""
+    """DeFeat's rule: stride 8 under 112 pixels, 16 under 224, else the last level."""
     x0, x1 = (min(max(v, 0), size[1]) for v in (box[0], box[2]))
     y0, y1 = (min(max(v, 0), size[0]) for v in (box[1], box[3]))
     side = math.sqrt(max((x1 - x0) * (y1 - y0), 0))
@@ -150,11 +150,26 @@ def test_by_hand_two_images_of_different_size_in_one_batch():
     assert got.weight[0].reshape(4, 4)[0].tolist() == pytest.approx([1, 1 / 15, 1 / 15, 1 / 15])
 
 
-def test_of_equal_boxes_the_first_owns_the_cells():
-    boxes = [torch.tensor([[0.0, 0, 16, 16], [0, 0, 16, 16]])]
-    assert split(boxes, [(16, 16)], [(2, 2)], [8], assign="all").box_index.tolist() == [
-        [0, 0, 0, 0]
-    ]
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_of_equal_boxes_the_first_owns_the_cells(impl):
+    boxes = [torch.tensor([[0.0, 0, 16, 16], [0, 0, 16, 16]], device=DEVICE)]
+    got = split(boxes, [(16, 16)], [(2, 2)], [8], assign="all", impl=impl)
+    assert got.box_index.tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "width, height, level",
+    [(111, 112, 0), (112, 112, 1), (56, 224, 1), (223, 224, 1), (224, 224, 2), (500, 500, 2)],
+)
+def test_by_scale_a_box_is_on_stride_8_under_112_pixels_and_on_16_under_224(
+    impl, width, height, level
+):
+    box = [torch.tensor([[0.0, 0, width, height]], device=DEVICE)]
+    shapes = [(64, 64), (32, 32), (16, 16)]
+    got = split(box, [(512, 512)], shapes, [8, 16, 32], assign="scale", impl=impl)
+    on = [x.any().item() for x in got.foreground[0].split([h * w for h, w in shapes])]
+    assert on == [i == level for i in range(3)]
 
 
 def test_degenerate_outside_and_nan_boxes_own_nothing():
@@ -200,10 +215,22 @@ def test_owner_spreads_boxes_and_classes_to_their_cells():
     assert torch.equal(got.owner(got.boxes)[0, 3], boxes[0][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_boxes_of_any_type_of_numbers_are_compared_in_fp32(dtype):
+    boxes = torch.tensor([[0, 0, 8, 16], [8, 8, 16, 16]])
+    got, expected = (
+        split([b], [(16, 16)], [(2, 2)], [8], assign="all")
+        for b in (boxes.to(dtype), boxes.float())
+    )
+    assert got.boxes.dtype == torch.float32 and torch.equal(got.boxes, expected.boxes)
+    assert torch.equal(got.box_index, expected.box_index)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"gt_boxes": []}, "0 box lists for 1 images"),
+        ({"image_sizes": [(8, 8), (8, 8)]}, "1 box lists for 2 images"),
         ({"strides": [8, 16]}, "1 feature levels but 2 strides"),
         ({"assign": "some"}, "'all' or 'scale'"),
         ({"gt_boxes": [torch.zeros(3, 5)]}, r"shape \(3, 5\)"),

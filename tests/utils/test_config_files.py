@@ -1,4 +1,4 @@
-"""Configs: what is wrong is named with its place; what is right arrives; nothing else changes."""
+"""Configs: errors name the place, valid values are set, and nothing else changes."""
 
 import random
 
@@ -143,7 +143,7 @@ def flat(cfg, prefix=""):
 
 
 def small_cfg():
-    """A few of the groups that have FgBg's keys: every case copies them, so they must be few."""
+    """A few groups with FgBg's keys. Each case copies the config, so it must be small."""
     cfg = get_fgbg_kd_cfg()
     for key in [k for k in cfg if k not in ("VERSION", "MODEL", "DATASETS", "OUTPUT_DIR")]:
         del cfg[key]
@@ -192,7 +192,7 @@ def key(rng):
 
 
 def case(rng):
-    """The text of a config file: right values, wrong ones, or no YAML at all."""
+    """The text of a config file: valid values, invalid values, or invalid YAML."""
     kind = rng.randrange(3)
     if kind == 0:
         return yaml.safe_dump(nested(dict(rng.choice(RIGHT) for _ in range(rng.randint(1, 3)))))
@@ -215,7 +215,7 @@ def nested(pairs):
 
 
 def merges(path, content):
-    """Either a ConfigError, or exactly the named keys have changed, and kept their type."""
+    """False: a ConfigError was raised. True: only the named keys changed, and kept their type."""
     path.write_text(content)
     cfg = SMALL.clone()
     try:

@@ -1,4 +1,4 @@
-"""Files of runs that a kill has torn."""
+"""Files that are incomplete because a run was killed."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_a_torn_last_row_is_left_out_and_gives_way_to_the_next(tmp_path):
     assert read_rows(file) == [{"a": 1}, {"b": float("inf")}]
     add_row(file, {"d": 4})
     assert file.read_text() == '{"a": 1}\n{"b": Infinity}\n{"d": 4}\n'
-    file.write_text('{"a": 1}')  # whole, but for the end of its line
+    file.write_text('{"a": 1}')  # complete except for the newline
     add_row(file, {"b": 2})
     assert read_rows(file) == [{"a": 1}, {"b": 2}]
 

@@ -51,5 +51,5 @@ def test_a_name_that_no_font_has_becomes_its_number(monkeypatch, caplog):
     fonts._fonts_for.cache_clear()
     with caplog.at_level("WARNING", logger="fgbg_kd"), fonts.readable(["dog", "猫"]) as names:
         assert names == ["dog", "class 1"]
-    assert "No font here has the characters 猫" in caplog.text
+    assert "No installed font has the characters 猫" in caplog.text
     fonts._fonts_for.cache_clear()

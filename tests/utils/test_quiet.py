@@ -1,4 +1,4 @@
-"""What a tool prints of an error."""
+"""What a tool prints for an error."""
 
 import signal
 import subprocess

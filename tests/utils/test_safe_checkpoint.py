@@ -1,4 +1,4 @@
-"""Checkpoints of any origin: their numbers are read, and code in them never runs."""
+"""Checkpoints from any source: their numbers are read, and code in them never runs."""
 
 import collections
 import os
@@ -24,7 +24,7 @@ from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer, load_tensors
 
 
 class Payload:
-    """Makes a folder where it is unpickled by a reader that obeys."""
+    """Creates a folder when an unsafe reader unpickles it."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -78,7 +78,7 @@ def test_a_torch_whose_memory_a_file_can_corrupt_is_warned_of_once(
 
 
 def test_the_payload_runs_where_a_reader_obeys(tmp_path):
-    """Else the tests below would show nothing."""
+    """Otherwise the tests below would prove nothing."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
     assert (tmp_path / "ran").is_dir()
 
@@ -100,7 +100,7 @@ def test_a_pickle_cannot_run_code(tmp_path, marker, protocol):
 
 
 class _ObjectsFromBytes:
-    def __reduce__(self):  # numpy makes pointers of the bytes
+    def __reduce__(self):  # numpy uses the bytes as pointers
         return np.ndarray, ((1,), np.dtype("O"), b"\1" * 8)
 
 
@@ -130,7 +130,7 @@ def test_the_zoos_own_expressions_are_read_and_a_changed_copy_is_not(tmp_path, m
 
     text = open(model_zoo.get_config_file("Base-RetinaNet.yaml")).read()
     assert "!!python" in text
-    # As a checkout on Windows would have it.
+    # The line ends of a checkout on Windows.
     (tmp_path / "Base-RetinaNet.yaml").write_bytes(text.replace("\n", "\r\n").encode())
     leaf = tmp_path / "leaf.yaml"
     leaf.write_text("_BASE_: Base-RetinaNet.yaml\nMODEL: {DEVICE: cpu}\n")
@@ -174,7 +174,7 @@ def test_a_pickle_cannot_change_the_readers_own_functions(tmp_path, module, name
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 @pytest.mark.parametrize("name", ["a.pth", "a.pkl"])
 def test_weights_that_are_not_floating_point_are_refused(tmp_path, name, dtype):
-    """torch would round them without a word."""
+    """torch would round them without a warning."""
     weights = model().state_dict()
     weights["conv.weight"] = weights["conv.weight"].to(dtype)
     if name == "a.pkl":
@@ -223,7 +223,7 @@ def test_a_state_dict_alone_is_read_with_errors_that_name_the_key(tmp_path, mark
 def test_a_pickle_without_an_author_is_read(tmp_path):
     source, target = model(), model()
     state = collections.OrderedDict(arrays(source))
-    state._metadata = {"version": 1}  # as PyTorch's state dicts have it
+    state._metadata = {"version": 1}  # like PyTorch's state dicts
     SafeCheckpointer(target).load(write_pickle(tmp_path / "own.pkl", {"model": state}))
     assert all(torch.equal(target.state_dict()[k], v) for k, v in source.state_dict().items())
 

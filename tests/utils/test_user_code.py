@@ -47,7 +47,7 @@ def test_a_dotted_name_and_a_path_from_the_home_folder_are_taken(tmp_path, monke
 
 
 def test_its_functions_reach_processes_that_are_started_anew(tmp_path):
-    """As data loading processes may be: they import the module by its name."""
+    """Data loading processes may start like this: they import the module by its name."""
     module = import_user_module(write(tmp_path, "their_mapper.py", "def double(x): return 2 * x\n"))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(module.double, (4,)) == 8

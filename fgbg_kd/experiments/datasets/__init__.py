@@ -1,1 +1,1 @@
-"""Embedded data sets, made from files that ship inside published packages."""
+"""The embedded data sets and a pretrained backbone, made from files in published packages."""

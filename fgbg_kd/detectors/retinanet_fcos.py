@@ -1,0 +1,100 @@
+"""Views of Detectron2's own one-stage detectors, RetinaNet and FCOS."""
+
+from typing import Any
+
+import torch
+from detectron2.modeling import RetinaNet
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from ..utils.errors import DetectorError
+from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
+
+
+class _Detectron2View(DenseView):
+    """View of Detectron2's DenseDetector. It predicts class logits first, then box deltas."""
+
+    @property
+    def levels(self) -> list[FeatureLevel]:
+        shapes = self.detector.backbone.output_shape()
+        names = self.detector.head_in_features
+        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
+
+    @property
+    def cell_anchors(self) -> list[Tensor]:
+        return list(self.detector.anchor_generator.cell_anchors)
+
+    def head(self, features: Maps) -> Any:
+        return self.detector.head(features)
+
+    def class_logits(self, features: Maps) -> Maps:
+        head = self.detector.head
+        if type(head) not in (RetinaNetHead, FCOSHead):  # a user's head may work differently
+            return super().class_logits(features)
+        return [head.cls_score(head.cls_subnet(x)) for x in features]
+
+    def logits(self, raw: Any) -> Maps:
+        return raw[0]
+
+    def decode(self, features: Maps, raw: Any) -> Maps:
+        anchors = self.detector.anchor_generator(features)
+        return [self._decode(a.tensor, d) for a, d in zip(anchors, raw[1])]
+
+    def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        """(H*W*A, 4), (N, A*4, H, W) -> (N, A*4, H, W)."""
+        n, channels, h, w = deltas.shape
+        flat = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+        flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
+        boxes = self.detector.box2box_transform.apply_deltas(
+            flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1)
+        )
+        return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
+
+    def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
+        return {"class logits": output.raw[0], "box deltas": output.raw[1]}
+
+    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
+        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
+
+    @property
+    def suppression(self) -> dict[str, Any]:
+        return {
+            "score": self.detector.test_score_thresh,
+            "iou": self.detector.test_nms_thresh,
+            "limit": self.detector.max_detections_per_image,
+        }
+
+    def keep_classes(self, keep: list[int]) -> None:
+        conv = getattr(self.detector.head, "cls_score", None)
+        if not isinstance(conv, nn.Conv2d):
+            raise DetectorError(
+                f"The {type(self.detector.head).__name__} of the teacher has no convolution "
+                "cls_score from which classes can be removed: train it on the student's classes."
+            )
+        for name, _ in list(conv.named_parameters()):  # the weight, and the bias if there is one
+            per_class = getattr(conv, name).detach().unflatten(0, (-1, self.num_classes))
+            kept = per_class[:, keep].flatten(0, 1)  # (A*K, ...)
+            setattr(conv, name, nn.Parameter(kept, requires_grad=False))
+        conv.out_channels = len(conv.weight)
+        self.detector.num_classes = len(keep)
+
+
+@register_view(RetinaNet)
+class RetinaNetView(_Detectron2View):
+    """View of Detectron2's RetinaNet."""
+
+
+@register_view(FCOS)
+class FCOSView(_Detectron2View):
+    """View of Detectron2's FCOS. Centerness ranks detections; distillation does not use it."""
+
+    def scores(self, raw: Any) -> Maps:
+        logits, _, centerness = raw
+        return [self._ranked(x.sigmoid(), c.sigmoid()) for x, c in zip(logits, centerness)]
+
+    def _ranked(self, score: Tensor, centerness: Tensor) -> Tensor:
+        """(N, A*K, H, W), (N, A, H, W) -> (N, A*K, H, W)."""
+        per_class = score.unflatten(1, (-1, self.num_classes))
+        return (per_class * centerness[:, :, None]).sqrt().flatten(1, 2)
