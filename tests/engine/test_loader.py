@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer
-from fgbg_kd.engine.loader import ResumableLoader
+from fgbg_kd.engine.loader import ResumableLoader, allow_many_open_files
 from fgbg_kd.utils.errors import ConfigError
 
 
@@ -88,3 +88,14 @@ def test_the_order_of_images_is_the_seeds_whatever_was_drawn_before(data_cfg):
         return list(itertools.islice(FgBgTrainer.build_train_loader(data_cfg).sampler, 24))
 
     assert order() == order()
+
+
+def test_a_loader_may_open_more_files_than_a_low_limit_allows():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+        allow_many_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
