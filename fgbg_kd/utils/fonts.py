@@ -17,7 +17,8 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
     """Context in which Matplotlib draws the given names; without it, Chinese names are squares.
 
     Yields:
-        The names. One that no installed font can draw becomes "class 3", after its place.
+        The names. One that no installed font can draw becomes "class 3", after its place. A dollar
+        sign is escaped: Matplotlib would take the text between two of them for a formula.
 
     Example::
 
@@ -27,6 +28,7 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
     names = [str(name) for name in names]
     families, undrawable = _fonts_for(frozenset("".join(names)))
     replaced = [f"class {i}" if undrawable & set(name) else name for i, name in enumerate(names)]
+    replaced = [name.replace("$", r"\$") for name in replaced]
     with matplotlib.rc_context({"font.sans-serif": families}):
         yield replaced
 
