@@ -1,6 +1,7 @@
 """Checks of single values of a config, which Detectron2 would refuse in words of its own."""
 
 import difflib
+import logging
 
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
@@ -8,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _LEAST = {
     "SOLVER.MAX_ITER": 1,
@@ -38,6 +41,11 @@ def check_values(cfg: CfgNode | DictConfig) -> None:
     if isinstance(cfg, CfgNode):
         _check_schedule(cfg.SOLVER)
         _check_names(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            logger.warning(
+                "TEST.AUG.ENABLED is ignored: Detectron2 has test-time augmentation for two-stage "
+                "detectors only. AP is that of the image as it is."
+            )
 
 
 def _value(cfg: CfgNode | DictConfig, key: str):

@@ -53,3 +53,10 @@ def test_a_schedule_that_detectron2_does_not_know_is_refused_with_those_it_knows
     cfg.SOLVER.LR_SCHEDULER_NAME = "Cosine"
     with pytest.raises(ConfigError, match="LR_SCHEDULER_NAME is 'Cosine'.*WarmupCosineLR"):
         FgBgTrainer.build_lr_scheduler(cfg, None)
+
+
+def test_it_is_told_that_there_is_no_test_time_augmentation(caplog):
+    cfg = get_fgbg_kd_cfg()
+    cfg.TEST.AUG.ENABLED = True
+    check_values(cfg)
+    assert "TEST.AUG.ENABLED is ignored" in caplog.text
