@@ -32,7 +32,7 @@ setup(
         "pycocotools",
         "setuptools",
         "tabulate",
-        "tensorboard",
+        "tensorboard>=2.21",  # older ones import pkg_resources, which setuptools 82 removed
         "timm>=1.0.9",
     ],
     extras_require={

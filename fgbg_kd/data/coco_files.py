@@ -10,9 +10,10 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, DataError
 from .classes import match_categories, names_of, training_classes
 from .image_files import check_images
+from .images import too_narrow
 from .validation import read_coco
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def register_datasets(cfg: CfgNode, training: bool = True) -> None:
         classes = training_classes(cfg) if part == "TEST" else None
         shapes = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON
         _register(names[0], path, images, part, classes, shapes)
+        _check_proportions(names[0], part, cfg.INPUT[f"MAX_SIZE_{part}"])
 
 
 def _check_paths(path: str, images: str, part: str) -> None:
@@ -58,6 +60,17 @@ def _check_paths(path: str, images: str, part: str) -> None:
     ):
         if not exists:
             raise ConfigError(f"DATASETS.{part}_{key} is {value!r}: there is no such {kind}.")
+
+
+def _check_proportions(name: str, part: str, longest: int) -> None:
+    narrow = [r for r in DatasetCatalog.get(name) if too_narrow(r["height"], r["width"], longest)]
+    if narrow:
+        raise DataError(
+            f"{len(narrow)} images of {name} are too narrow, such as {narrow[0]['file_name']} with "
+            f"{narrow[0]['width']}x{narrow[0]['height']} pixels: if the longer side is reduced to "
+            f"INPUT.MAX_SIZE_{part} {longest}, the shorter one has no pixel. Cut them into parts, "
+            "or remove them from the JSON file."
+        )
 
 
 def _register(

@@ -53,6 +53,21 @@ def read_image(path: str, order: str) -> np.ndarray:
         raise DataError(f"{path} is damaged, or is not an image ({error}).") from error
 
 
+def too_narrow(height: int, width: int, longest: int) -> bool:
+    """Whether an image has no pixel left across when its longer side is reduced to ``longest``."""
+    return longest * min(height, width) < max(height, width) / 2
+
+
+def has_frames(image: Image.Image) -> bool:
+    """Whether an image has several frames or pages, of which only the first is read."""
+    if image.format == "MPO":  # a photo of a phone with a small copy of itself
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a damaged file can raise anything; reading it will tell
+        return False
+
+
 def too_large(error: Image.DecompressionBombError) -> str:
     """The message for an image that Pillow refuses because of its size."""
     fact = str(error).partition(", could be")[0]

@@ -41,13 +41,24 @@ def read_coco(path: str, *, training: bool) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, str(error)) from error
     except (ValueError, RecursionError) as error:
+        if "BOM" in str(error):
+            raise _not_utf8(path, "it begins with a byte order mark") from error
         raise DataError(
             f"{path} is not a complete JSON file ({error}): it is damaged or was cut off. Download "
             "or create it again."
         ) from error
     check_coco(content, path, training=training)
     return content
+
+
+def _not_utf8(path: str, why: str) -> DataError:
+    return DataError(
+        f"{path} is not plain UTF-8 text ({why}). pycocotools could not read it either. Save it as "
+        "UTF-8 without a byte order mark (an editor's or PowerShell's option utf8NoBOM)."
+    )
 
 
 def check_coco(content, path: str, *, training: bool) -> None:
@@ -68,6 +79,9 @@ def check_coco(content, path: str, *, training: bool) -> None:
         _check_evaluated(annotations, path)
     _check_boxes(content, path, training)
     _count_unusable_shapes(annotations, path)
+    _count_repeated_boxes(annotations, path)
+    if training:
+        _name_classes_without_boxes(content, path)
 
 
 def _check_entries(content: dict, path: str, training: bool) -> None:
@@ -112,6 +126,14 @@ def _check_references(content: dict, path: str) -> None:
         "categories with a name that repeats",
         "rename or remove the duplicates",
         [c for c in content["categories"] if count[c["name"]] > 1],
+    )
+    count = Counter(i["file_name"] for i in content["images"])
+    _refuse(
+        path,
+        "images with a file_name that repeats",
+        "list each file once, and give all of its annotations that image_id: an entry with a part "
+        "of the objects teaches that the others are background",
+        [i for i in content["images"] if count[i["file_name"]] > 1],
     )
     _refuse(
         path,
@@ -267,6 +289,30 @@ def _count_unusable_shapes(annotations: list[dict], path: str) -> None:
         logger.warning(
             f"{path}: {masks} annotations have a segmentation and {keypoints} have keypoints that "
             "are not valid COCO format. Their boxes are still used."
+        )
+
+
+def _count_repeated_boxes(annotations: list[dict], path: str) -> None:
+    boxes = Counter((a["image_id"], a["category_id"], *a["bbox"]) for a in annotations)
+    repeated = sum(boxes.values()) - len(boxes)
+    if repeated:
+        logger.warning(
+            f"{path}: {repeated} of {len(annotations)} annotations repeat another one (same image, "
+            "class and box). COCO's evaluation counts each as an object of its own, which lowers "
+            "AP: remove them."
+        )
+
+
+def _name_classes_without_boxes(content: dict, path: str) -> None:
+    used = {a["category_id"] for a in content["annotations"]}
+    unused = [c["name"] for c in content["categories"] if c["id"] not in used]
+    if unused:
+        shown = ", ".join(map(repr, unused[:10])) + (", ..." if len(unused) > 10 else "")
+        logger.warning(
+            f"{path}: {len(unused)} of {len(content['categories'])} classes have no annotation "
+            f"({shown}). The detector gets an output for each and cannot learn it. If it is only "
+            "the heading of a group, as in an export of Roboflow, remove it from the list "
+            '"categories" of all files.'
         )
 
 

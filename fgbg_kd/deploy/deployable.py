@@ -110,9 +110,10 @@ def _candidates(of: DenseView, boxes: Tensor, scores: Tensor) -> tuple[Tensor, T
     Returns:
         boxes (M, 4), scores (M,), classes (M,).
     """
-    scores = scores[0].flatten(1).unflatten(0, (-1, of.num_classes))  # (A, K, HW)
+    # reshape, not unflatten: the ONNX exporter would write the example's sizes into the file.
+    scores = scores[0].reshape(-1, of.num_classes, scores[0, 0].numel())  # (A, K, HW)
     scores = scores.permute(2, 0, 1).flatten()  # in Detectron2's order: cells, anchors, classes
-    boxes = boxes[0].flatten(1).unflatten(0, (-1, 4)).permute(2, 0, 1).reshape(-1, 4)
+    boxes = boxes[0].reshape(-1, 4, boxes[0, 0].numel()).permute(2, 0, 1).reshape(-1, 4)
     # A tensor, so that tracing records the minimum.
     count = torch.as_tensor(scores.shape[0]).clamp(max=of.candidates_per_level)
     scores, index = scores.topk(count)

@@ -90,7 +90,7 @@ def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
     for part in ("TRAIN", "TEST"):
         path, found = cfg.DATASETS[f"{part}_JSON"], []
         if os.path.isfile(path):
-            found = json.loads(Path(path).read_text())["categories"]
+            found = json.loads(Path(path).read_text(encoding="utf-8"))["categories"]
         elif path:
             problems.append(f"DATASETS.{part}_JSON {path} does not exist")
         elif cfg.DATASETS[part]:

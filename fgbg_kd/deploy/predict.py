@@ -1,6 +1,8 @@
 """Runs a detector on images, folders and videos. Draws detections and writes COCO's JSON."""
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from ..data.classes import match_categories
-from ..data.images import read_image
+from ..data.images import has_frames, read_image
 from ..data.validation import read_coco
 from ..utils.errors import DataError, DeployError
 from .run import coco_results, detect, draw, open_detector
 
 _IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_GREY_ONLY = {".pbm", ".pgm"}  # OpenCV writes no colours into these
 
 
 class Summary(NamedTuple):
@@ -56,7 +59,9 @@ def predict(
         DeployError, ConfigError, CheckpointError: no input is processed, or a file cannot be
             written.
     """
-    found = find(inputs)
+    if not 0 <= score <= 1:
+        raise DeployError(f"--score is {score:g}: give a number from 0 to 1, such as 0.5.")
+    found = find(inputs, say)
     drawn_to = targets(found, output) if output else {}
     written = [*drawn_to.values(), *filter(None, [results])]
     check_not_overwritten(found, written)
@@ -121,9 +126,15 @@ class _Run:
     def image(self, file: Path, place: Path, image_id: int | str) -> None:
         try:
             pixels = read_image(str(file), "RGB")
+            with Image.open(file) as opened:
+                if has_frames(opened):
+                    self.say(f"{file} has several frames or pages: only the first one is used.")
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error}") from error
-        drawn = self.see(pixels, image_id)
+        try:
+            drawn = self.see(pixels, image_id)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
         if drawn is not None and not cv2.imwrite(str(self.drawn_to[place]), drawn):
             raise DeployError(f"{self.drawn_to[place]} cannot be written.")
         self.progress(f"{self.images} images, {self.detections} detections: {file}")
@@ -150,23 +161,28 @@ class _Run:
             )
 
 
-def find(paths: list[Path]) -> dict[Path, Path]:
+def find(paths: list[Path], say: Callable[[str], None] = print) -> dict[Path, Path]:
     """Finds the images and videos in a list of files and folders.
+
+    Hidden files of a folder (".DS_Store", "._photo.jpg" of macOS) are left out.
+
+    Args:
+        say: gets a line about other files of a folder that are left out.
 
     Returns:
         The file for each place in the output. The place is the file's name, or its path relative to
         the given folder.
 
     Raises:
-        DeployError: a path does not exist, or two files have the same place.
+        DeployError: a path does not exist, a folder has no image, or two files have the same place.
     """
     found = {}
     for path in paths:
         if not path.exists():
-            raise DeployError(f"{path}: there is no such file or folder.")
-        inside = [path]
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_image(p)]
+            stream = re.match(r"\w+:/", str(path)) or str(path).isdecimal()
+            hint = " Cameras and URLs are not read: save the video or image to a file first."
+            raise DeployError(f"{path}: there is no such file or folder.{hint * bool(stream)}")
+        inside = images_in(path, say) if path.is_dir() else [path]
         for file in inside:
             place = file.relative_to(path if path.is_dir() else path.parent)
             if place in found:
@@ -178,16 +194,42 @@ def find(paths: list[Path]) -> dict[Path, Path]:
     return found
 
 
+def images_in(folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """The images below a folder, also behind symbolic links to folders, in alphabetical order.
+
+    Raises:
+        DeployError: there are none.
+    """
+    images, others, entered = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(place))
+        folders[:] = [  # a link to a folder above would never end
+            name for name in folders if os.path.realpath(os.path.join(place, name)) not in entered
+        ]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            (images if path.is_file() and is_image(path) else others).append(path)
+    if others:
+        shown = ", ".join(str(p.relative_to(folder)) for p in sorted(others)[:3])
+        say(
+            f"{folder}: {len(others)} files are left out, because they are no images: {shown}"
+            f"{', ...' * (len(others) > 3)}. Give a video by its own name."
+        )
+    if not images:
+        raise DeployError(f"{folder}: there is no image in this folder.")
+    return sorted(images)
+
+
 def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
     """The output file for each place.
 
-    An image keeps its name, but a format that OpenCV cannot write becomes PNG. A video becomes MP4.
+    An image keeps its name, but a format in which OpenCV writes no colours becomes PNG. A video
+    becomes MP4.
     """
     found = {}
     for place, file in inputs.items():
         if not is_image(file):
             place_drawn = place.with_suffix(".mp4")
-        elif cv2.haveImageWriter(place.name):
+        elif cv2.haveImageWriter(place.name) and place.suffix.lower() not in _GREY_ONLY:
             place_drawn = place
         else:
             place_drawn = place.with_suffix(".png")

@@ -14,8 +14,9 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
+from ..data.images import too_narrow
 from ..detectors.dense import channel_order
-from ..utils.errors import DeployError
+from ..utils.errors import DataError, DeployError
 from ..utils.fonts import readable
 from .deployable import OUTPUTS, in_order, suppress
 from .export import FORMATS, METADATA, load_for_deployment, need
@@ -115,7 +116,17 @@ def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[
 
 
 def resized(image: np.ndarray, about: dict) -> np.ndarray:
-    """Resizes an image (H, W, 3) to the size that the detector takes."""
+    """Resizes an image (H, W, 3) to the size that the detector takes.
+
+    Raises:
+        DataError: it is so narrow that it would have no pixel across.
+    """
+    height, width = image.shape[:2]
+    if not about["input_size"] and too_narrow(height, width, about["max_size"]):
+        raise DataError(
+            f"An image of {width}x{height} pixels is too narrow: if the longer side is reduced to "
+            f"{about['max_size']}, the shorter one has no pixel. Cut it into parts."
+        )
     if about["input_size"]:
         return ResizeTransform(*image.shape[:2], *about["input_size"]).apply_image(image)
     resize = ResizeShortestEdge(about["min_size"], about["max_size"])

@@ -10,6 +10,7 @@ from detectron2 import engine
 from detectron2.utils import comm
 
 from ..utils.errors import ConfigError
+from .loader import allow_many_open_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def launch(main: Callable, args) -> None:
 
         launch(main, default_argument_parser().parse_args())
     """
+    allow_many_open_files()
     if "LOCAL_RANK" in os.environ:
         _join()
         main(args)

@@ -28,6 +28,7 @@ from ..teacher import check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths
+from ..utils.config_values import check_values
 from ..utils.errors import ConfigError
 from .checkpointer import RunCheckpointer, last_checkpoint
 from .hooks import beside_detector, detector_of, run_hooks
@@ -59,6 +60,7 @@ def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = Fals
         _check_key(cfg, override.partition("=")[0])
     cfg = LazyConfig.apply_overrides(cfg, list(opts))
     expand_paths(cfg)
+    check_values(cfg)
     if cfg.train.log_period < 1:
         raise ConfigError(f"train.log_period is {cfg.train.log_period}: set it to at least 1.")
     cfg.train.seed = run_seed(cfg.train.get("seed", -1), cfg.train.output_dir, resume)

@@ -88,6 +88,7 @@ class ResumableLoader:
         self.sampler = sampler
         self.num_workers = num_workers
         self.start = 0
+        allow_many_open_files()
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator function: this code runs when the first batch is requested, not before.
@@ -109,6 +110,23 @@ class ResumableLoader:
             if len(bucket) == self.batch_size:
                 yield bucket[:]
                 bucket.clear()
+
+
+def allow_many_open_files() -> None:
+    """Raises this process's limit of open files as far as a user may, to 65536 at most.
+
+    Loading processes keep a file open for each tensor that they send. At the limit (1024 on many
+    systems) they fail in a thread of their own, and the training would wait for them for ever.
+    """
+    try:
+        import resource
+    except ImportError:  # not on Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a system may set a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave_interrupts_to_the_training(_worker: int) -> None:

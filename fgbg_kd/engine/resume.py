@@ -126,7 +126,19 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
 
     Raises:
         OutputDirError: the processes found different checkpoints.
+        ConfigError: the checkpoint has more iterations than the run shall have.
     """
+    if start > end:
+        raise ConfigError(
+            f"--resume: the checkpoint in {output_dir} has done {start} iterations, and the run "
+            f"ends at {end}. Set SOLVER.MAX_ITER (train.max_iter) over {start} to train on, or use "
+            "--eval-only to evaluate."
+        )
+    if resume and 0 < start == end:
+        logger.warning(
+            f"The run has done all of its {end} iterations: it is only evaluated. To train on, set "
+            "a larger SOLVER.MAX_ITER (train.max_iter)."
+        )
     starts = sorted(set(comm.all_gather(start)))
     if len(starts) > 1:
         raise OutputDirError(

@@ -19,6 +19,7 @@ from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
+from ..utils.config_values import check_values
 from ..utils.errors import ConfigError, TeacherError
 from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
@@ -54,6 +55,7 @@ def read_config(config_file: str, opts: list[str] = ()):
     merge_yaml(cfg, config_file)
     merge_overrides(cfg, opts)
     expand_paths(cfg)
+    check_values(cfg)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         # Logged once, because a tool may read many configs.
         log_first_n(
@@ -159,6 +161,16 @@ class FgBgTrainer(DefaultTrainer):
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
             params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
         )
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except ValueError as error:
+            raise ConfigError(
+                f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, and Detectron2 "
+                f"cannot build this schedule ({error}): use WarmupMultiStepLR or WarmupCosineLR."
+            ) from error
 
     @classmethod
     def build_train_loader(cls, cfg):

@@ -1,5 +1,7 @@
 """Reads YAML configs of any origin: they cannot run code, and errors name the key."""
 
+import ast
+import contextlib
 import difflib
 import os
 import re
@@ -123,6 +125,8 @@ class _HarmlessYaml(CN):
                 "train_net.py, visualize.py and replay.py take Python configs."
             )
         try:  # Detectron2 calls this method again for every _BASE_
+            with cls._open_cfg(filename) as file:
+                _check_repeated_keys(yaml.compose(file, yaml.SafeLoader), filename)
             loaded = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
         except yaml.constructor.ConstructorError as error:
             raise ConfigError(
@@ -142,6 +146,28 @@ class _HarmlessYaml(CN):
         if not isinstance(loaded, dict):
             raise _no_config(filename)
         return loaded
+
+
+def _check_repeated_keys(node: yaml.Node | None, filename: str) -> None:
+    """PyYAML would silently keep only the last of two groups of the same name."""
+    nodes, seen = [node], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            nodes += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            nodes.append(value)
+            name, line = str(key.value), key.start_mark.line + 1
+            if name != "<<" and lines.setdefault(name, line) != line:
+                raise ConfigError(
+                    f"{filename}: the key {name} stands in line {lines[name]} and again in line "
+                    f"{line}. Only one of the two would be used: put their values together."
+                )
 
 
 def _no_config(filename: str) -> ConfigError:
@@ -178,6 +204,33 @@ def _check(cfg: CN, new: dict, source: str, prefix: str) -> None:
             _check(cfg[key], value, source, f"{name}.")
         elif isinstance(cfg[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
             new[key] = float(value)
+        else:
+            new[key] = _as(cfg[key], value, name, source)
+
+
+def _as(default, value, name: str, source: str):
+    """A value that yacs takes for a key with this default: yacs reads the text "2024" as a number.
+
+    Raises:
+        ConfigError: one value where several are needed, or a number or a date where text is needed.
+    """
+    read = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            read = ast.literal_eval(value)
+    if isinstance(default, (tuple, list)) and isinstance(read, (str, int, float)):
+        raise ConfigError(
+            f"{source}: {name} takes several values, and {read!r} is one: write ({read!r},) with "
+            "the comma."
+        )
+    if not isinstance(default, str) or read is None or isinstance(read, (str, tuple, list)):
+        return value
+    if isinstance(value, str):  # of the command line, or in quotes: it is kept as it was written
+        return repr(value)
+    raise ConfigError(
+        f"{source}: {name} is text, and YAML reads {value} as a {type(value).__name__}: put it in "
+        f'quotes, such as "{value}".'
+    )
 
 
 def _is_zoo_file(filename: str) -> bool:

@@ -21,6 +21,7 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
     Yields:
         The names. A name that no installed font can draw is replaced by its index, such as
         "class 3".
+        A dollar sign is escaped: Matplotlib would take the text between two of them for a formula.
 
     Example::
 
@@ -30,6 +31,7 @@ def readable(names: Sequence[str]) -> Iterator[list[str]]:
     names = [str(name) for name in names]
     families, undrawable = _fonts_for(frozenset("".join(names)))
     replaced = [f"class {i}" if undrawable & set(name) else name for i, name in enumerate(names)]
+    replaced = [name.replace("$", r"\$") for name in replaced]
     with matplotlib.rc_context({"font.sans-serif": families}):
         yield replaced
 

@@ -72,10 +72,55 @@ def test_a_truncated_file(data, size):
         data.register_file()
 
 
-def test_bytes_that_are_no_text(data):
-    data.path.write_bytes(b"\xff\xfe\x00" * 9)
-    with pytest.raises(DataError, match="not a complete JSON file"):
-        data.register_file()
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "gbk"])
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+def test_a_file_in_another_encoding_is_refused_with_how_to_save_it(data, encoding, part):
+    data.content["categories"][0]["name"] = "\u65b9\u5757"
+    text = json.dumps(data.content, ensure_ascii=False)
+    data.path.write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="not plain UTF-8 text .*Save it as UTF-8 without"):
+        data.register_file(part)
+
+
+def test_an_image_that_is_listed_twice_is_refused(data):
+    data.content["images"].append(data.content["images"][2] | {"id": 99})
+    with pytest.raises(DataError, match=r"2 images with a file_name that repeats \(ids 2, 99\)"):
+        data.register()
+
+
+def test_boxes_that_repeat_are_counted(data, caplog):
+    data.content["annotations"] += [a | {"id": a["id"] + 50} for a in data.content["annotations"]]
+    data.register()
+    assert "6 of 12 annotations repeat another one" in caplog.text
+
+
+def test_a_class_without_boxes_is_named(data, caplog):
+    data.content["categories"].append({"id": 0, "name": "shapes", "supercategory": "none"})
+    data.register()
+    assert "1 of 3 classes have no annotation ('shapes')" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["images\\{}.png", "images/{}.png", "{}.PNG", "C:\\x\\{}.png"])
+def test_a_missing_file_is_looked_for_by_the_end_of_its_name(data, name):
+    for i in data.content["images"]:
+        i["file_name"] = name.format(i["id"])
+    with pytest.raises(DataError, match=r"no such file, but there is 0.png.*its file_name"):
+        data.register()
+
+
+@pytest.mark.parametrize("part", ["TRAIN", "TEST"])
+def test_an_image_that_would_have_no_pixel_across_is_refused(data, part):
+    Image.new("RGB", (3000, 1)).save(data.image(0))
+    data.content["images"][0] |= {"width": 3000, "height": 1}
+    with pytest.raises(DataError, match=rf"3000x1 pixels.*INPUT.MAX_SIZE_{part} 1333"):
+        data.register(part)
+
+
+def test_images_with_several_frames_are_counted(data, caplog):
+    first = Image.open(data.image(0))
+    first.save(data.image(0), save_all=True, append_images=[Image.new("RGB", first.size)])
+    data.register()
+    assert "1 of 4 images" in caplog.text and "several frames" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])

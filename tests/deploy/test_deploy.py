@@ -75,6 +75,22 @@ def test_a_file_detects_what_pytorch_does_in_other_sizes_than_the_example(onnx_f
     assert_same(model, exported, about)
 
 
+@pytest.mark.parametrize("name", ("RetinaNet", "FCOS"))
+@pytest.mark.parametrize("example", ((160, 200), (33, 40)))
+def test_an_onnx_file_has_as_many_candidates_as_pytorch_in_any_size(name, example, tmp_path):
+    """The number of cells in a level belongs to the image, not to the example (pytorch 71695)."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model, about = variant(name)
+    path = str(tmp_path / "a.onnx")
+    deploy.export(model, about, path, photo(*example), nms_inside=False)
+    exported, deployable = deploy.ExportedDetector(path), deploy.Deployable(model, False)
+    for size in ((33, 40), (64, 64), (400, 64), (160, 200)):
+        image = photo(*size)
+        expected = [len(x) for x in deployable(torch.tensor(image))]
+        assert [len(x) for x in exported.run(image)] == expected
+
+
 @pytest.mark.parametrize(
     "name, file, nms_inside",
     (

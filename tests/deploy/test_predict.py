@@ -158,8 +158,65 @@ def test_what_cannot_be_read_or_written_is_named(fake, tmp_path, monkeypatch):
     said.clear()
     with pytest.raises(DataError, match="2 of 3 inputs could not be read"):
         predict("x.pt", [damaged], results=results, say=said.append)
+    assert "1 files are left out, because they are no images: notes.txt" in said.pop(0)
     assert [("torn.png" in x or "empty.jpg" in x) and "damaged" in x for x in said] == [True] * 2
     assert {r["image_id"] for r in json.loads(results.read_text())} == {"good.png"}
+
+
+def test_a_folder_gives_all_of_its_images_and_names_what_is_left_out(fake, tmp_path):
+    folder, other, said = tmp_path / "folder", tmp_path / "other", []
+    for path in (folder / "a.png", other / "b.png"):
+        path.parent.mkdir()
+        Image.fromarray(photo(64, 80)).save(path)
+    (folder / "linked").symlink_to(other)
+    (other / "endless").symlink_to(folder)
+    (folder / "._a.png").write_bytes(b"metadata of macOS")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    film(folder / "film.avi")
+    found = predict("x.pt", [folder], output=tmp_path / "out", say=said.append)
+    assert found.images == 2 and (tmp_path / "out" / "linked" / "b.png").is_file()
+    (line,) = said
+    assert "2 files are left out, because they are no images: film.avi, gone.png" in line
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DeployError, match="there is no image in this folder"):
+        predict("x.pt", [tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("name", ["an.gif", "an.webp", "an.png", "an.tiff"])
+def test_frames_that_are_not_used_are_told(fake, tmp_path, name):
+    first, second = (Image.fromarray(photo(64, 80, seed)) for seed in range(2))
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    said = []
+    assert predict("x.pt", [tmp_path / name], say=said.append).images == 1
+    assert said == [f"{tmp_path / name} has several frames or pages: only the first one is used."]
+
+
+@pytest.mark.parametrize("source", ["0", "rtsp://10.0.0.1/live", "https://a.org/bus.jpg"])
+def test_cameras_and_urls_are_refused_with_what_to_do(source):
+    with pytest.raises(DeployError, match="Cameras and URLs are not read: save"):
+        predict("x.pt", [Path(source)])
+
+
+@pytest.mark.parametrize("score", [50, 1.5, -1, float("nan")])
+def test_a_score_outside_0_to_1_is_refused(score, tmp_path):
+    with pytest.raises(DeployError, match="give a number from 0 to 1"):
+        predict("x.pt", [tmp_path], score=score)
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000)])
+def test_an_image_that_is_too_narrow_is_named_and_left_out(fake, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "thin.png")
+    said = []
+    with pytest.raises(DataError, match="1 of 1 inputs"):
+        predict("x.pt", [tmp_path / "thin.png"], say=said.append)
+    assert "thin.png" in said[0] and "too narrow" in said[0]
+
+
+@pytest.mark.parametrize("name", ["a.pgm", "a.pbm"])
+def test_a_picture_for_grey_formats_is_drawn_as_png(fake, tmp_path, name):
+    Image.new("1" if name == "a.pbm" else "L", (80, 64)).save(tmp_path / name)
+    predict("x.pt", [tmp_path / name], output=tmp_path / "out")
+    assert (tmp_path / "out" / "a.png").is_file()
 
 
 def test_the_tool_ends_with_one_line_about_a_wrong_config(tmp_path, monkeypatch):

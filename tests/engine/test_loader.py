@@ -17,6 +17,7 @@ from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.loader import (
     ResumableLoader,
     _leave_interrupts_to_the_training,
+    allow_many_open_files,
     derived_seed,
     random_numbers,
 )
@@ -142,3 +143,14 @@ def test_the_order_of_images_is_the_seeds_whatever_was_drawn_before(data_cfg):
         return list(itertools.islice(FgBgTrainer.build_train_loader(data_cfg).sampler, 24))
 
     assert order() == order()
+
+
+def test_a_loader_may_open_more_files_than_a_low_limit_allows():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+        allow_many_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

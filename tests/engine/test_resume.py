@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.checkpointer import RunCheckpointer
 from fgbg_kd.engine.resume import IterationState, begin, run_seed, seed_iteration, warm_up
-from fgbg_kd.utils.errors import OutputDirError
+from fgbg_kd.utils.errors import ConfigError, OutputDirError
 
 
 class Killed(Exception):
@@ -262,3 +262,8 @@ def test_processes_that_are_killed_end_as_one_that_is_not(distil_cfg, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill  1, saving: model_" in done.stdout  # there was something to resume from
     assert "bit for bit" in done.stdout
+
+
+def test_a_run_that_has_more_iterations_than_it_shall_have_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has done 9 iterations, and the run ends at 5.*MAX_ITER"):
+        begin(9, 5, None, str(tmp_path), 7, True)

@@ -38,6 +38,12 @@ def merge_text(tmp_path, text):
         ("_BASE_: c.yaml", "_BASE_ leads back to the file itself"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml cannot be read"),
         ("VERSION: 1", "VERSION 1; VERSION 2 is needed"),
+        ("MODEL: {WEIGHTS: a}\nSEED: 1\nMODEL: {DEVICE: cpu}", "MODEL stands in line 1 .*line 3"),
+        ("SOLVER:\n  BASE_LR: 1.0\n  BASE_LR: 2.0", "BASE_LR stands in line 2 .*line 3"),
+        ('DATASETS: {TRAIN: ("mine")}', r"TRAIN takes several values.*write \('mine',\)"),
+        ("INPUT: {MIN_SIZE_TRAIN: 640}", r"MIN_SIZE_TRAIN takes several .*write \(640,\)"),
+        ("OUTPUT_DIR: 20240101", "OUTPUT_DIR is text, and YAML reads .*put it in quotes"),
+        ("OUTPUT_DIR: 2024-01-01", "OUTPUT_DIR is text, and YAML reads .*put it in quotes"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
@@ -243,3 +249,10 @@ def test_fuzzed_configs_are_refused_or_merged_exactly(tmp_path):
         except Exception as error:
             raise AssertionError(f"seed {seed}: {content}") from error
     assert cases / 10 < merged < cases * 9 / 10
+
+
+def test_a_number_is_text_where_text_is_needed(tmp_path):
+    assert merge_text(tmp_path, 'OUTPUT_DIR: "010"').OUTPUT_DIR == "010"
+    cfg = get_fgbg_kd_cfg()
+    merge_overrides(cfg, ["OUTPUT_DIR", "20240101", "MODEL.WEIGHTS", "1e3"])
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("20240101", "1e3")

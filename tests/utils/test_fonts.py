@@ -5,6 +5,7 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fgbg_kd.utils import fonts
@@ -53,3 +54,17 @@ def test_a_name_that_no_font_has_becomes_its_number(monkeypatch, caplog):
         assert names == ["dog", "class 1"]
     assert "No installed font has the characters 猫" in caplog.text
     fonts._fonts_for.cache_clear()
+
+
+@pytest.mark.parametrize("name", ("Ba$$in", "$T_2#$", "cost $5 or $6", "US$"))
+def test_a_dollar_sign_is_drawn_as_such(name):
+    """Two of them would make a formula, which fails or loses its signs (matplotlib 20266)."""
+
+    def drawn(text, **options):
+        canvas = FigureCanvasAgg(Figure((2, 1)))
+        canvas.figure.text(0.1, 0.5, text, **options)
+        canvas.draw()
+        return bytes(canvas.buffer_rgba())
+
+    with fonts.readable([name]) as (shown,):
+        assert drawn(shown) == drawn(name, parse_math=False)
