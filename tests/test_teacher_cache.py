@@ -1,5 +1,7 @@
 """The teacher's cache: equal losses, fewer teacher passes, and an error if images change."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_batch
@@ -9,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from fgbg_kd.data import register_datasets
 from fgbg_kd.detectors.dense import DenseOutput
 from fgbg_kd.engine import FgBgTrainer
-from fgbg_kd.teacher_cache import TeacherCache
+from fgbg_kd.teacher_cache import TeacherCache, check_fixed_input
 
 
 def build(cfg, cache):
@@ -68,6 +70,25 @@ def test_other_pixels_or_another_padding_are_not_taken_for_the_same_image(distil
     flipped = [{**small[0], "image": small[0]["image"].flip(2)}]
     with pytest.raises(ValueError, match="TEACHER.CACHE needs .*small.png has other pixels"):
         losses_of(cached, flipped)
+
+
+def test_a_new_image_behind_a_known_one_gets_its_own_outputs():
+    cache = TeacherCache()
+    inputs = torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, 3, 2, 2)
+    batch = [{"image": x, "file_name": str(i)} for i, x in enumerate(inputs)]
+
+    def run(x):
+        return DenseOutput([10 * x])
+
+    for part in (batch[:1], batch, batch):
+        got = cache(run, inputs[: len(part)], part)
+        assert torch.equal(got.features[0], 10 * inputs[: len(part)])
+
+
+def test_an_unknown_augmentation_is_refused_whatever_its_attributes():
+    other = SimpleNamespace(short_edge_length=(64,))
+    with pytest.raises(ValueError, match="TEACHER.CACHE needs"):
+        check_fixed_input(SimpleNamespace(augmentations=SimpleNamespace(augs=[other])))
 
 
 def test_what_is_kept_is_a_copy_that_later_changes_do_not_reach():

@@ -146,6 +146,14 @@ def test_sets_that_are_registered_in_python_are_compared_too():
         check_num_classes(cfg, 80)
 
 
+def test_a_class_with_a_similar_name_is_renamed_and_neither_added_nor_removed():
+    categories = [{"id": 1, "name": "squares"}, {"id": 2, "name": "stripe"}]
+    with pytest.raises(DataError) as error:
+        match_categories(["square", "stripe"], categories, "val.json")
+    advice = str(error.value).splitlines()[-1]
+    assert advice == "Change val.json: rename 'squares' to 'square'."
+
+
 def test_a_set_without_names_is_skipped():
     cfg = tiny_cfg()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("nameless_train",), ("named_test",)

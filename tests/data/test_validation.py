@@ -411,6 +411,14 @@ def test_a_hundred_objects_of_a_class_in_an_image_are_no_limit_and_crowds_do_not
     assert "more than 100" not in caplog.text
 
 
+@pytest.mark.parametrize("number, end", [(5, r"5\)"), (6, r"5, \.\.\.\)")])
+def test_of_more_than_five_faults_the_message_names_five(data, number, end):
+    for a in data.content["annotations"][:number]:
+        a["ignore"] = 1
+    with pytest.raises(DataError, match=rf"\(ids 1, 2, 3, 4, {end}: use"):
+        read_coco_of(data, training=True)
+
+
 def test_an_area_of_0_and_the_largest_that_counts_are_taken(data):
     for area in (0, 1e10):
         data.content["annotations"][0]["area"] = area

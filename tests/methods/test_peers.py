@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from fgbg_kd import METHOD_REGISTRY, Batch, DenseOutput
 from fgbg_kd.config import method_defaults
 from fgbg_kd.methods import build_method
+from fgbg_kd.methods.adapters import build_adapters
 
 PEERS = sorted(name for name, _ in METHOD_REGISTRY if name != "FgBg")
 
@@ -83,6 +84,13 @@ PUBLISHED = {
 def test_defaults_are_the_published_options_for_one_stage_detectors(name):
     options = method_defaults(name)
     assert {k: options[k] for k in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (5, 3)])
+def test_a_student_narrower_or_wider_than_the_teacher_gets_a_1x1_convolution(channels):
+    (phi,), (same,) = (build_adapters([channels[0]], [c]) for c in (channels[1], channels[0]))
+    assert phi(torch.zeros(1, channels[0], 2, 2)).shape == (1, channels[1], 2, 2)
+    assert phi.kernel_size == (1, 1) and isinstance(same, torch.nn.Identity)
 
 
 def test_mimic_is_the_mean_squared_error_of_each_level():
