@@ -191,9 +191,9 @@ def test_the_commands_of_the_readme_do_what_it_says(coco, tmp_path, monkeypatch)
 # What the README says about the checkpoint; each sentence is followed to the letter.
 PROMISES = (
     "The checkpoint holds the student's tensors under Detectron2's own names.",
-    "The student above needs `import fgbg_kd` to be built",
-    "A student with a backbone of Detectron2, and a config without this package's keys, loads in "
-    "stock Detectron2.",
+    "The student above has a timm backbone, so your code must `import fgbg_kd`.",
+    "Stock Detectron2 loads a student that has a Detectron2 backbone and a config without this "
+    "package's keys.",
 )
 LOAD = """
 import sys

@@ -165,7 +165,7 @@ def test_a_batch_is_padded_below_and_at_the_right_to_the_height_and_width_wanted
 def test_one_size_bounds_height_and_width_each(size):
     view = input_view(size=(16, 32))
     assert padded(view, torch.zeros(1, 3, 16, 32), [(16, 32)]).shape[-2:] == (16, 32)
-    with pytest.raises(TeacherError, match=f"16x32 pixels, and an image has {size[0]}x{size[1]}"):
+    with pytest.raises(TeacherError, match=f"16x32 pixels, but an image has {size[0]}x{size[1]}"):
         padded(view, torch.zeros(1, 3, *size), [size])
 
 

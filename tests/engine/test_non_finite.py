@@ -70,7 +70,7 @@ def test_the_file_replays_to_the_same_losses_and_the_same_words(
     monkeypatch.setattr(sys, "argv", ["replay.py", "--config-file", str(config), str(path)])
     runpy.run_path(str(ROOT / "tools" / "replay.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert message.split("replay.py). ")[1] in printed
+    assert message.split("use tools/replay.py. ")[1] in printed
     for x in batch:
         assert f"{x['file_name']}: {len(x['instances'])} boxes" in printed
     assert "loss_cls: nan" in printed and "loss_kd_fg: " in printed
