@@ -71,11 +71,7 @@ def predict(
         content = read_coco(str(ids), training=False)
         image_ids = image_ids_in(ids, content, found)
         category_ids = category_ids_in(ids, content, about)
-    if score < (lowest := about["suppression"]["score"]):
-        say(
-            f"--score {score:g}: the detector itself leaves out scores of {lowest:g} and less. For "
-            "more detections, lower SCORE_THRESH_TEST in its config and export it again."
-        )
+    _warn_if_below_detector(score, about["suppression"]["score"], say)
     for path in written:
         path.parent.mkdir(parents=True, exist_ok=True)
     if results:
@@ -89,6 +85,14 @@ def predict(
     if unread:
         raise DataError(f"{unread} of {len(found)} inputs could not be read, see above.")
     return Summary(run.images, run.detections)
+
+
+def _warn_if_below_detector(score: float, lowest: float, say: Callable[[str], None]) -> None:
+    if score < lowest:
+        say(
+            f"--score {score:g}: the detector itself leaves out scores of {lowest:g} and less. For "
+            "more detections, lower SCORE_THRESH_TEST in its config and export it again."
+        )
 
 
 class _Run:

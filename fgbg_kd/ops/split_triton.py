@@ -16,6 +16,17 @@ BLOCK = 256
 
 
 @triton.jit
+def _fitting_level(area, levels, LEVELS: tl.constexpr):
+    """The first level whose stride is over sqrt(area) / 14, else the last."""
+    side = tl.sqrt_rn(tl.maximum(area, 0.0))
+    level = tl.zeros([area.shape[0]], tl.int32)
+    for i in tl.static_range(LEVELS - 1):
+        bound = tl.load(levels + i * 4 + 2).to(tl.float32) * 14
+        level += (side >= bound).to(tl.int32)
+    return level
+
+
+@triton.jit
 def box_index_kernel(
     boxes,  # (N, B, 4) fp32
     sizes,  # (N, 2) fp32: height, width
@@ -57,12 +68,7 @@ def box_index_kernel(
         area = (x1 - x0) * (y1 - y0)
         here = (number & (x1 > x0) & (y1 > y0)) & exists
         if SCALE:
-            home = same
-            side = tl.sqrt_rn(tl.maximum(area, 0.0))
-            for i in tl.static_range(LEVELS - 1):
-                bound = tl.load(levels + i * 4 + 2).to(tl.float32) * 14
-                home += (side >= bound).to(tl.int32)
-            here = here & (home == level)
+            here = here & (_fitting_level(area, levels, LEVELS) == level)
         inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
         # tiny: the box contains no cell centre of this level. It is enough to check the first
         # centre at or after the box's upper left corner.
