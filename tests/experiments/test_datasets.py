@@ -520,7 +520,7 @@ def test_help_shows_an_example():
     assert "tools/prepare_data.py scenes" in result.stdout
 
 
-def test_the_tool_names_the_mend_and_makes_nothing(tmp_path):
+def test_the_tool_names_the_repair_and_makes_nothing(tmp_path):
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "thesis.txt").write_text("mine")
     result = run_tool("digits", "--out", tmp_path)
