@@ -13,8 +13,7 @@ from small import detector, from_function, grey_cfg, photo, variant
 
 from fgbg_kd import deploy
 from fgbg_kd.deploy import checks
-from fgbg_kd.detectors import register_view
-from fgbg_kd.detectors import RetinaNetView
+from fgbg_kd.detectors import RetinaNetView, register_view
 from fgbg_kd.utils.errors import CheckpointError
 
 SIZES = ((72, 90), (64, 131), (33, 40))

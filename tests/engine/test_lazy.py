@@ -205,7 +205,7 @@ def test_what_breaks_evaluation_stops_the_run_before_the_first_step(
 @pytest.mark.parametrize(
     "override, error, message",
     [
-        ("train.checkpointer.period=0", ConfigError, "train.checkpointer.period is 0: .* at least 1"),
+        ("train.checkpointer.period=0", ConfigError, "checkpointer.period is 0: .* least 1"),
         ("train.log_period=0", ConfigError, "train.log_period is 0: .* at least 1"),
         (
             "model.student.head_in_features=[p3,p4,p9]",
