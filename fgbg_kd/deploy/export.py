@@ -59,6 +59,8 @@ def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
             False: number the classes and log a warning.
 
     Returns:
+        A dictionary with these keys.
+
         - "categories": COCO's [{"id", "name"}, ...] in the order of the classes' numbers.
         - "min_size", "max_size": an image is resized so that its shorter side is "min_size". If its
           longer side would exceed "max_size", the longer side is "max_size" (INPUT.MIN_SIZE_TEST,

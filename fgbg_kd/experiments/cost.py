@@ -96,6 +96,8 @@ def cost(model: nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
         runs: number of calls. The time is their median.
 
     Returns:
+        A dictionary with these keys.
+
         - "parameters_m": millions of parameters.
         - "gflops": of backbone and head, by fvcore. A multiply-add is one FLOP. Of a two-stage
           detector, only backbone and RPN are counted: the cost of the box head depends on the
