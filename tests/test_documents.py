@@ -426,6 +426,7 @@ def test_the_tables_of_results_are_those_of_their_rows(name, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("*.jsonl")), ids=str)
+@pytest.mark.slow
 def test_a_published_row_has_a_method_options_and_keys_of_today(file):
     for row in read_rows(file):
         name = row["method"].split()[0]
@@ -444,6 +445,7 @@ def test_no_slow_import_comes_before_that_of_quiet(tool):
 
 
 @pytest.mark.parametrize("moment", ("importing", "training"))
+@pytest.mark.slow
 def test_ctrl_c_ends_training_without_a_stack_trace(moment, coco, tmp_path):
     cfg = tiny_cfg(coco)
     cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"

@@ -125,6 +125,7 @@ def test_a_dense_detector_without_a_view_is_refused_with_the_page(monkeypatch):
         view(Unknown())
 
 
+@pytest.mark.slow
 def test_train_net_and_compare_take_a_users_module(tmp_path, distil_cfg):
     """The method is selected by its name, and the table lists it with its key."""
     (tmp_path / "l1.py").write_text(METHOD)

@@ -100,12 +100,14 @@ def golden():
 
 
 @pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
+@pytest.mark.slow
 def test_the_first_three_iterations_have_the_recorded_losses(kind, golden, tmp_path):
     for found, expected in zip(first_losses(tmp_path, kind == "FCOS"), golden[kind], strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", PEERS)
+@pytest.mark.slow
 def test_each_method_has_the_recorded_losses_and_gradients_on_one_batch(method, golden, tmp_path):
     assert one_batch(tmp_path, method) == pytest.approx(golden[method], rel=1e-5)
 

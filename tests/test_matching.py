@@ -310,6 +310,7 @@ def test_names_that_are_not_one_a_class_of_the_student_name_nothing():
 
 
 @pytest.mark.parametrize("source", ["key", "file", "registered set"])
+@pytest.mark.slow
 def test_the_teachers_names_come_from_key_file_or_registered_set(
     coco, distil_cfg, tmp_path, source
 ):

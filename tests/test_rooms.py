@@ -14,6 +14,7 @@ CORE = [f for f in FILES if "experiments" not in f.parts]
 LARGEST_KERNEL = "predictions_triton.py"
 
 
+@pytest.mark.slow
 def test_the_core_never_imports_experiments():
     """A process that builds a distiller does not import fgbg_kd.experiments."""
     code = (
@@ -86,6 +87,7 @@ def test_no_function_of_the_core_is_over_60_lines_and_no_file_over_350():
 
 
 @pytest.mark.parametrize("name", ["RetinaNet", "FCOS"])
+@pytest.mark.slow
 def test_one_file_knows_the_detectors_by_name(name):
     """Code outside detectors/ never names RetinaNet or FCOS. Docstrings may name them."""
     known = []

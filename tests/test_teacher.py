@@ -67,6 +67,7 @@ def test_a_pkl_in_the_zoos_format_is_loaded_whole(tmp_path, teacher_files):
     assert all(torch.equal(v, saved[k]) for k, v in teacher.detector.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_lazy_py_config_names_an_fcos_teacher_that_gates_a_retinanet(tmp_path, distil_cfg):
     """A small version of Detectron2's own FCOS. It has a lazy config, but is not registered."""
     text = """
@@ -228,6 +229,7 @@ def test_the_names_of_another_number_of_classes_are_not_the_teachers(tmp_path, c
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
+@pytest.mark.slow
 def test_acceleration_changes_the_output_by_rounding_only(tmp_path, norm):
     """Detectron2's ResNet with random statistics. GroupNorm stays unchanged."""
     cfg = tiny_cfg()
@@ -309,6 +311,7 @@ def test_a_zoo_config_without_zoo_weights_is_named():
         build_teacher("COCO-Detection/fcos_R_50_FPN_1x.py")
 
 
+@pytest.mark.slow
 def test_a_zoo_name_takes_the_zoos_config_and_any_weights(tmp_path):
     """RetinaNet R50 by name, with random weights in a file."""
     from detectron2 import model_zoo

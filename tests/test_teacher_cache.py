@@ -32,6 +32,7 @@ def losses_of(model, batch):
 
 
 @pytest.mark.parametrize("method", ["FgBg", "PKD"])
+@pytest.mark.slow
 def test_losses_are_the_same_and_the_second_epoch_runs_no_teacher(distil_cfg, method):
     distil_cfg.MODEL.KD.METHOD = method
     (plain, all_seen), (cached, seen) = build(distil_cfg, False), build(distil_cfg, True)

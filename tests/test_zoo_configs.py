@@ -117,6 +117,7 @@ def load_small(path, coco_like, folder):
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=name_of)
+@pytest.mark.slow
 def test_a_config_trains_a_step(path, coco_like, tmp_path):
     cfg = load_small(path, coco_like, tmp_path)
     distils = cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller"
@@ -142,6 +143,7 @@ def test_a_config_trains_a_step(path, coco_like, tmp_path):
     assert not torch.equal(detector.head.cls_score.weight, before)
 
 
+@pytest.mark.slow
 def test_the_python_config_trains_a_step(coco_like, tmp_path):
     cfg = load_lazy_config(str(FOLDER / "lazy_retinanet_R101_3x_to_R50_1x.py"))
     assert cfg.train.output_dir.endswith("/lazy_retinanet_R101_3x_to_R50_1x")
@@ -210,6 +212,7 @@ def same(teacher, saved):
 
 
 @pytest.mark.parametrize("kind", ["pkl", "pkl matched by name", "pth", "pth of tensors alone"])
+@pytest.mark.slow
 def test_detectron2s_own_names_load_whole(detector, kind, tmp_path):
     _, config, saved = detector
     arrays = {k: v.numpy() for k, v in saved.items()}

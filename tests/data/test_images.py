@@ -52,6 +52,7 @@ def save(path, kind: str, orientation: int) -> bool:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Pillow warns about old formats
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.slow
 def test_every_reader_sees_the_same_upright_pixels_in_all_orientations(kind, tmp_path):
     mapper = NamingMapper(tiny_cfg(), False)
     mapper.augmentations.augs.clear()

@@ -535,6 +535,7 @@ def test_exif_that_turns_against_the_recorded_size(data):
 # --- one class ---
 
 
+@pytest.mark.slow
 def test_one_class_is_learnt_with_either_kl(data, distil_cfg, tmp_path):
     from conftest import save_teacher, train
 
@@ -589,6 +590,7 @@ def odd_value(rng):
     )
 
 
+@pytest.mark.slow
 def test_fuzzed_files_are_refused_or_read_whole(tmp_path):
     """A file that passes the checks is read without an error. No box is lost or moved."""
     good = json.dumps(Data(tmp_path).content)

@@ -61,12 +61,14 @@ def in_python(model, about, nms_inside=True):
 
 
 @pytest.mark.parametrize("name", ("RetinaNet", "BGR", "crowded", "FCOS", "grey"))
+@pytest.mark.slow
 def test_a_deployable_detects_what_the_detector_does(name):
     model, about = variant(name)
     for nms_inside in (True, False):
         assert_same(model, in_python(model, about, nms_inside), about)
 
 
+@pytest.mark.slow
 def test_a_file_detects_what_pytorch_does_in_other_sizes_than_the_example(onnx_file):
     model, about, path = onnx_file
     exported = deploy.ExportedDetector(path)
@@ -76,6 +78,7 @@ def test_a_file_detects_what_pytorch_does_in_other_sizes_than_the_example(onnx_f
 
 @pytest.mark.parametrize("name", ("RetinaNet", "FCOS"))
 @pytest.mark.parametrize("example", ((160, 200), (33, 40)))
+@pytest.mark.slow
 def test_an_onnx_file_has_as_many_candidates_as_pytorch_in_any_size(name, example, tmp_path):
     """The number of cells in a level belongs to the image, not to the example (pytorch 71695)."""
     pytest.importorskip("onnxruntime")
@@ -100,6 +103,7 @@ def test_an_onnx_file_has_as_many_candidates_as_pytorch_in_any_size(name, exampl
         ("grey", "a.onnx", True),
     ),
 )
+@pytest.mark.slow
 def test_so_does_a_file_of_another_kind(name, file, nms_inside, tmp_path):
     if file.endswith(".onnx"):
         pytest.importorskip("onnxruntime")
@@ -177,6 +181,7 @@ def test_suppress_keeps_classes_apart_and_boxes_beyond_the_border():
 
 
 @pytest.mark.parametrize("mode", ("static", "dynamic"))
+@pytest.mark.slow
 def test_int8_is_smaller_and_detects_about_the_same(mode, onnx_file, tmp_path):
     model, about, source = onnx_file
     output = tmp_path / "int8.onnx"
@@ -253,6 +258,7 @@ def test_ids_that_the_data_do_not_give_are_not_made_up(content, tmp_path, caplog
     assert "COCO ids are not known" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_good_file_stays_until_the_new_one_is_checked(tmp_path, monkeypatch):
     (model, about), file = variant("RetinaNet"), tmp_path / "a.pt"
     file.write_bytes(b"good")

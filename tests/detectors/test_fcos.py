@@ -18,6 +18,7 @@ def losses_of(model, batch):
         return model.train()(batch)
 
 
+@pytest.mark.slow
 def test_the_defaults_are_the_zoos_lazy_config():
     """Same names, same initial weights, same losses, same detections."""
     cfg = get_fgbg_kd_cfg()

@@ -33,6 +33,7 @@ def light_cfg(name, weights="", freeze=False):
 
 
 @pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.slow
 def test_light_backbones_give_p3_to_p7_and_learn(name):
     backbone = build_backbone(light_cfg(name))
     strides = [8, 16, 32, 64, 128]
@@ -48,6 +49,7 @@ def test_light_backbones_give_p3_to_p7_and_learn(name):
 
 
 @pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.slow
 def test_the_maps_are_the_timm_models_own_with_the_weights_of_the_file(name, tmp_path):
     """Compares with the classifier's forward_intermediates, which does not use features_only."""
     whole = timm.create_model(name, pretrained=False).eval()
@@ -64,6 +66,7 @@ def test_the_maps_are_the_timm_models_own_with_the_weights_of_the_file(name, tmp
 
 
 @pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.slow
 def test_frozen_norms_keep_statistics_and_affine_in_training(name):
     backbone = build_backbone(light_cfg(name, freeze=True)).bottom_up.train()
     norms = {k for k in backbone.state_dict() if k.endswith("running_mean")}
@@ -81,6 +84,7 @@ def test_frozen_norms_keep_statistics_and_affine_in_training(name):
 
 
 @pytest.mark.parametrize("name, mean", [("resnet18", 0.485), ("tf_efficientnet_lite0", 0.5)])
+@pytest.mark.slow
 def test_a_warning_gives_the_input_that_the_weights_want(name, mean, tmp_path, caplog):
     """With the keys that the warning names, there is no warning, and the input equals timm's."""
     path = str(tmp_path / "w.pth")
@@ -144,6 +148,7 @@ def test_random_weights_take_any_input(caplog):
         ),
     ],
 )
+@pytest.mark.slow
 def test_unusable_models_and_weights_are_named_with_the_key(name, weights, message, tmp_path):
     if weights == "mobilenet":
         weights = str(tmp_path / "mobilenet.pth")
@@ -209,6 +214,7 @@ def trained(backbone):
         ("convnext_atto", 3, "body.stages_2.downsample.0"),
     ],
 )
+@pytest.mark.slow
 def test_freeze_at_freezes_all_that_its_map_is_computed_from(name, at, first_trained):
     plain, frozen = (TimmBackbone(name, ["res3", "res4", "res5"], freeze_at=x) for x in (0, at))
     assert trained(plain) == {k for k, _ in plain.named_parameters()}
@@ -226,6 +232,7 @@ def test_freeze_at_freezes_all_that_its_map_is_computed_from(name, at, first_tra
     assert {k.rsplit(".", 1)[0] for k in changed} <= stages
 
 
+@pytest.mark.slow
 def test_freezing_draws_no_random_numbers():
     states = []
     for at in (0, 2):
@@ -243,6 +250,7 @@ def test_freezing_draws_no_random_numbers():
         ("TIMM", -1, r"MODEL.TIMM.FREEZE_AT: timm's resnet18 has the maps .* \['res-1'\]"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_freeze_at_is_refused_with_the_right_key(key, value, message):
     cfg = light_cfg("resnet18")
     cfg.MODEL[key].FREEZE_AT = value

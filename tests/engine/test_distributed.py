@@ -141,6 +141,7 @@ def of_two(two):
 
 @pytest.mark.parametrize("case", BOXES)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_two_processes_of_four_images_give_the_gradients_of_one_with_eight(
     yaml, of_two, method, case
 ):
@@ -180,6 +181,7 @@ def torchrun(cfg, folder) -> subprocess.Popen:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_lost_worker_and_ends_the_same(run_cfg, two, tmp_path):
     whole, killed = two / "whole", tmp_path / "killed"
     agent = torchrun(run_cfg, killed)

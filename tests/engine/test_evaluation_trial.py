@@ -39,6 +39,7 @@ def test_a_test_image_that_cannot_be_read_is_named_at_once(coco, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", ["plain", "distilled"])
+@pytest.mark.slow
 def test_the_trial_changes_nothing_in_the_training(kind, coco, distil_cfg, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     warm_up(4)  # so that runs in this process round alike

@@ -49,6 +49,7 @@ def test_before_the_first_step_the_log_tells_teacher_student_and_keys(distil_cfg
     assert f"Student RetinaNet: {student:.2f} M parameters" in text
 
 
+@pytest.mark.slow
 def test_the_first_batchs_shares_are_logged_and_a_good_teacher_is_not_warned_of(
     distil_cfg, tmp_path, caplog
 ):
@@ -58,6 +59,7 @@ def test_the_first_batchs_shares_are_logged_and_a_good_teacher_is_not_warned_of(
     assert WARNING not in text
 
 
+@pytest.mark.slow
 def test_a_teacher_that_finds_nothing_is_warned_of_once(distil_cfg, tmp_path, caplog):
     text = messages(distil_cfg, tmp_path / "run", caplog, -20.0, 20)
     assert text.count(WARNING) == 1 and "it was better on 0.0% of the foreground" in text
@@ -75,6 +77,7 @@ def test_batches_without_objects_have_no_share_and_a_share_of_zero_counts(distil
         assert "kd/fg_better" not in storage.latest() and "kd/bg_better" in storage.latest()
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_is_not_judged_anew(distil_cfg, tmp_path, caplog):
     make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 2).train()
     trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 20)
@@ -86,6 +89,7 @@ def test_a_run_that_resumes_is_not_judged_anew(distil_cfg, tmp_path, caplog):
     assert "First batch" not in caplog.text and WARNING not in caplog.text
 
 
+@pytest.mark.slow
 def test_without_a_gate_nothing_is_said(distil_cfg, tmp_path, caplog):
     distil_cfg.MODEL.KD.METHOD = "PKD"
     assert "First batch" not in messages(distil_cfg, tmp_path / "run", caplog, -20.0, 20)

@@ -105,6 +105,7 @@ def saved(folder, name="model_final"):
     return torch.load(folder / f"{name}.pth", weights_only=False)
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, recorded, tmp_path):
     """With the same seed: the same initial weights, images, augmentation and steps."""
     warm_up(4)
@@ -124,6 +125,7 @@ def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, r
         assert all(torch.equal(v, yamls[part][k]) for k, v in ours[part].items())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(config, recorded, tmp_path):
     warm_up(4)
     run(config, "train.max_iter=5", f"train.output_dir={tmp_path / 'whole'}")
@@ -143,6 +145,7 @@ def test_where_there_is_nothing_to_resume_a_run_starts(config, tmp_path):
     assert saved(tmp_path / "lazy")["iteration"] == 0
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_the_plain_students_and_evaluation_needs_no_teacher(config, tmp_path):
     run(config)
     path = str(tmp_path / "lazy" / "model_final.pth")
@@ -156,6 +159,7 @@ def test_the_checkpoint_is_the_plain_students_and_evaluation_needs_no_teacher(co
         assert all(torch.equal(v, state[k]) for k, v in plain.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_path):
     warm_up(4)
     run(config)
@@ -167,6 +171,7 @@ def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_
     assert not all(torch.equal(v, averaged["model"][k]) for k, v in own.items())
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_method(config, recorded):
     run(config, "model.method.fg_weight=0", "model.method.gate=off", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg", "loss_kd_bg"}
@@ -220,6 +225,7 @@ def test_what_breaks_evaluation_stops_the_run_before_the_first_step(
         ("train.init_checkpoint=/nowhere.pth", CheckpointError, "init_checkpoint. is '/nowhere"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_with_its_key(config, override, error, message, recorded):
     with pytest.raises(error, match=message):
         run(config, override)
@@ -258,6 +264,7 @@ def test_a_distilled_students_python_config_can_be_a_teacher(config, tmp_path):
     assert type(teacher.detector).__name__ == "RetinaNet" and teacher.class_names == list(CLASSES)
 
 
+@pytest.mark.slow
 def test_the_tool_takes_python_configs(config, tmp_path):
     path = tmp_path / "lazy" / "model_final.pth"
     tool = runpy.run_path(str(ROOT / "tools" / "train_net.py"))
@@ -305,6 +312,7 @@ def test_a_cache_wants_images_that_do_not_change(config, tmp_path):
     run(config, "model.teacher.cache=True", short, "train.max_iter=1")
 
 
+@pytest.mark.slow
 def test_an_open_seed_is_drawn_once_and_few_checkpoints_stay(config, tmp_path):
     keep = "train.checkpointer.max_to_keep"
     few = ["train.seed=-1", "train.checkpointer.period=1", f"{keep}=2"]
@@ -344,6 +352,7 @@ def test_the_pages_python_config_and_command_are_read(tmp_path):
     assert cfg.dataloader.test.mapper.image_format == "BGR"
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_by_a_python_config(config, tmp_path, monkeypatch):
     student = instantiate(student_model(load_lazy_config(config).model))
     torch.save({"model": student.state_dict()}, tmp_path / "student.pth")

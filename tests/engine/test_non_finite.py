@@ -55,6 +55,7 @@ def test_the_first_step_stops_with_term_level_and_images_and_takes_no_step(disti
     assert all(torch.equal(now[k], spoil.before[k]) for k in weights)
 
 
+@pytest.mark.slow
 def test_the_file_replays_to_the_same_losses_and_the_same_words(
     distil_cfg, tmp_path, monkeypatch, capsys
 ):
@@ -96,6 +97,7 @@ def test_of_several_processes_none_runs_the_model_again(distil_cfg, tmp_path, mo
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.slow
 def test_nan_and_both_infinities_stop_a_run(coco, tmp_path, value):
     trainer = make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "plain", 1)
     trainer.train()
@@ -166,6 +168,7 @@ def test_losses_are_read_once(coco, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_half_precision_trains_and_is_near_fp32(distil_cfg, dtype):
     model = build_model(distil_cfg).train()
     terms = []
@@ -197,6 +200,7 @@ def zero_features(model):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("extreme", [large_logits, zero_features])
+@pytest.mark.slow
 def test_extremes_stay_finite(distil_cfg, extreme, dtype):
     model = build_model(distil_cfg).train()
     extreme(model)
@@ -208,6 +212,7 @@ def test_extremes_stay_finite(distil_cfg, extreme, dtype):
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_huge_image_beside_a_tiny_one_stays_finite(distil_cfg):
     model = build_model(distil_cfg).train()
     sizes = (8192, 64), (8, 8)

@@ -32,6 +32,7 @@ def copied(module):
     return {k: v.clone() for k, v in module.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_many_sizes_crop_and_flip_give_both_trainings_the_same_images(coco, distil_cfg, tmp_path):
     seen = {}
     for name, config in (("plain", tiny_cfg(coco)), ("distilled", distil_cfg)):
@@ -53,6 +54,7 @@ def test_many_sizes_crop_and_flip_give_both_trainings_the_same_images(coco, dist
     assert row["loss_kd_fg"] > 0 and row["loss_kd_bg"] > 0
 
 
+@pytest.mark.slow
 def test_clipping_bounds_the_step_of_every_parameter(cfg, tmp_path):
     cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY = 0.0, 0.0
     largest = {}
@@ -98,6 +100,7 @@ def mix(average, weights, decay):
     }
 
 
+@pytest.mark.slow
 def test_evaluation_and_checkpoint_have_the_average_of_the_weights_that_train(cfg, tmp_path):
     """The average does not change the training."""
     own, history = make_trainer(FgBgTrainer, cfg, tmp_path / "own", 4), []
@@ -126,6 +129,7 @@ def test_evaluation_and_checkpoint_have_the_average_of_the_weights_that_train(cf
     assert any(not torch.equal(v, trained[k]) for k, v in saved["model"].items())
 
 
+@pytest.mark.slow
 def test_a_plain_detector_loads_the_average(coco, distil_cfg, tmp_path):
     distil_cfg.SOLVER.EMA_DECAY = 0.9
     trainer = train(FgBgTrainer, distil_cfg, tmp_path / "ema", 2)
@@ -136,6 +140,7 @@ def test_a_plain_detector_loads_the_average(coco, distil_cfg, tmp_path):
     assert all(torch.equal(v, average[k]) for k, v in plain.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_can_go_on_with_one(cfg, tmp_path):
     train(FgBgTrainer, cfg, tmp_path / "run", 2)
     before = weights(tmp_path / "run")

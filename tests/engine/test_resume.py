@@ -106,6 +106,7 @@ def final(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_with_the_same_checkpoint(run_cfg, tmp_path):
     """The run is killed twice. After the first kill, the number of loading processes differs."""
     run(run_cfg, tmp_path / "whole")
@@ -128,6 +129,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_checkpoint(run_cfg, tmp_pat
 
 
 @pytest.mark.parametrize("run_cfg", [distilled], indirect=True)
+@pytest.mark.slow
 def test_resuming_elsewhere_in_the_data_would_show(run_cfg, tmp_path):
     """Shows that the comparison above can fail: it fails with another seed."""
     run(run_cfg, tmp_path / "a")
@@ -137,6 +139,7 @@ def test_resuming_elsewhere_in_the_data_would_show(run_cfg, tmp_path):
 
 
 @pytest.mark.parametrize("run_cfg", [averaged], indirect=True)
+@pytest.mark.slow
 def test_a_run_killed_between_its_last_two_checkpoints_ends_with_the_final_one(
     run_cfg, tmp_path, monkeypatch
 ):
@@ -159,6 +162,7 @@ def test_a_run_killed_between_its_last_two_checkpoints_ends_with_the_final_one(
 
 
 @pytest.mark.parametrize("run_cfg", [averaged], indirect=True)
+@pytest.mark.slow
 def test_a_new_run_is_not_resumed_as_the_one_before_it_in_its_folder(run_cfg, tmp_path):
     run(run_cfg, tmp_path)
     metrics = (tmp_path / "metrics.json").read_text()
@@ -246,6 +250,7 @@ def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_end_as_one_that_is_not(distil_cfg, tmp_path):
     """Runs tools/chaos.py, which prints when a process was killed.
 

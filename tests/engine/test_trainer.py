@@ -38,6 +38,7 @@ class StockOnOurData(DefaultTrainer):
 
 @pytest.mark.parametrize("stock, flip", [(DefaultTrainer, "none"), (StockOnOurData, "horizontal")])
 @pytest.mark.parametrize("off", ["both weights 0", "no teacher"])
+@pytest.mark.slow
 def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
     coco, distil_cfg, tmp_path, off, stock, flip
 ):
@@ -110,6 +111,7 @@ torch.save([(f["pred_boxes"].tensor, f["scores"], f["pred_classes"]) for f in fo
 """
 
 
+@pytest.mark.slow
 def test_stock_detectron2_loads_the_checkpoint_and_detects_the_same(coco, distil_cfg, tmp_path):
     """Runs in a process without this package, with stock keys and a stock backbone."""
 
@@ -168,6 +170,7 @@ def plain_student(cfg):
     ],
     ids=["width", "depth", "plain", "method", "optimizer"],
 )
+@pytest.mark.slow
 def test_a_resume_with_other_settings_is_refused_before_anything_is_filled(
     edit, message, first_run, distil_cfg, tmp_path
 ):
@@ -198,6 +201,7 @@ def test_every_key_that_counts_iterations_scales_with_the_number_of_processes(di
     assert scaled.SOLVER.REFERENCE_WORLD_SIZE == 1
 
 
+@pytest.mark.slow
 def test_the_first_log_period_shows_losses_and_gate_shares(distil_cfg, tmp_path):
     train(FgBgTrainer, distil_cfg, tmp_path / "kd", 20)
     rows = [json.loads(x) for x in (tmp_path / "kd" / "metrics.json").read_text().splitlines()]
@@ -205,6 +209,7 @@ def test_the_first_log_period_shows_losses_and_gate_shares(distil_cfg, tmp_path)
     assert {"loss_kd_fg", "loss_kd_bg", "kd/fg_gate", "kd/bg_gate", "loss_cls"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_a_two_stage_detector_is_built_as_well():
     """Two-stage detectors are trained as teachers."""
     cfg = get_fgbg_kd_cfg()
@@ -222,6 +227,7 @@ def test_adamw_if_asked_for(distil_cfg, tmp_path):
         make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 2)
 
 
+@pytest.mark.slow
 def test_a_teacher_under_min_ap_stops_the_run_before_the_first_step(distil_cfg, tmp_path):
     distil_cfg.MODEL.KD.TEACHER.MIN_AP = 99.0
     trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
@@ -240,6 +246,7 @@ def test_min_ap_needs_one_set_to_measure_on(distil_cfg, tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_measuring_the_teacher_does_not_change_training(distil_cfg, tmp_path):
     train(FgBgTrainer, distil_cfg, tmp_path / "a", 2)
     distil_cfg.MODEL.KD.TEACHER.MIN_AP = 30.0
@@ -261,6 +268,7 @@ def test_measuring_the_teacher_does_not_change_training(distil_cfg, tmp_path):
 # --- what the student inherits ---
 
 
+@pytest.mark.slow
 def test_inherited_weights_come_after_model_weights_and_not_again_on_resume(distil_cfg, tmp_path):
     kd = distil_cfg.MODEL.KD
     kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS = save_teacher(tmp_path, channels=16)

@@ -123,6 +123,7 @@ def test_a_teacher_that_is_not_there_is_trained_from_its_own_config(tmp_path):
         train_or_find_teacher(Cannot(), cfg)
 
 
+@pytest.mark.slow
 def test_how_a_teacher_is_evaluated_on_the_students_test_set(coco, distil_cfg, tmp_path):
     evaluation, kd = teacher_evaluation, distil_cfg.MODEL.KD.TEACHER
     distil_cfg.DATASETS.TEST = ("tiny_evaluated",)
@@ -251,6 +252,7 @@ def their_module(tmp_path, monkeypatch):
     sys.modules.pop("their_methods", None)
 
 
+@pytest.mark.slow
 def test_the_tool_trains_compares_and_does_nothing_twice_with_a_method_from_outside(
     distil_cfg, their_module, tmp_path, monkeypatch, capsys
 ):

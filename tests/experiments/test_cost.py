@@ -30,6 +30,7 @@ def read_config(name):
 
 
 @pytest.mark.parametrize("name", ["digits", "scenes", "trees"])
+@pytest.mark.slow
 def test_the_quickstarts_three_configs_fit_together(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # paths in the configs are relative to it
     teacher, student, distilled = (
@@ -133,6 +134,7 @@ def test_the_table_is_markdown_with_a_line_a_row():
     assert lines == [["a", "1.0", ""], ["b", "2.0", "3"]]
 
 
+@pytest.mark.slow
 def test_analyze_shows_teacher_student_and_their_ratio(distil_cfg, tmp_path, monkeypatch, capsys):
     import analyze
 
@@ -164,6 +166,7 @@ def test_analyze_says_that_a_device_is_not_there(monkeypatch, capsys):
     assert "error: --device cuda:99: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_two_stage_detector_costs_backbone_and_rpn(tmp_path, monkeypatch, capsys):
     import analyze
     from detectron2 import model_zoo

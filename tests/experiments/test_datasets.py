@@ -477,6 +477,7 @@ def test_converted_random_weights_give_timm_the_same_outputs(mobilenet):
     assert_equal_outputs(mobilenet, to_timm(mobilenet.state_dict()))
 
 
+@pytest.mark.slow
 def test_the_pretrained_weights_give_timm_the_same_outputs(mobilenet):
     import io
 
@@ -520,6 +521,7 @@ def test_help_shows_an_example():
     assert "tools/prepare_data.py scenes" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_tool_names_the_repair_and_makes_nothing(tmp_path):
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "thesis.txt").write_text("mine")

@@ -30,6 +30,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.slow
 def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     for key, value in options.items():
         distil_cfg.MODEL.KD.FGBG[key.upper()] = value
@@ -57,6 +58,7 @@ def test_a_teacher_without_predictions_has_split_and_cosine_only(distil_cfg):
     assert list(drawing._columns({"student": maps})) == ["split", "cosine, student"]
 
 
+@pytest.mark.slow
 def test_each_cell_is_drawn_where_it_is(distil_cfg):
     model = build_model(distil_cfg).eval()
     inputs = make_batch(sizes=((64, 80),), boxes=(((5, 5, 30, 40),),))[0]

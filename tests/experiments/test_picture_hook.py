@@ -37,6 +37,7 @@ def run(cfg, folder, hooks):
 
 
 @pytest.mark.parametrize("edit", [(), ("MODEL.KD.METHOD", "PKD")])
+@pytest.mark.slow
 def test_training_is_the_same_bit_for_bit_with_and_without_pictures(distil_cfg, tmp_path, edit):
     distil_cfg.merge_from_list(list(edit))
     seen = Seen()
@@ -55,6 +56,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_pictures(distil_cfg, 
     assert with_pictures[3] == without[3]
 
 
+@pytest.mark.slow
 def test_an_image_with_objects_is_preferred(distil_cfg, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
@@ -79,6 +81,7 @@ def test_the_trainer_of_a_python_config_keeps_its_batch_itself(distil_cfg, monke
     assert seen == [batch[1]]
 
 
+@pytest.mark.slow
 def test_a_plain_detector_and_a_period_of_0_give_no_pictures(coco, distil_cfg, tmp_path):
     for cfg, period in ((tiny_cfg(coco), 1), (distil_cfg, 0)):
         seen = Seen()

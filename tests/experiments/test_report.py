@@ -131,6 +131,7 @@ def test_each_run_has_its_role_group_and_seed(runs):
         find_runs([runs / "teacher" / "inference"])
 
 
+@pytest.mark.slow
 def test_the_page_has_the_numbers_of_the_runs(page):
     html = Parser(page)
     assert html.row("teacher")[1:4] == ["33.25", "–", "66.5"]
@@ -207,6 +208,7 @@ def test_the_page_is_written_into_the_folder_of_the_runs(monkeypatch, capsys):
         assert written.pop()[1] == file and capsys.readouterr().out == f"{file}\n"
 
 
+@pytest.mark.slow
 def test_a_page_without_checkpoints_and_detections_says_so(runs, tmp_path):
     for name in ("plain/seed0", "distilled/seed0"):
         shutil.copytree(runs / name, tmp_path / name)
@@ -237,6 +239,7 @@ def changed(runs, tmp_path, **changes):
         (folder / "config.yaml").write_text(cfg.dump())
 
 
+@pytest.mark.slow
 def test_without_a_test_set_the_page_is_made_and_says_so(runs, tmp_path):
     changed(runs, tmp_path, TEST=(), TEST_JSON="")
     lacks = not_on_the_page(tmp_path)
@@ -244,6 +247,7 @@ def test_without_a_test_set_the_page_is_made_and_says_so(runs, tmp_path):
     assert "Pictures: plain and distilled have no known test set in common" in lacks
 
 
+@pytest.mark.slow
 def test_without_the_test_images_the_page_is_made_and_says_so(runs, tmp_path, coco):
     (tmp_path / "images").mkdir()
     changed(runs, tmp_path, TEST=("gone",), TEST_IMAGES=str(tmp_path / "images"))
@@ -252,11 +256,13 @@ def test_without_the_test_images_the_page_is_made_and_says_so(runs, tmp_path, co
     assert "Pictures: 12 of 12 images" in lacks
 
 
+@pytest.mark.slow
 def test_a_set_of_another_program_is_named(runs, tmp_path):
     changed(runs, tmp_path, TEST=("mine",), TEST_JSON="")
     assert "its test set 'mine' is empty, or not registered here" in not_on_the_page(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_and_a_run_by_a_python_config_are_on_the_page(runs, tmp_path):
     plain = shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain")
     with open(plain / "metrics.json", "a") as file:
@@ -278,6 +284,7 @@ def test_an_unfinished_run_and_a_run_by_a_python_config_are_on_the_page(runs, tm
     assert "mine: parameters, GFLOPs and time: its config is Python" in lacks
 
 
+@pytest.mark.slow
 def test_runs_are_compared_with_those_of_their_own_test_set_and_recipe(runs, tmp_path):
     for name in ("plain", "distilled"):
         shutil.copytree(runs / name / "seed0", tmp_path / "a" / name)
@@ -311,6 +318,7 @@ def test_nothing_detected_is_an_ap_of_zero_and_an_undefined_ap_is_none(runs, tmp
     assert find_runs([tmp_path])[0].result["AP"] == 0.0
 
 
+@pytest.mark.slow
 def test_runs_of_other_seeds_are_no_pair(runs, tmp_path):
     shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")
     shutil.copytree(runs / "distilled" / "seed1", tmp_path / "distilled" / "seed1")
@@ -327,6 +335,7 @@ def test_of_several_runs_in_one_metrics_file_the_last_is_read(runs, tmp_path):
     assert run.result == {} and [r["iteration"] for r in run.rows] == [20]
 
 
+@pytest.mark.slow
 def test_runs_of_compare_have_cost_and_pictures_of_the_best_method(runs, tmp_path):
     """The teacher was only evaluated. The pictures are of the best distilled group."""
     shutil.copytree(runs / "plain" / "seed0", tmp_path / "plain" / "seed0")

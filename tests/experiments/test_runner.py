@@ -254,6 +254,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_children_and_their_children_without_a_trace(folder):
     (folder / "run" / "hang").touch()
     command = [sys.executable, "-c", PARENT, str(folder)]

@@ -107,6 +107,7 @@ def _worker(rank, folder, boxes):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
     mp.spawn(_worker, (str(tmp_path), boxes), nprocs=2)

@@ -288,6 +288,7 @@ def test_no_difference_no_loss(name):
 
 @pytest.mark.parametrize("boxes", [None, ((), ())], ids=["some boxes", "no boxes"])
 @pytest.mark.parametrize("name", PEERS)
+@pytest.mark.slow
 def test_a_step_through_the_config(distil_cfg, name, boxes):
     """Losses are finite. Every parameter has a gradient, as DDP needs; the teacher has none."""
     distil_cfg.MODEL.KD.METHOD = name
@@ -313,6 +314,7 @@ def test_a_step_through_the_config(distil_cfg, name, boxes):
 
 
 @pytest.mark.parametrize("name", PEERS)
+@pytest.mark.slow
 def test_autocast_keeps_the_loss_in_fp32(distil_cfg, name):
     distil_cfg.MODEL.KD.METHOD = name
     model = build_model(distil_cfg).train()

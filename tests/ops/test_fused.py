@@ -99,6 +99,7 @@ COSINE_CASES = [
 
 
 @pytest.mark.parametrize("shape, dtype, weights, channels_last", COSINE_CASES)
+@pytest.mark.slow
 def test_cosine_equals_a_float64_reference(shape, dtype, weights, channels_last):
     n, c, shapes = SHAPES[shape]
     student, teacher = (
@@ -156,6 +157,7 @@ def test_the_same_input_gives_the_same_bits():
     assert torch.equal(results[0][1][0], results[1][1][0])
 
 
+@pytest.mark.slow
 def test_cosine_operator_is_registered_soundly():
     """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
     from fgbg_kd.ops.cosine_triton import weighted_cosine
@@ -186,6 +188,7 @@ KL_CASES = [
 
 
 @pytest.mark.parametrize("shape, dtype, weights, kind, temperature, channels_last", KL_CASES)
+@pytest.mark.slow
 def test_kl_equals_a_float64_reference(shape, dtype, weights, kind, temperature, channels_last):
     """c classes, three anchors, logits around the background's usual -5."""
     n, c, shapes = KL_SHAPES[shape]
@@ -210,6 +213,7 @@ def test_kl_equals_a_float64_reference(shape, dtype, weights, kind, temperature,
     [lambda x: x[..., 1:5, 2:8], lambda x: x[:, 1:4], lambda x: x.transpose(2, 3)],
     ids=["cells", "channels", "transposed"],
 )
+@pytest.mark.slow
 def test_maps_may_be_cut_out_or_transposed(loss, cut):
     wide, other = randn(2, 6, 7, 9, seed=1).float(), cut(randn(2, 6, 7, 9, seed=2).float())
     weight = make_weight("mixed", 2, other[0, 0].numel())
@@ -300,6 +304,7 @@ PASS_CASES = [
 
 
 @pytest.mark.parametrize("scene, dtype, channels_last, kl, with_boxes, anchors", PASS_CASES)
+@pytest.mark.slow
 def test_one_pass_gives_the_qualities_and_the_kl(
     scene, dtype, channels_last, kl, with_boxes, anchors
 ):
@@ -403,6 +408,7 @@ def test_only_the_kl_on_background_has_a_gradient(impl):
     assert torch.equal(touched, cells.background[:, :6])
 
 
+@pytest.mark.slow
 def test_the_losses_compile_without_a_graph_break():
     cells, classes, ((logits, boxes), teacher) = one_box_scene()
 
@@ -421,6 +427,7 @@ def test_the_losses_compile_without_a_graph_break():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_the_comparison_is_registered_soundly():
     """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
     from fgbg_kd.ops import predictions_triton

@@ -65,6 +65,7 @@ strides = st.sampled_from([(8, 16, 32), (2, 3, 8)])
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(image, min_size=1, max_size=3), st.sampled_from(["all", "scale"]), strides)
+@pytest.mark.slow
 def test_split_is_its_definition(images, assign, strides):
     sizes = [(h, w) for h, w, _ in images]
     boxes = [b for *_, b in images]
@@ -104,6 +105,7 @@ def test_the_kernel_is_the_definition(images, assign, strides):
     assert torch.equal(plain.weight, fused.weight)
 
 
+@pytest.mark.slow
 def test_the_kernel_takes_nan_many_boxes_and_odd_shapes():
     generator = torch.Generator().manual_seed(0)
     corner = torch.randint(-20, 200, (150, 2), generator=generator).float()
@@ -162,6 +164,7 @@ def test_of_equal_boxes_the_first_owns_the_cells(impl):
     "width, height, level",
     [(111, 112, 0), (112, 112, 1), (56, 224, 1), (223, 224, 1), (224, 224, 2), (500, 500, 2)],
 )
+@pytest.mark.slow
 def test_by_scale_a_box_is_on_stride_8_under_112_pixels_and_on_16_under_224(
     impl, width, height, level
 ):

@@ -34,6 +34,7 @@ LEVEL = "which the network does not give"
         (["DATASETS.TRAIN", ("no_such_set",), "DATASETS.TRAIN_JSON", ""], "'no_such_set' is not"),
     ],
 )
+@pytest.mark.slow
 def test_a_value_that_cannot_work_is_refused_with_its_key(overrides, message, coco, tmp_path):
     cfg = tiny_cfg(coco)
     cfg.merge_from_list(overrides)

@@ -308,6 +308,7 @@ def served(tmp_path, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_download_is_checked_against_the_hash_in_its_name(served):
     folder, url = served
     torch.save({"model": model().state_dict()}, folder / "a.pth")
