@@ -54,6 +54,12 @@ def write_coco(folder, count: int, seed: int) -> tuple[str, str]:
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same random numbers on every machine, alone and among others."""
+    seed_all_rng(0)
+
+
+@pytest.fixture(autouse=True)
 def loggers_as_they_were():
     """A tool that runs in this process quiets loggers, which caplog would miss in later tests."""
 
