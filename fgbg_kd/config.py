@@ -14,6 +14,7 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     _add_distillation(cfg)
     _add_methods(cfg)
     _add_detectors(cfg)
+    _add_ssd(cfg)
     _add_training(cfg)
     for extend in _extensions:
         extend(cfg)
@@ -151,6 +152,38 @@ def _add_detectors(cfg: CN) -> None:
     # What is frozen, counted as by MODEL.BACKBONE.FREEZE_AT, which these backbones do not read:
     # 0 = nothing, 1 = all that the map res1 (stride 2) is computed from, 2 = all of res2, ...
     timm.FREEZE_AT = 0
+
+
+def _add_ssd(cfg: CN) -> None:
+    # SSD and SSDlite, for MODEL.META_ARCHITECTURE "SSD" and MODEL.BACKBONE.NAME
+    # "build_ssd_vgg16_backbone", "build_ssd_mobilenetv3_backbone", "build_ssd_mobilenetv1_backbone"
+    # or "build_ssd_timm_backbone". The defaults are those of torchvision's SSD300.
+    ssd = cfg.MODEL.SSD = CN()
+    ssd.NUM_CLASSES = 80
+    # Images are warped to this height and width.
+    ssd.SIZE = 300
+    # Convolutions of the head: "conv" = 3x3, "lite" = depthwise separable, "linear" = 1x1.
+    ssd.HEAD = "conv"
+    # Default boxes of the six maps. A ratio r gives two boxes, r and 1 / r.
+    ssd.ASPECT_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+    # Side of each map's square as a share of SIZE, and one more value.
+    ssd.SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
+    # Distance of neighbouring cells in pixels. [] = SIZE / number of cells.
+    ssd.STEPS = [8, 16, 32, 64, 100, 300]
+    # Number of squares per cell: 2, or 1 without the square of scale sqrt(s_l * s_(l+1)).
+    ssd.SQUARES = [2, 2, 2, 2, 2, 2]
+    # Factor for the channels of the MobileNetV1 and MobileNetV3 backbones.
+    ssd.WIDTH = 1.0
+    # Channels of the blocks after a timm model ("build_ssd_timm_backbone").
+    ssd.EXTRA_CHANNELS = [512, 256, 256, 128]
+    # A default box with this IoU or more with an object is positive.
+    ssd.IOU_THRESHOLD = 0.5
+    # Share of positives among the default boxes that enter the classification loss.
+    ssd.POSITIVE_FRACTION = 0.25
+    ssd.SCORE_THRESH_TEST = 0.01
+    # Number of predictions per class, by highest score, that enter NMS.
+    ssd.TOPK_CANDIDATES_TEST = 400
+    ssd.NMS_THRESH_TEST = 0.45
 
 
 def _add_training(cfg: CN) -> None:

@@ -167,6 +167,7 @@ class FgBgDistiller(nn.Module):
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         student = dense_student(self.student)
+        batched_inputs = student.as_seen(batched_inputs)
         images = student.preprocess(batched_inputs)
         gt = [x["instances"].to(self.device) for x in batched_inputs]
         output = student.run(images.tensor)
@@ -193,9 +194,10 @@ class FgBgDistiller(nn.Module):
         if self.method.needs_boxes and student.boxes is None:
             with torch.no_grad():
                 student = of.with_boxes(student)
-        index = zip(*(level.place for level in self.levels))
-        shapes = [student.features[level.place[0]].shape[-2:] for level in self.levels]
-        student, teacher = (select(x, i, shapes) for x, i in zip((student, teacher), index))
+        mine, theirs = zip(*(level.place for level in self.levels))
+        shapes = [student.features[i].shape[-2:] for i in mine]
+        scales = self.teacher.scales(images)
+        student, teacher = select(student, mine, shapes), select(teacher, theirs, shapes, scales)
         return Batch(
             student=student,
             teacher=teacher,

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,23 +69,50 @@ def shared_levels(student: DetectorView, teacher: DetectorView) -> list[SharedLe
 
 
 def select(
-    output: DenseOutput, index: Sequence[int], shapes: Sequence[tuple[int, int]]
+    output: DenseOutput,
+    index: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    scales: Tensor | None = None,
 ) -> DenseOutput:
     """Selects levels of an output, with maps of the given shapes (H_l, W_l) and without ``raw``.
 
     A cell covers the same pixels on a map of any size, so cells keep their index. A larger map is
     cropped at the right and bottom. A smaller map repeats its last cells there. This affects only
     padding, and at most one cell where two backbones round differently.
+
+    Args:
+        scales: (N, 2), x and y, if the output is that of warped images: their size divided by the
+            size of the images. A cell then gets the values of the cell at the same place of the
+            warped image. Boxes are scaled back.
     """
-    maps = (output.features, output.logits, output.boxes)
-    return DenseOutput(
-        *(m and [_resize(m[i], shape) for i, shape in zip(index, shapes)] for m in maps)
-    )
+    found = [
+        maps and [_resize(maps[i], shape, scales) for i, shape in zip(index, shapes)]
+        for maps in (output.features, output.logits, output.boxes)
+    ]
+    if scales is not None and found[2]:
+        back = (1 / scales).repeat(1, 2)  # (N, 4)
+        found[2] = [
+            (boxes.unflatten(1, (-1, 4)) * back[:, None, :, None, None]).flatten(1, 2)
+            for boxes in found[2]
+        ]
+    return DenseOutput(*found)
 
 
-def _resize(x: Tensor, shape: tuple[int, int]) -> Tensor:
+def _resize(x: Tensor, shape: tuple[int, int], scales: Tensor | None) -> Tensor:
+    if scales is not None:
+        return _unwarped(x, shape, scales)
     more = [want - have for want, have in zip(shape, x.shape[-2:])]
     return F.pad(x, (0, more[1], 0, more[0]), mode="replicate") if any(more) else x
+
+
+def _unwarped(x: Tensor, shape: tuple[int, int], scales: Tensor) -> Tensor:
+    """(N, C, H', W') of warped images -> (N, C, *shape)."""
+    row, column = (
+        ((torch.arange(size, device=x.device) + 0.5) * scale[:, None]).long().clamp(max=last - 1)
+        for size, scale, last in zip(shape, scales.T.flip(0), x.shape[-2:])
+    )  # (N, H), (N, W)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
 
 
 def match_classes(

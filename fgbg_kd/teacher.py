@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import training_classes
-from .detectors.dense import DenseOutput, DenseView, DetectorView, num_classes_of, view
+from .detectors.dense import (
+    DenseOutput,
+    DenseView,
+    DetectorView,
+    num_classes_of,
+    view,
+    warped,
+)
 from .detectors.load import load_detector, read_detector_config, weights_of
 from .teacher_cache import TeacherCache
 from .utils.errors import CheckpointError, ConfigError, TeacherError
@@ -98,13 +105,37 @@ class Teacher:
         return output._replace(raw=None)
 
     def input_of(self, images: ImageList, student: DetectorView) -> Tensor:
-        """(N, 3, H', W'): the student's batch with the teacher's normalisation and padding."""
+        """(N, 3, H', W'): the student's batch with the teacher's normalisation and padding.
+
+        If the teacher takes one size only, each image is warped to this size.
+        """
         if self._same_input is None:  # compared only once, because this waits for the device
             self._same_input = same_input(student, self.view)
         pixels = images.tensor
         if not self._same_input:
             pixels = renormalized(self.view, student, images)
-        return padded(self.view, pixels, images.image_sizes)
+        size = self.view.input_size
+        if size is None:
+            return padded(self.view, pixels, images.image_sizes)
+        if self._fits(images):
+            return pixels
+        parts = [x[None, :, :h, :w] for x, (h, w) in zip(pixels, images.image_sizes)]
+        return torch.cat([warped(x, size) for x in parts])
+
+    def scales(self, images: ImageList) -> Tensor | None:
+        """(N, 2), x and y: factors from the pixels of a batch to those of the teacher's input.
+
+        None: the teacher sees the batch at its own scale.
+        """
+        if self.view.input_size is None or self._fits(images):
+            return None
+        height, width = self.view.input_size
+        factors = [(width / w, height / h) for h, w in images.image_sizes]
+        return torch.tensor(factors, device=images.tensor.device)
+
+    def _fits(self, images: ImageList) -> bool:
+        sizes = {tuple(images.tensor.shape[-2:]), *map(tuple, images.image_sizes)}
+        return sizes == {self.view.input_size}
 
     def apply(self, fn, *args, **kwargs) -> None:
         """Calls nn.Module._apply of the detector, for ``.to()`` and similar methods."""
@@ -229,19 +260,18 @@ def padded(teacher: DetectorView, images: Tensor, image_sizes: Sequence[tuple[in
     pixels.
 
     Raises:
-        TeacherError: an image is larger than the teacher's fixed input size.
+        TeacherError: an image is larger than the square to which the teacher pads.
     """
     height, width = images.shape[-2:]
     side = teacher.square_size
-    fixed = teacher.input_size or (side and (side, side))
-    if fixed:
+    if side:
         largest = [max(size) for size in zip(*image_sizes)]
-        if largest[0] > fixed[0] or largest[1] > fixed[1]:
+        if max(largest) > side:
             raise TeacherError(
-                f"The teacher pads its input to {fixed[0]}x{fixed[1]} pixels, but an image has "
-                f"{largest[0]}x{largest[1]}: set INPUT.MAX_SIZE_TRAIN {min(fixed)}."
+                f"The teacher pads its input to {side}x{side} pixels, but an image has "
+                f"{largest[0]}x{largest[1]}: set INPUT.MAX_SIZE_TRAIN {side}."
             )
-        more = fixed[0] - height, fixed[1] - width
+        more = side - height, side - width
     else:
         divisor = teacher.size_divisibility
         more = -height % divisor, -width % divisor

@@ -3,6 +3,8 @@
 from .dense import DenseOutput, DenseView, DetectorView, FeatureLevel, register_view, view
 from .fcos import FCOS, build_fcos_resnet_fpn_backbone
 from .retinanet_fcos import FCOSView, RetinaNetView  # registers both
+from .ssd import SSD
+from .ssd_view import SSDView  # registers it
 from .timm_backbone import (
     build_retinanet_timm_fpn_backbone,
     build_timm_backbone,
@@ -13,6 +15,8 @@ __all__ = [
     "FCOS",
     "FCOSView",
     "RetinaNetView",
+    "SSD",
+    "SSDView",
     "DenseOutput",
     "DenseView",
     "DetectorView",

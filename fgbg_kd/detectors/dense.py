@@ -9,9 +9,11 @@ Shapes: N images, level l with (H_l, W_l) cells, C channels, K classes, A_l anch
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..utils.errors import DetectorError
 
@@ -48,7 +50,7 @@ class DetectorView:
     dense = False
     # Value of padding after normalisation.
     pad_value = 0.0
-    # (height, width) if the detector takes images of one size only.
+    # (height, width) if the detector warps all images to one size.
     input_size: tuple[int, int] | None = None
 
     def __init__(self, detector: nn.Module):
@@ -136,6 +138,10 @@ class DenseView(DetectorView):
         """Per level (A_l, 4), XYXY around the cell. With equal anchors, logits are comparable."""
         raise NotImplementedError
 
+    def as_seen(self, batched_inputs: list[dict]) -> list[dict]:
+        """Detectron2's inputs with images and boxes in the pixels that the network sees."""
+        return batched_inputs
+
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Detectron2's inputs -> a normalised and padded batch on the detector's device."""
         return self.detector.preprocess_image(batched_inputs)
@@ -206,6 +212,29 @@ class DenseView(DetectorView):
 
     def network(self, images: Tensor) -> Any:
         return self.head(self.features(images))
+
+
+def decoded(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:
+    """Decodes the box deltas of a level.
+
+    Args:
+        coder: an object with Detectron2's ``apply_deltas``.
+        anchors: (H*W*A, 4) XYXY, in the order of cells, then anchors.
+        deltas: (N, A*4, H, W).
+
+    Returns:
+        (N, A*4, H, W) XYXY, in fp32 or better.
+    """
+    n, channels, h, w = deltas.shape
+    flat = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+    flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
+    boxes = coder.apply_deltas(flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1))
+    return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
+
+
+def warped(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, H, W) -> (N, C, *size), smoothed where images shrink."""
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def channel_order(model: Any) -> str:

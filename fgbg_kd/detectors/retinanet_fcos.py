@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from detectron2.modeling import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -10,7 +9,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..utils.errors import DetectorError
-from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
+from .dense import DenseOutput, DenseView, FeatureLevel, Maps, decoded, register_view
 
 
 class _Detectron2View(DenseView):
@@ -40,17 +39,8 @@ class _Detectron2View(DenseView):
 
     def decode(self, features: Maps, raw: Any) -> Maps:
         anchors = self.detector.anchor_generator(features)
-        return [self._decode(a.tensor, d) for a, d in zip(anchors, raw[1])]
-
-    def _decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        """(H*W*A, 4), (N, A*4, H, W) -> (N, A*4, H, W)."""
-        n, channels, h, w = deltas.shape
-        flat = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
-        flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
-        boxes = self.detector.box2box_transform.apply_deltas(
-            flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1)
-        )
-        return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
+        coder = self.detector.box2box_transform
+        return [decoded(coder, a.tensor, d) for a, d in zip(anchors, raw[1])]
 
     def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
         return {"class logits": output.raw[0], "box deltas": output.raw[1]}

@@ -64,6 +64,7 @@ def run_both(distiller: FgBgDistiller, inputs: dict) -> Batch:
     """
     student, teacher = dense_student(distiller.student), distiller.teacher
     dense = teacher.view.dense
+    (inputs,) = student.as_seen([inputs])
     with evaluating(distiller.student):
         images = student.preprocess([inputs])
         output = student.with_boxes(student.run(images.tensor))

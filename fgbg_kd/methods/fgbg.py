@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops import Comparison, Split, cosine_loss, teacher_gate
 from ..ops.gate import MODES
+from ..utils.distributed import world_mean
 from .adapters import build_adapters
 from .base import (
     METHOD_REGISTRY,
@@ -17,7 +18,6 @@ from .base import (
     check_not_negative,
     check_positive,
     or_one,
-    world_mean,
 )
 
 

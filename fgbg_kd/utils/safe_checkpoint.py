@@ -92,6 +92,8 @@ class _TensorsOnly(Checkpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]):
         # DetectionCheckpointer has already converted the names.
+        if hasattr(self.model, "converted"):  # a detector that reads files of another layout
+            checkpoint["model"] = self.model.converted(checkpoint["model"])
         _check_kinds(self.model, checkpoint["model"], self._file)
         return super()._load_model(checkpoint)
 
