@@ -176,6 +176,8 @@ def _add_ssd(cfg: CN) -> None:
     ssd.STEPS = [8, 16, 32, 64, 100, 300]
     # Number of squares per cell: 2, or 1 without the square of scale sqrt(s_l * s_(l+1)).
     ssd.SQUARES = [2, 2, 2, 2, 2, 2]
+    # True = a box is at most as wide and high as the image.
+    ssd.CLIP_SHAPES = True
     # Factor for the channels of the MobileNetV1 and MobileNetV3 backbones.
     ssd.WIDTH = 1.0
     # Channels of the blocks after a timm model ("build_ssd_timm_backbone").

@@ -130,6 +130,30 @@ def tiny_fcos_cfg(coco=None, name="tiny"):
     return cfg
 
 
+def tiny_ssd_cfg(coco=None, name="tiny", size=96):
+    """The smallest SSD: four levels whose cells have 3, 4, 4 and 4 default boxes."""
+    cfg = tiny_cfg(coco, name)
+    cfg.MODEL.META_ARCHITECTURE = "SSD"
+    cfg.MODEL.BACKBONE.NAME = "build_ssd_timm_backbone"
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res4", "res5"]
+    ssd = cfg.MODEL.SSD
+    ssd.NUM_CLASSES, ssd.SIZE, ssd.HEAD = len(CLASSES), size, "lite"
+    ssd.EXTRA_CHANNELS, ssd.STEPS = [16, 16], []
+    ssd.ASPECT_RATIOS, ssd.SQUARES = [[2]] * 4, [1, 2, 2, 2]
+    ssd.SCALES = [0.2, 0.4, 0.6, 0.8, 1.0]
+    return cfg
+
+
+def tiny_ssd(seed=1, **options):
+    """An SSD with clear predictions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(tiny_ssd_cfg(**options))
+        for convolutions in model.head.classification_head.module_list:
+            torch.nn.init.normal_(convolutions[1].weight, std=0.5)
+    return model
+
+
 def save_teacher(folder, channels=24, seed=1, edit=None):
     """Writes a teacher's config and random weights; returns their paths."""
     from detectron2.modeling import build_model
