@@ -169,7 +169,6 @@ def test_the_square_bounds_height_and_width_each(size):
         padded(view, torch.zeros(1, 3, *size), [size])
 
 
-
 @pytest.mark.parametrize("change", [{"mean": 1.0}, {"std": 2.0}, {"order": "RGB"}, {"pad": 3.0}])
 def test_each_difference_of_the_inputs_is_seen(change):
     assert same_input(input_view(), input_view())

@@ -211,8 +211,10 @@ def test_pairs_train(name):
 
 def test_maps_of_warped_images_are_put_back_cell_by_cell():
     """The reference looks up, for each cell, the cell of the warped image at the same place."""
-    output = view(tiny_ssd()).run(torch.randn(2, 3, 96, 96), logits=False)._replace(
-        boxes=[torch.rand(2, 4, 6, 6) * 96, torch.rand(2, 4, 3, 3) * 96]
+    output = (
+        view(tiny_ssd())
+        .run(torch.randn(2, 3, 96, 96), logits=False)
+        ._replace(boxes=[torch.rand(2, 4, 6, 6) * 96, torch.rand(2, 4, 3, 3) * 96])
     )
     sizes = [(64, 80), (72, 56)]
     scales = torch.tensor([(96 / w, 96 / h) for h, w in sizes])
