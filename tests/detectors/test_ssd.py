@@ -226,10 +226,10 @@ def test_maps_of_warped_images_are_put_back_cell_by_cell():
         for n, (h, w) in enumerate(sizes):
             for y in range(maps[1].shape[2]):
                 for x in range(maps[1].shape[3]):
-                    there = min(int((y + 0.5) * 96 / h), last), min(int((x + 0.5) * 96 / w), last)
-                    assert torch.equal(maps[1][n, :, y, x], maps[0][n, :, *there])
+                    v, u = min(int((y + 0.5) * 96 / h), last), min(int((x + 0.5) * 96 / w), last)
+                    assert torch.equal(maps[1][n, :, y, x], maps[0][n, :, v, u])
                     back = torch.tensor([w / 96, h / 96] * 2)
-                    expected = boxes[0][n, :, *there] * back
+                    expected = boxes[0][n, :, v, u] * back
                     torch.testing.assert_close(boxes[1][n, :, y, x], expected)
 
 
