@@ -17,13 +17,14 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD as _SSD
 from torchvision.models.detection.ssd import SSDHead, SSDScoringHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import box_iou
 
-from ..utils.distributed import world_mean
+from ..utils.processes import world_mean
 from ..utils.errors import ConfigError
 from .dense import warped
 from .ssd_backbones import norm_layer
@@ -181,9 +182,11 @@ class SSD(_SSD):
         boxes = self.default_boxes
         matched = [self._match(t["boxes"]) for t in targets]
         found = self.compute_loss(targets, self.flat(raw), [boxes] * len(gt), matched)
-        # torchvision divides by the matched boxes of this process.
+        # torchvision divides by the matched boxes of this process, at least 1. Here each process
+        # divides by the mean of these numbers; their sum over all processes is at least 1.
         count = sum((m >= 0).sum() for m in matched).to(boxes.dtype)
-        share = count.clamp(min=1) / world_mean(count.clone()).clamp(min=1)
+        mean = world_mean(count.clone()).clamp(min=1 / comm.get_world_size())
+        share = count.clamp(min=1) / mean
         return {
             "loss_cls": share * found["classification"],
             "loss_box_reg": share * found["bbox_regression"],
