@@ -24,8 +24,8 @@ from torchvision.models.detection.ssd import SSDHead, SSDScoringHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import box_iou
 
-from ..utils.processes import world_mean
 from ..utils.errors import ConfigError
+from ..utils.processes import world_mean
 from .dense import warped
 from .ssd_backbones import norm_layer
 
