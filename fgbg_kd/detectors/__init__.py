@@ -8,11 +8,14 @@ from .timm_backbone import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
+from .yolox import YOLOX, YOLOXView
 
 __all__ = [
     "FCOS",
     "FCOSView",
     "RetinaNetView",
+    "YOLOX",
+    "YOLOXView",
     "DenseOutput",
     "DenseView",
     "DetectorView",

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from ..config import method_defaults
 from ..detectors.dense import DenseOutput
 from ..ops import Comparison, Split, compare_predictions, pack, split
 from ..utils.errors import ConfigError
+from ..utils.processes import world_mean  # methods import it from here
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
@@ -170,18 +170,6 @@ def check_positive(node: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ConfigError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be over 0.")
-
-
-def world_mean(sums: Tensor) -> Tensor:
-    """Mean of the given sums over all processes.
-
-    DistributedDataParallel averages gradients over processes. If a loss is divided by this mean,
-    its gradient is that of the loss of all processes, divided by the sum over all processes.
-    """
-    size = comm.get_world_size()
-    if size > 1:
-        torch.distributed.all_reduce(sums)
-    return sums / size
 
 
 def or_one(normalizer: Tensor) -> Tensor:

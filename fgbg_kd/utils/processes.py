@@ -1,0 +1,17 @@
+"""Sums over all processes of a training."""
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor
+
+
+def world_mean(sums: Tensor) -> Tensor:
+    """Mean of the given sums over all processes.
+
+    DistributedDataParallel averages gradients over processes. If a loss is divided by this mean,
+    its gradient is that of the loss of all processes, divided by the sum over all processes.
+    """
+    size = comm.get_world_size()
+    if size > 1:
+        torch.distributed.all_reduce(sums)
+    return sums / size
