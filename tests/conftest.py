@@ -216,8 +216,11 @@ def detector(kind="RetinaNet", edit=None, seed=1):
     return model
 
 
+_SIZES = ((64, 80), (72, 56), (130, 70), (40, 140))
+
+
 def yolox_detector(edit=None, seed=1):
-    """A small YOLOX with clear predictions, whose batch norms have statistics of noise."""
+    """A small YOLOX with clear predictions, whose batch norms have the statistics of random images."""
     cfg = tiny_yolox_cfg()
     if edit:
         edit(cfg)
@@ -231,7 +234,8 @@ def yolox_detector(edit=None, seed=1):
         for norm in norms:
             norm.momentum = 1.0
         with torch.no_grad():
-            model.head(list(model.backbone(255 * torch.rand(4, 3, 64, 96)).values()))
+            batch = make_batch(_SIZES, ((),) * len(_SIZES))
+            model.head(list(model.backbone(model.preprocess_image(batch).tensor).values()))
         for norm in norms:
             norm.momentum = 0.03
     return model

@@ -221,7 +221,7 @@ def _labels(gt_instances: list[Instances], dtype: torch.dtype) -> Tensor:
 
 
 def _decoded(raw: Tensor, stride: int) -> Tensor:
-    """(N, 5 + K, H, W) -> (N, 4, H, W), XYXY in pixels. A cell's origin is its upper left corner."""
+    """(N, 5 + K, H, W) -> (N, 4, H, W), XYXY in pixels. A cell starts at its upper left corner."""
     rows, columns = (torch.arange(n, device=raw.device) for n in raw.shape[2:])
     x, y = raw[:, 0] + columns, raw[:, 1] + rows[:, None]
     width, height = (raw[:, 2:4].exp() / 2).unbind(1)
@@ -234,15 +234,15 @@ class YOLOXView(DenseView):
 
     bottom_up = "backbone"
 
+    def __init__(self, detector: nn.Module):
+        super().__init__(detector)
+        self.pad_value = detector.pad_value
+
     @property
     def levels(self) -> list[FeatureLevel]:
         shapes = self.detector.backbone.output_shape()
         names = self.detector.head_in_features
         return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
-
-    @property
-    def pad_value(self) -> float:
-        return self.detector.pad_value
 
     @property
     def cell_anchors(self) -> list[Tensor]:

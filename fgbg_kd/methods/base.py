@@ -11,7 +11,7 @@ from ..config import method_defaults
 from ..detectors.dense import DenseOutput
 from ..ops import Comparison, Split, compare_predictions, pack, split
 from ..utils.errors import ConfigError
-from ..utils.processes import world_mean  # methods import it from here
+from ..utils.processes import world_mean as world_mean  # methods import it from this file
 
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = "Subclasses of Method; MODEL.KD.METHOD names one."
