@@ -220,7 +220,7 @@ _SIZES = ((64, 80), (72, 56), (130, 70), (40, 140))
 
 
 def yolox_detector(edit=None, seed=1):
-    """A small YOLOX with clear predictions, whose batch norms have the statistics of random images."""
+    """A small YOLOX with clear predictions. Its batch norms have statistics of random images."""
     cfg = tiny_yolox_cfg()
     if edit:
         edit(cfg)
