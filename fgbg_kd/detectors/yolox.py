@@ -8,9 +8,9 @@ Shapes: N images, level l with (H_l, W_l) cells, K classes, one anchor per cell.
 is (N, 4 + 1 + K, H_l, W_l): box, objectness and classes, before their activations.
 """
 
+import math
 import warnings
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from ..utils.processes import world_mean
 from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
 
 _ACTIVATIONS = ("silu", "relu", "lrelu")
+# Largest logarithm of a detected box's sides, in cells. Without a limit, batch norms of the first
+# iterations can give infinite boxes, which Detectron2 refuses.
+_LARGEST = math.log(1e4)
 
 
 @META_ARCH_REGISTRY.register()
@@ -75,7 +78,7 @@ class YOLOX(DenseDetector):
         """
         if act not in _ACTIVATIONS:
             raise ConfigError(f"MODEL.YOLOX.ACT is {act!r}: choose from {_ACTIVATIONS}.")
-        backbone, head = _network().build_network(
+        backbone, head = _network_builder()(
             depth, width, act, depthwise, num_classes, in_features, prior_prob
         )
         head.use_l1 = use_l1
@@ -191,21 +194,21 @@ class YOLOX(DenseDetector):
         return boxes[cells[order]], scores[: len(order)], classes[order]
 
 
-def _network() -> ModuleType:
-    """The module with the network.
+def _network_builder() -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """The function that builds backbone and head.
 
     Raises:
         ConfigError: the package is not installed.
     """
     try:
-        from . import yolox_network
+        from .yolox_network import build_network
     except ImportError as error:
         # The requirements of pixeltable-yolox would overwrite the installed OpenCV.
         raise ConfigError(
             f"YOLOX needs the package pixeltable-yolox ({error}). Install it: make yolox, or "
             "pip install -e '.[yolox]' and then pip install --no-deps pixeltable-yolox==0.4.3"
         ) from error
-    return yolox_network
+    return build_network
 
 
 def _full(x: Tensor) -> Tensor:
@@ -224,7 +227,7 @@ def _decoded(raw: Tensor, stride: int) -> Tensor:
     """(N, 5 + K, H, W) -> (N, 4, H, W), XYXY in pixels. A cell starts at its upper left corner."""
     rows, columns = (torch.arange(n, device=raw.device) for n in raw.shape[2:])
     x, y = raw[:, 0] + columns, raw[:, 1] + rows[:, None]
-    width, height = (raw[:, 2:4].exp() / 2).unbind(1)
+    width, height = (raw[:, 2:4].clamp(max=_LARGEST).exp() / 2).unbind(1)
     return stride * torch.stack([x - width, y - height, x + width, y + height], dim=1)
 
 

@@ -7,17 +7,20 @@ import warnings
 import pytest
 import torch
 from conftest import ROOT, losses_of, make_batch, tiny_yolox_cfg, yolox_detector
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
 
 from fgbg_kd import build_teacher, get_fgbg_kd_cfg
 from fgbg_kd.detectors import YOLOX, view
-from fgbg_kd.engine.trainer import read_config
+from fgbg_kd.engine import load_lazy_config
+from fgbg_kd.experiments.cost import detectors_of
 from fgbg_kd.utils.errors import ConfigError, TeacherError
 
 pytest.importorskip("yolox")
 from yolox.config import YoloxConfig  # noqa: E402
 from yolox.utils import postprocess  # noqa: E402
 
+CONFIGS = ROOT / "configs" / "COCO-Detection"
 BOXES = {
     "boxes in both images": (((5, 5, 30, 40), (10, 10, 20, 18)), ((4, 4, 40, 60),)),
     "one image without boxes": (((5, 5, 30, 40), (10, 10, 20, 18)), ()),
@@ -134,6 +137,15 @@ def test_joint_logits_are_finite_and_have_finite_gradients():
 
 
 @torch.no_grad()
+def test_a_box_whose_side_would_overflow_is_as_large_as_the_image():
+    model = yolox_detector().eval()
+    for conv in model.head.reg_preds:
+        torch.nn.init.constant_(conv.bias, 200.0)
+    boxes = model(make_batch()[:1])[0]["instances"].pred_boxes.tensor
+    assert len(boxes) > 0 and (boxes == torch.tensor([0.0, 0, 80, 64])).all()
+
+
+@torch.no_grad()
 def test_detections_are_the_librarys_with_one_class_per_box():
     model = yolox_detector(lambda cfg: cfg.MODEL.YOLOX.update(TOPK_CANDIDATES_TEST=10**6)).eval()
     model.max_detections_per_image = 10**6
@@ -215,6 +227,14 @@ def test_the_keys_reach_the_detector():
         build_model(cfg)
 
 
+def test_the_python_config_has_the_student_of_the_yaml_config():
+    cfg = load_lazy_config(str(CONFIGS / "lazy_yolox_s_to_nano.py"))
+    yaml = detectors_of(str(CONFIGS / "yolox_s_to_nano.yaml"))["student"]
+    python = instantiate(cfg.model.student)
+    assert str(python) == str(yaml) and python.input_format == yaml.input_format
+    assert python.state_dict().keys() == yaml.state_dict().keys()
+
+
 # --- official weights ---
 
 
@@ -225,7 +245,7 @@ def official(name, folder):
         state = config.get_model().state_dict()
     generator = torch.Generator().manual_seed(0)
     model = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}
-    for k, v in model.items():
+    for v in model.values():
         if v.is_floating_point():
             v.copy_(torch.rand(1, generator=generator).expand_as(v))
         else:
@@ -239,7 +259,7 @@ def official(name, folder):
 @pytest.mark.parametrize("name", ["nano", "tiny", "s"])
 def test_official_weights_load_whole(name, tmp_path):
     path, saved = official(name, tmp_path)
-    config = ROOT / "configs" / "COCO-Detection" / f"yolox_{name}.yaml"
+    config = CONFIGS / f"yolox_{name}.yaml"
     loaded = build_teacher(str(config), path).detector.state_dict()
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(v, saved[k]) for k, v in loaded.items())
@@ -247,14 +267,12 @@ def test_official_weights_load_whole(name, tmp_path):
 
 def test_weights_of_another_size_are_refused(tmp_path):
     path, _ = official("nano", tmp_path)
-    config = ROOT / "configs" / "COCO-Detection" / "yolox_tiny.yaml"
+    config = CONFIGS / "yolox_tiny.yaml"
     with pytest.raises(TeacherError, match="not a checkpoint of this YOLOX"):
         build_teacher(str(config), path)
 
 
-def test_the_config_of_s_has_the_parameters_of_megvii():
-    """8.97 M parameters in Megvii's table. Its GFLOPs count a multiply-add as two."""
-    cfg = read_config(str(ROOT / "configs" / "COCO-Detection" / "yolox_s.yaml"))
-    with torch.device("meta"):
-        number = sum(p.numel() for p in build_model(cfg).parameters())
-    assert round(number / 1e6, 2) == 8.97
+@pytest.mark.parametrize("name, millions", [("nano", 0.91), ("tiny", 5.06), ("s", 8.97)])
+def test_the_configs_have_the_parameters_of_megviis_table(name, millions):
+    (model,) = detectors_of(str(CONFIGS / f"yolox_{name}.yaml")).values()
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
