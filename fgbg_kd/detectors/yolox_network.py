@@ -46,6 +46,16 @@ class Head(YoloxHead):
         parts = self.reg_preds[i](box), self.obj_preds[i](box), self.cls_preds[i](classes)
         return torch.cat(parts, dim=1)
 
+    def get_assignments(self, image: int, *args):
+        """The library's SimOTA for one image, which also runs on predictions that are not finite.
+
+        The library takes a cross entropy of scores. For NaN that is an error, and on CUDA it ends
+        the process. Here the losses are then NaN, and the trainer says where NaN comes from.
+        """
+        rest, (classes, objectness, *mode) = args[:7], args[7:]
+        logits = (x[image].detach().nan_to_num()[None] for x in (classes, objectness))
+        return super().get_assignments(0, *rest, *logits, *mode)
+
     def _apply(self, *args, **kwargs):
         # The library keeps grids of cells by their size alone: on another device they would fail.
         self.grids = [torch.zeros(1)] * len(self.strides)

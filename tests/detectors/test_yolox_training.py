@@ -155,6 +155,15 @@ def test_parts_that_are_not_finite_are_named():
     assert "class logits" not in message and "box deltas" not in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["cls_preds", "obj_preds", "reg_preds"])
+def test_predictions_that_are_not_finite_give_losses_that_are_not(part, value):
+    model = yolox_detector().train()
+    for conv in getattr(model.head, part):
+        torch.nn.init.constant_(conv.bias, value)
+    assert not all(loss.isfinite() for loss in losses_of(model).values())
+
+
 def test_its_cost_is_counted():
     found = cost(yolox_detector().eval(), {"image": torch.zeros(3, 64, 64)}, runs=1)
     wider = yolox_detector(lambda cfg: cfg.MODEL.YOLOX.update(WIDTH=0.125)).eval()
