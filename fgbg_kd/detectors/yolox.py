@@ -8,6 +8,7 @@ Shapes: N images, level l with (H_l, W_l) cells, K classes, one anchor per cell.
 is (N, 4 + 1 + K, H_l, W_l): box, objectness and classes, before their activations.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from torchvision.ops import box_convert
 from ..utils.errors import ConfigError
 from ..utils.processes import world_mean
 from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
+
+logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = ("silu", "relu", "lrelu")
 # Largest logarithm of a detected box's sides, in cells. Without a limit, batch norms of the first
@@ -91,6 +94,13 @@ class YOLOX(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg):
+        if any(cfg.MODEL.PIXEL_MEAN) or set(cfg.MODEL.PIXEL_STD) != {1.0}:
+            logger.warning(
+                "Megvii's YOLOX weights need MODEL.PIXEL_MEAN [0.0, 0.0, 0.0] and MODEL.PIXEL_STD "
+                f"[1.0, 1.0, 1.0], but this config has {list(cfg.MODEL.PIXEL_MEAN)} and "
+                f"{list(cfg.MODEL.PIXEL_STD)}. MODEL.YOLOX.PAD_VALUE is the value after "
+                "normalisation."
+            )
         return {
             **{key.lower(): value for key, value in cfg.MODEL.YOLOX.items()},
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -113,15 +123,16 @@ class YOLOX(DenseDetector):
         gradients, so here each process divides by the mean of these numbers.
         """
         raw = [_full(x) for x in predictions]
+        labels = _labels(gt_instances, raw[0].dtype)
         with torch.autocast(raw[0].device.type, enabled=False), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the library's torch.cuda.amp.autocast
-            _, iou, objectness, classes, l1, ratio = self._library_losses(
-                images.tensor, raw, _labels(gt_instances, raw[0].dtype)
-            )
-        # The library returns its divisor, which is at least 1, per box. Without a positive cell
-        # both of these losses are 0.
-        divisor = round(ratio * max(sum(map(len, gt_instances)), 1))
-        positive = (iou + classes > 0) * float(divisor)
+            found = self._library_losses(images.tensor, raw, labels)
+        _, iou, objectness, classes, l1, ratio = found
+        # The library returns its divisor, which is at least 1, per box that it counts. Without a
+        # positive cell both losses of positive cells are 0.
+        boxes = (labels.sum(dim=2) > 0).sum().clamp(min=1)
+        divisor = (ratio * boxes).round()
+        positive = torch.where(iou + classes > 0, divisor, 0)
         # At least 1 over all processes, as in the library.
         self.loss_normalizer = world_mean(positive).clamp(min=1 / comm.get_world_size())
         losses = {"loss_iou": iou, "loss_obj": objectness, "loss_cls": classes}

@@ -235,6 +235,15 @@ def test_the_python_config_has_the_student_of_the_yaml_config():
     assert python.state_dict().keys() == yaml.state_dict().keys()
 
 
+def test_a_normalisation_that_official_weights_do_not_expect_is_warned_of(caplog):
+    build_model(tiny_yolox_cfg())
+    assert "PIXEL_MEAN" not in caplog.text
+    cfg = tiny_yolox_cfg()
+    cfg.MODEL.PIXEL_MEAN = [103.53, 116.28, 123.675]  # Detectron2's default
+    build_model(cfg)
+    assert "need MODEL.PIXEL_MEAN [0.0, 0.0, 0.0]" in caplog.text
+
+
 # --- official weights ---
 
 

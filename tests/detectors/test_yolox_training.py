@@ -1,12 +1,10 @@
-"""YOLOX trains: as student and as teacher, in mixed precision, resumed, in two processes."""
+"""YOLOX trains: as student and as teacher, in mixed precision, resumed.
 
-import os
-import socket
-from types import SimpleNamespace
+Several processes are tested in test_distributed.py.
+"""
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from conftest import (
     detector,
     distiller,
@@ -22,13 +20,11 @@ from conftest import (
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
-from torch import nn
 
 from fgbg_kd.deploy import Deployable
 from fgbg_kd.detectors import view
-from fgbg_kd.engine import FgBgTrainer, launch
+from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.non_finite import not_finite
-from fgbg_kd.engine.trainer import distributed
 from fgbg_kd.experiments.cost import cost
 from fgbg_kd.utils.errors import TeacherError
 
@@ -256,70 +252,3 @@ def test_yaml_and_python_give_the_same_losses_bit_for_bit(distil_cfg, yolox_file
         found.append(losses_of(build().train()))
     assert found[0].keys() == found[1].keys() and found[0]["loss_kd_fg"] > 0
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
-
-
-# --- two processes ---
-
-SIZES = ((64, 80), (72, 56)) * 2  # both halves of the batch are padded to the same size
-TWO = ((5, 5, 30, 40), (10, 10, 20, 18))
-BOXES = {
-    "boxes in all images": (TWO, TWO[:1], TWO[1:], TWO),
-    "one process without boxes": (TWO, TWO[:1], (), ()),
-    "no boxes at all": ((),) * 4,
-}
-
-
-def student() -> nn.Module:
-    """A student whose batch norms have fixed statistics, in fp64."""
-    model = yolox_detector(lambda cfg: cfg.MODEL.YOLOX.update(USE_L1=True)).train().double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model
-
-
-def gradients(model, batch) -> dict[str, torch.Tensor]:
-    sum(losses_of(model, batch).values()).backward()
-    parameters = getattr(model, "module", model).named_parameters()
-    return {k: p.grad.clone() for k, p in parameters}
-
-
-def worker(rank, folder, port):
-    """One of two processes."""
-    torch.set_num_threads(1)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {k: str(v) for k, v in {**address, **numbers}.items()}
-    launch(save_gradients, SimpleNamespace(rank=rank, folder=folder))
-
-
-def save_gradients(args):
-    found = {}
-    for case, boxes in BOXES.items():
-        batch = make_batch(SIZES, boxes)[2 * args.rank :][:2]
-        found[case] = gradients(distributed(student()), batch)
-    if args.rank == 0:
-        torch.save(found, f"{args.folder}/gradients.pt")
-
-
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be fewer GPUs than processes
-        mp.spawn(worker, (str(folder), port), nprocs=2)
-    return torch.load(folder / "gradients.pt")
-
-
-@pytest.mark.parametrize("case", BOXES)
-@pytest.mark.slow
-def test_two_processes_of_two_images_give_the_gradients_of_one_with_four(of_two, case):
-    one, two = gradients(student(), make_batch(SIZES, BOXES[case])), of_two[case]
-    assert one.keys() == two.keys()
-    assert max(g.abs().max() for g in one.values()) > 1e-4
-    for name, gradient in one.items():
-        tolerance = 1e-6 * max(1, gradient.abs().max().item())
-        torch.testing.assert_close(two[name], gradient, rtol=0, atol=tolerance, msg=name)
