@@ -10,7 +10,6 @@ is (N, 4 + 1 + K, H_l, W_l): box, objectness and classes, before their activatio
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,8 +123,7 @@ class YOLOX(DenseDetector):
         """
         raw = [_full(x) for x in predictions]
         labels = _labels(gt_instances, raw[0].dtype)
-        with torch.autocast(raw[0].device.type, enabled=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the library's torch.cuda.amp.autocast
+        with torch.autocast(raw[0].device.type, enabled=False):
             found = self._library_losses(images.tensor, raw, labels)
         _, iou, objectness, classes, l1, ratio = found
         # The library returns its divisor, which is at least 1, per box that it counts. Without a

@@ -4,12 +4,16 @@ Importing this file imports that package, which is optional. Only yolox.py impor
 builds a detector. The tensors have the names of Megvii's checkpoints.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from yolox.models import YoloPafpn, YoloxHead
+
+# The library calls torch.cuda.amp.autocast, which warns that it has a new name.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"yolox\.models\.")
 
 # Channels of each level at width 1, and strides in pixels.
 _CHANNELS = {"p3": 256, "p4": 512, "p5": 1024}
