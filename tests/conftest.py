@@ -154,6 +154,16 @@ def tiny_ssd(seed=1, **options):
     return model
 
 
+def tiny_yolox_cfg(coco=None, name="tiny"):
+    """The smallest YOLOX: the levels of tiny_cfg, 16 to 64 channels."""
+    cfg = tiny_cfg(coco, name)
+    cfg.MODEL.META_ARCHITECTURE = "YOLOX"
+    cfg.MODEL.YOLOX.WIDTH = 0.0625
+    cfg.MODEL.YOLOX.NUM_CLASSES = len(CLASSES)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    return cfg
+
+
 def save_teacher(folder, channels=24, seed=1, edit=None):
     """Writes a teacher's config and random weights; returns their paths."""
     from detectron2.modeling import build_model
@@ -233,6 +243,31 @@ def detector(kind="RetinaNet", edit=None, seed=1):
         torch.manual_seed(seed)
         model = build_model(cfg)
         torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
+    return model
+
+
+_SIZES = ((64, 80), (72, 56), (130, 70), (40, 140))
+
+
+def yolox_detector(edit=None, seed=1):
+    """A small YOLOX with clear predictions. Its batch norms have statistics of random images."""
+    cfg = tiny_yolox_cfg()
+    if edit:
+        edit(cfg)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        for conv in (*model.head.cls_preds, *model.head.obj_preds):
+            torch.nn.init.normal_(conv.weight, std=0.5)
+            torch.nn.init.zeros_(conv.bias)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            batch = make_batch(_SIZES, ((),) * len(_SIZES))
+            model.head(list(model.backbone(model.preprocess_image(batch).tensor).values()))
+        for norm in norms:
+            norm.momentum = 0.03
     return model
 
 
