@@ -14,6 +14,7 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     _add_distillation(cfg)
     _add_methods(cfg)
     _add_detectors(cfg)
+    _add_yolo(cfg)
     _add_training(cfg)
     for extend in _extensions:
         extend(cfg)
@@ -151,6 +152,30 @@ def _add_detectors(cfg: CN) -> None:
     # What is frozen, counted as by MODEL.BACKBONE.FREEZE_AT, which these backbones do not read:
     # 0 = nothing, 1 = all that the map res1 (stride 2) is computed from, 2 = all of res2, ...
     timm.FREEZE_AT = 0
+
+
+def _add_yolo(cfg: CN) -> None:
+    # YOLOv3 and YOLOv4, for MODEL.META_ARCHITECTURE "YOLO". They do not read MODEL.BACKBONE.
+    yolo = cfg.MODEL.YOLO = CN()
+    # "yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny", or the path of a Darknet .cfg file. Only the
+    # network, the anchors and the thresholds are read from the file, not the schedule.
+    yolo.CFG = "yolov3"
+    # Replaces the number in the .cfg file.
+    yolo.NUM_CLASSES = 80
+    # Factor for the number of channels of all layers, such as 0.5 for a narrower network. 1 = as in
+    # the file. Darknet's weights fit 1 only.
+    yolo.WIDTH = 1.0
+    # Norm of the convolutions: "BN", "SyncBN" or "FrozenBN".
+    yolo.NORM = "BN"
+    # Initial objectness. It sets the bias of the last convolutions. Darknet starts with 0.5.
+    yolo.PRIOR_PROB = 0.01
+    # Scales 1 - CIoU, the loss of boxes in networks with iou_loss=ciou (YOLOv4). It replaces
+    # iou_normalizer of the .cfg file: Darknet's gradient leaves out a factor.
+    yolo.IOU_WEIGHT = 2.5
+    # Threshold of objectness * class score.
+    yolo.SCORE_THRESH_TEST = 0.005
+    yolo.TOPK_CANDIDATES_TEST = 1000
+    yolo.NMS_THRESH_TEST = 0.45
 
 
 def _add_training(cfg: CN) -> None:

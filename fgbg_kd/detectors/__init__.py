@@ -8,11 +8,14 @@ from .timm_backbone import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
+from .yolo import YOLO, YOLOView
 
 __all__ = [
     "FCOS",
     "FCOSView",
     "RetinaNetView",
+    "YOLO",
+    "YOLOView",
     "DenseOutput",
     "DenseView",
     "DetectorView",
