@@ -64,10 +64,9 @@ def _floats(path: str) -> np.ndarray:
         if len(version) < 3 or not 0 < version[0] * 10 + version[1] < 1000:
             raise CheckpointError(f"{path} is not a .weights file of Darknet: download it again.")
         file.seek(8 if version[0] * 10 + version[1] >= 2 else 4, os.SEEK_CUR)  # images seen
-        data = file.read()
-    if len(data) % 4:
-        raise CheckpointError(f"{path} ends within a number: download it again.")
-    return np.frombuffer(bytearray(data), "<f4")
+        if (os.path.getsize(path) - file.tell()) % 4:
+            raise CheckpointError(f"{path} ends within a number: download it again.")
+        return np.fromfile(file, "<f4")
 
 
 def _convolutions(detector: nn.Module) -> list[tuple[str, Conv2d]]:
