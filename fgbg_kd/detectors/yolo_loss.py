@@ -16,8 +16,9 @@ from ..ops import pack
 from ..ops.common import upload
 from .darknet import YoloLayer
 
-# exp() of a larger width or height is cut off, so that boxes stay finite.
-_LARGEST_EXPONENT = 10.0
+# Limit of the logarithm of a box's width and height over the anchor's, in both directions: so boxes
+# are finite, and none has the width 0.
+_LARGEST_LOG = 10.0
 # YOLOv4 takes a prediction for an object only if a class has a larger score.
 _CLASS_THRESH = 0.25
 
@@ -115,7 +116,7 @@ def _corners(xywh: Sequence[Tensor], column, row, size, layer: YoloLayer, dim: i
     """XYXY from raw x, y, width and height, the cell's indices and the anchor's width, height."""
     x, y = (layer.scale * t.sigmoid() - (layer.scale - 1) / 2 for t in xywh[:2])
     cx, cy = (x + column) * layer.stride, (y + row) * layer.stride
-    w, h = (t.clamp(max=_LARGEST_EXPONENT).exp() * a / 2 for t, a in zip(xywh[2:], size))
+    w, h = (t.clamp(-_LARGEST_LOG, _LARGEST_LOG).exp() * a / 2 for t, a in zip(xywh[2:], size))
     return torch.stack([cx - w, cy - h, cx + w, cy + h], dim=dim)
 
 
