@@ -40,9 +40,9 @@ def yolo_losses(
     - loss_obj: cross-entropy of the objectness.
     - loss_cls: cross-entropy of each class. If several objects train the same prediction, each of
       their classes is right.
-    - loss_box_reg of YOLOv3: cross-entropy of x and y, and half the squared error of the logarithms
-      of width and height. The weight is 2 - (share of the image). If several objects train the same
-      prediction, the last one counts.
+    - loss_box_reg of YOLOv3: cross-entropy of x and y, less its smallest value, and half the squared
+      error of the logarithms of width and height. The weight is 2 - (share of the image). If several
+      objects train the same prediction, the last one counts.
     - loss_box_reg of YOLOv4: ``iou_weight`` * (1 - CIoU). If several objects train the same
       prediction, the sum is divided by the number of their classes.
 
@@ -215,10 +215,10 @@ def _squared(
     """YOLOv3's loss of each row's box: (R,)."""
     centre = objects.centres / layer.stride - torch.stack([column, row], 1)
     # The gradient of scale * BCE(t, (target + offset) / scale) is the scaled sigmoid minus target.
-    offset = (layer.scale - 1) / 2
-    in_cell = layer.scale * binary_cross_entropy_with_logits(
-        of_row[:, :2], (centre + offset) / layer.scale, reduction="none"
-    )
+    # Without the entropy of the target, the loss of a perfect box would not be 0.
+    target = (centre + (layer.scale - 1) / 2) / layer.scale
+    in_cell = binary_cross_entropy_with_logits(of_row[:, :2], target, reduction="none")
+    in_cell = in_cell - torch.special.entr(target) - torch.special.entr(1 - target)
     error = of_row[:, 2:4] - (objects.sizes.clamp(min=1e-3) / sizes).log()
     weight = 2 - objects.sizes.prod(1) / objects.area
-    return weight * (in_cell + error.square() / 2).sum(1)
+    return weight * (layer.scale * in_cell + error.square() / 2).sum(1)

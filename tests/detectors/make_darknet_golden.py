@@ -81,7 +81,9 @@ def record(folder: Path) -> None:
 
     golden: dict = {"opencv": cv2.__version__}
     for name in NETWORKS:
-        net = cv2.dnn.readNetFromDarknet(str(folder / f"{name}.cfg"), str(folder / f"{name}.weights"))
+        net = cv2.dnn.readNetFromDarknet(
+            str(folder / f"{name}.cfg"), str(folder / f"{name}.weights")
+        )
         net.setInput(image())
         outputs = net.getUnconnectedOutLayersNames()  # yolo_82, ...
         convolutions = [f"conv_{int(x.split('_')[1]) - 1}" for x in outputs]
@@ -92,7 +94,7 @@ def record(folder: Path) -> None:
             "raw": [[float(f"{v:.7g}") for v in kept(maps[i])] for i in order],
             "decoded": [[float(f"{v:.7g}") for v in kept(rows[i])] for i in order],
         }
-    GOLDEN.write_text(json.dumps(golden).replace('], [', '],\n[').replace('}, "', '},\n"') + "\n")
+    GOLDEN.write_text(json.dumps(golden).replace("], [", "],\n[").replace('}, "', '},\n"') + "\n")
 
 
 if __name__ == "__main__":

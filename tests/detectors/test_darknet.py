@@ -185,5 +185,7 @@ def test_a_cfg_that_cannot_be_built_is_refused(old, new, message, tmp_path):
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(ConfigError, match="'yolov9', which cannot be read .* one of yolov3, yolov3-t"):
+    with pytest.raises(
+        ConfigError, match="'yolov9', which cannot be read .* one of yolov3, yolov3-t"
+    ):
         YOLO(network="yolov9")

@@ -91,7 +91,9 @@ def darknets_deltas(raw: np.ndarray, layer: YoloLayer, v4: bool) -> np.ndarray:
             i, j = int(t[0] / layer.stride), int(t[1] / layer.stride)
             overlaps = [iou((0, 0, *t[2:]), (0, 0, *anchor)) for anchor in ANCHORS]
             chosen = [int(np.argmax(overlaps))]
-            chosen += [k for k, o in enumerate(overlaps) if o > layer.iou_thresh and k not in chosen]
+            chosen += [
+                k for k, o in enumerate(overlaps) if o > layer.iou_thresh and k not in chosen
+            ]
             for anchor in chosen:
                 if anchor not in layer.mask:
                     continue
@@ -151,6 +153,22 @@ def test_a_class_score_under_a_quarter_is_never_ignored_by_yolov4():
     assert all((per_anchor(x.grad, layer)[:, :, 4] != 0).all() for x, layer in zip(raw, of))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.1])
+def test_the_box_loss_of_yolov3_is_0_for_the_right_box_and_has_darknets_gradient(scale):
+    """One box in the middle of a cell, with the size of its anchor: x = y = 0.5, w = h = 1."""
+    of = [layers(scale=scale)[1]]
+    gt = truth([[[48.0 - 18.5, 48.0 - 29, 48.0 + 18.5, 48.0 + 29]], []], [[1], []])
+    raw = [torch.zeros(2, 2 * (5 + CLASSES), 2, 2, dtype=torch.float64, requires_grad=True)]
+    assert losses(raw, of, gt=gt)["loss_box_reg"].abs() < 1e-12
+    moved = raw[0].detach().clone()
+    moved[0, :4, 1, 1] = torch.tensor([0.3, -0.4, 0.5, -0.6])
+    moved.requires_grad_()
+    losses([moved], of, gt=gt)["loss_box_reg"].backward()
+    xy = scale * moved[0, :2, 1, 1].sigmoid() - (scale - 1) / 2 - 0.5
+    expected = torch.cat([xy, moved[0, 2:4, 1, 1]]) * (2 - 37 * 58 / 64**2) / 2  # two images
+    torch.testing.assert_close(moved.grad[0, :4, 1, 1], expected.detach())
+
+
 def test_the_box_loss_of_yolov4_is_the_weighted_mean_of_1_minus_ciou():
     """One box that two anchors train, with the formula of Zheng et al. (AAAI 2020)."""
     of = [layers(ciou=True, iou_thresh=0.5, scale=1.05)[1]]
@@ -203,7 +221,9 @@ def test_the_loss_is_the_mean_over_images(ciou):
     boxes, labels, sizes = truth()
     whole = losses(raw, of)
     parts = [
-        losses([x[i : i + 1] for x in raw], of, gt=(boxes[i : i + 1], labels[i : i + 1], [sizes[i]]))
+        losses(
+            [x[i : i + 1] for x in raw], of, gt=(boxes[i : i + 1], labels[i : i + 1], [sizes[i]])
+        )
         for i in (0, 1)
     ]
     for name, value in whole.items():
