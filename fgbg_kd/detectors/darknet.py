@@ -227,10 +227,10 @@ class Darknet(Backbone):
 
     def _shortcut(self, layer: Layer, _):
         sources = [layer.number - 1, *self._named(layer, "from")]
-        shapes = {self._shapes[s + 1] for s in sources}
-        if len(shapes) > 1 or layer.get("activation", "linear") != "linear":
+        first, *others = [self._shapes[s + 1] for s in sources]
+        if any(x != first for x in others) or layer.get("activation", "linear") != "linear":
             raise layer.refuse("adds maps of different shapes, or has an activation.")
-        return sources, shapes.pop(), _Sum()
+        return sources, first, _Sum()
 
     def _route(self, layer: Layer, _):
         sources = self._named(layer, "layers")

@@ -40,9 +40,9 @@ def yolo_losses(
     - loss_obj: cross-entropy of the objectness.
     - loss_cls: cross-entropy of each class. If several objects train the same prediction, each of
       their classes is right.
-    - loss_box_reg of YOLOv3: cross-entropy of x and y, less its smallest value, and half the squared
-      error of the logarithms of width and height. The weight is 2 - (share of the image). If several
-      objects train the same prediction, the last one counts.
+    - loss_box_reg of YOLOv3: cross-entropy of x and y, less its smallest value, and half the
+      squared error of the logarithms of width and height. The weight is 2 - (share of the image).
+      If several objects train the same prediction, the last one counts.
     - loss_box_reg of YOLOv4: ``iou_weight`` * (1 - CIoU). If several objects train the same
       prediction, the sum is divided by the number of their classes.
 
