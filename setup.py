@@ -12,7 +12,7 @@ setup(
     package_data={
         # Type checkers read the annotations of a package only if it has this file (PEP 561).
         "fgbg_kd": ["py.typed"],
-        "fgbg_kd.detectors": ["darknet_cfg/*"],
+        "fgbg_kd.detectors": ["networks/*"],
         "fgbg_kd.experiments": ["report.html"],
     },
     python_requires=">=3.10",

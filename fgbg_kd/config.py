@@ -36,8 +36,8 @@ def add_keys(extend: Callable[[CN], None]) -> Callable[[CN], None]:
 def _add_distillation(cfg: CN) -> None:
     # MODEL.META_ARCHITECTURE "FgBgDistiller" switches distillation on.
     kd = cfg.MODEL.KD = CN()
-    # Meta-architecture of the student, "RetinaNet" or "FCOS". All other MODEL.* keys describe the
-    # student as in training without a teacher.
+    # Meta-architecture of the student, "RetinaNet", "FCOS" or "YOLO". All other MODEL.* keys
+    # describe the student as in training without a teacher.
     kd.STUDENT = "RetinaNet"
 
     kd.TEACHER = CN()

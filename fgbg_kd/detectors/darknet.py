@@ -7,7 +7,6 @@ convolution, which form the head here. All other layers form the backbone.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.errors import ConfigError
+from .darknet_cfg import Layer
 
-_PACKAGED = Path(__file__).parent / "darknet_cfg"
 _ACTIVATIONS = {
     "linear": lambda: None,
     "leaky": lambda: nn.LeakyReLU(0.1, inplace=True),  # saves a map in training
@@ -27,38 +26,6 @@ _ACTIVATIONS = {
     "swish": nn.SiLU,
     "logistic": nn.Sigmoid,
 }
-
-
-class Layer(dict):
-    """A section of a .cfg file: its keys and values as text.
-
-    Attributes:
-        kind: the name in brackets, such as "convolutional".
-        number: Darknet's number of the layer. The section [net] has the number -1.
-    """
-
-    def __init__(self, kind: str, number: int):
-        super().__init__()
-        self.kind, self.number = kind, number
-
-    def refuse(self, what: str) -> ConfigError:
-        """The error that says what is wrong with this layer."""
-        return ConfigError(f"MODEL.YOLO.CFG: layer {self.number} [{self.kind}] {what}")
-
-    def numbers(self, key: str, default: str = "") -> list[float]:
-        """Values that are separated by commas.
-
-        Raises:
-            ConfigError: the key is missing, or a value is not a number.
-        """
-        text = self.get(key, default)
-        try:
-            return [float(x) for x in text.strip(", ").split(",")]
-        except ValueError:
-            raise self.refuse(f"needs numbers in {key}, and has {text!r}.") from None
-
-    def integer(self, key: str, default: str = "") -> int:
-        return int(self.numbers(key, default)[0])
 
 
 class YoloLayer(NamedTuple):
@@ -89,44 +56,6 @@ class YoloLayer(NamedTuple):
         return [self.anchors[i] for i in self.mask]
 
 
-def read_cfg(name: str) -> list[Layer]:
-    """Reads a network.
-
-    Args:
-        name: path of a Darknet .cfg file, or the name of a file that this package has: "yolov3",
-            "yolov3-tiny", "yolov4", "yolov4-tiny".
-
-    Returns:
-        The section [net], and the layers in their order.
-
-    Raises:
-        ConfigError: there is no such file, or it is not a .cfg file.
-    """
-    packaged = _PACKAGED / f"{name}.cfg"
-    path = packaged if packaged.is_file() else Path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(p.stem for p in _PACKAGED.glob("*.cfg")))
-        raise ConfigError(
-            f"MODEL.YOLO.CFG is {name!r}, which cannot be read ({error}): give the path of a "
-            f"Darknet .cfg file, or one of {known}."
-        ) from error
-    layers: list[Layer] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        key, equals, value = line.partition("=")
-        if line.startswith("[") and line.endswith("]"):
-            layers.append(Layer(line[1:-1].strip(), len(layers) - 1))
-        elif equals and layers:
-            layers[-1][key.strip()] = value.strip()
-        elif line and line[0] not in "#;":
-            raise ConfigError(f"{path}, line {number}: {line!r} is not KEY=VALUE or [layer].")
-    if len(layers) < 2 or layers[0].kind not in ("net", "network"):
-        raise ConfigError(f"{path} is not a Darknet .cfg file: it must begin with [net].")
-    return layers
-
-
 class Darknet(Backbone):
     """All layers of a network except the last two convolutions of each output.
 
@@ -141,16 +70,18 @@ class Darknet(Backbone):
     def __init__(self, layers: Sequence[Layer], num_classes: int, width: float, norm: str):
         """
         Args:
-            layers: the result of :func:`read_cfg`.
+            layers: the result of :func:`~fgbg_kd.detectors.darknet_cfg.read_cfg`.
             num_classes: replaces the number in the .cfg file.
             width: factor for the number of channels of all layers except the outputs.
             norm: the norm where the file has ``batch_normalize=1``: a name of Detectron2, such as
                 "BN", "SyncBN" or "FrozenBN".
 
         Raises:
-            ConfigError: a layer is not supported.
+            ConfigError: a layer is not supported, or the width is not positive.
         """
         super().__init__()
+        if not width > 0:
+            raise ConfigError(f"MODEL.YOLO.WIDTH is {width}: it must be over 0.")
         self.num_classes, self.width, self.norm = num_classes, width, norm
         net, *rest = layers
         self._shapes = [ShapeSpec(channels=net.integer("channels", "3"), stride=1)]  # the image
@@ -260,16 +191,21 @@ class Darknet(Backbone):
         first, last = (arguments.get(layer.number - back) for back in (2, 1))
         if first is None or last is None or last["norm"]:
             raise layer.refuse("must follow a convolution, and one without batch_normalize.")
-        if layer.integer("new_coords", "0"):
-            raise layer.refuse("has new_coords=1, which is not supported.")
-        if layer.get("iou_loss", "mse") not in ("mse", "ciou"):
-            raise layer.refuse(f"has iou_loss={layer['iou_loss']}: use mse or ciou.")
+        for key, values in (
+            ("new_coords", "0"),
+            ("truth_thresh", "1 1.0"),
+            ("iou_loss", "mse ciou"),
+        ):
+            if layer.get(key, values.split()[0]) not in values.split():
+                raise layer.refuse(f"has {key}={layer[key]}. Supported: {values}.")
         sizes = layer.numbers("anchors")
         anchors = list(zip(sizes[::2], sizes[1::2]))
         mask = [int(i) for i in layer.numbers("mask", ",".join(map(str, range(len(anchors)))))]
-        last["filters"] = len(mask) * (5 + self.num_classes)
         shape = self._shapes[layer.number]
         name = f"s{shape.stride}"
+        if name in self.outputs or not all(0 <= i < len(anchors) for i in mask):
+            raise layer.refuse("has the stride of another output, or a mask without anchors.")
+        last["filters"] = len(mask) * (5 + self.num_classes)
         self.outputs[name] = YoloLayer(
             stride=shape.stride,
             anchors=anchors,

@@ -12,7 +12,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from .darknet import Darknet, DarknetHead, read_cfg
+from .darknet import Darknet, DarknetHead
+from .darknet_cfg import read_cfg
 from .darknet_weights import read_weights
 from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
 from .yolo_loss import decode_boxes, per_anchor, yolo_losses
@@ -49,7 +50,7 @@ class YOLO(DenseDetector):
     ):
         """
         Args:
-            network: see :func:`~fgbg_kd.detectors.darknet.read_cfg`.
+            network: see :func:`~fgbg_kd.detectors.darknet_cfg.read_cfg`.
             num_classes, width, norm: see :class:`~fgbg_kd.detectors.darknet.Darknet`.
             prior_prob: initial objectness.
             iou_weight: scales YOLOv4's loss of boxes.

@@ -19,7 +19,7 @@ import numpy as np
 NETWORKS = ("yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny")
 WIDTH, CLASSES = 0.125, 2
 GOLDEN = Path(__file__).with_name("darknet_golden.json")
-CFGS = Path(__file__).parents[2] / "fgbg_kd" / "detectors" / "darknet_cfg"
+CFGS = Path(__file__).parents[2] / "fgbg_kd" / "detectors" / "networks"
 KEPT = 60  # numbers per map
 
 

@@ -171,8 +171,10 @@ def test_a_users_own_cfg_is_built(tmp_path):
         ("filters=8", "filters=x", r"layer 0 \[convolutional\] needs numbers in filters"),
         ("mish", "gelu", "has the activation gelu: use linear, leaky"),
         ("[yolo]", "[region]", r"layer 3 \[region\] is not supported. These are: convolutional"),
-        ("classes=2", "classes=2\nnew_coords=1", "new_coords=1, which is not supported"),
-        ("classes=2", "classes=2\niou_loss=giou", "iou_loss=giou: use mse or ciou"),
+        ("classes=2", "classes=2\nnew_coords=1", "new_coords=1. Supported: 0"),
+        ("classes=2", "classes=2\niou_loss=giou", "iou_loss=giou. Supported: mse ciou"),
+        ("classes=2", "truth_thresh=0.7", "truth_thresh=0.7. Supported: 1"),
+        ("classes=2", "mask=0,1", "a mask without anchors"),
         ("anchors=10,14", "", "needs numbers in anchors"),
         ("anchors=10,14", "anchors=10,14\n[route]\nlayers=-3", "reads an output of the network"),
         ("anchors=10,14", "anchors=10,14\n[route]\nlayers=9", "not before it .layers=9."),
@@ -182,6 +184,11 @@ def test_a_users_own_cfg_is_built(tmp_path):
 def test_a_cfg_that_cannot_be_built_is_refused(old, new, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         built(tmp_path, CFG.replace(old, new, 1))
+
+
+def test_a_width_of_0_is_refused():
+    with pytest.raises(ConfigError, match="WIDTH is 0: it must be over 0"):
+        YOLO(network="yolov4-tiny", width=0)
 
 
 def test_an_unknown_network_is_refused():
