@@ -4,13 +4,13 @@ Shapes: N images, A anchors of a level, K classes, (H, W) cells, B boxes of all 
 pair of a box and an anchor, so there are R = B * A rows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchvision.ops import complete_box_iou_loss
 
 from ..ops import pack
 from ..ops.common import upload
@@ -148,7 +148,7 @@ def _level(
         found = _corners(
             of_row[:, :4].unbind(1), column, row, sizes.unbind(1), layer, dim=1
         )  # (R, 4)
-        box = iou_weight * complete_box_iou_loss(found, objects.boxes)
+        box = iou_weight * (1 - ciou(found, objects.boxes))
         box = positive * box / labels.sum(1).clamp(min=1)
     else:
         box = first * _squared(of_row, objects, column, row, sizes, layer)
@@ -198,12 +198,9 @@ def _targets(key: Tensor, positive: Tensor, classes: Tensor, count: int, like: T
 @torch.no_grad()
 def _ignored(x: Tensor, layer: YoloLayer, truths: Tensor) -> Tensor:
     """Which predictions overlap an object too much to be background: (M,) bool."""
-    boxes = decode_boxes(x, layer).permute(0, 1, 3, 4, 2).flatten(1, 3)[:, :, None]
-    truths = truths[:, None]  # (N, 1, B_max, 4)
-    overlap = torch.minimum(boxes[..., 2:], truths[..., 2:])
-    overlap = (overlap - torch.maximum(boxes[..., :2], truths[..., :2])).clamp(min=0).prod(-1)
-    areas = [(t[..., 2:] - t[..., :2]).prod(-1) for t in (boxes, truths)]
-    ignored = (overlap / (areas[0] + areas[1] - overlap)).amax(-1) > layer.ignore_thresh
+    boxes = decode_boxes(x, layer).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (N, A*H*W, 4)
+    overlap = iou(boxes[:, :, None], truths[:, None])  # (N, A*H*W, B_max)
+    ignored = overlap.amax(-1) > layer.ignore_thresh
     if layer.ciou:  # YOLOv4
         ignored &= (x[:, :, 5:].amax(2).sigmoid() > _CLASS_THRESH).flatten(1)
     return ignored.flatten()
@@ -222,3 +219,31 @@ def _squared(
     error = of_row[:, 2:4] - (objects.sizes.clamp(min=1e-3) / sizes).log()
     weight = 2 - objects.sizes.prod(1) / objects.area
     return weight * (layer.scale * in_cell + error.square() / 2).sum(1)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes XYXY: (..., 4), (..., 4) -> (...)."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    overlap = _area(torch.cat([low, torch.maximum(low, high)], dim=-1))
+    return overlap / (_area(a) + _area(b) - overlap)
+
+
+def ciou(a: Tensor, b: Tensor) -> Tensor:
+    """Complete IoU (Zheng et al., AAAI 2020) of boxes XYXY: (R, 4), (R, 4) -> (R,).
+
+    torchvision's complete_box_iou_loss makes the host wait for the device.
+    """
+    overlap = iou(a, b)
+    hull = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
+    offset = (a[:, :2] + a[:, 2:] - b[:, :2] - b[:, 2:]) / 2
+    distance = offset.square().sum(1) / hull.square().sum(1)
+    angles = [torch.atan2(x[:, 2] - x[:, 0], x[:, 3] - x[:, 1]) for x in (a, b)]
+    shape = 4 / math.pi**2 * (angles[0] - angles[1]).square()
+    with torch.no_grad():  # a weight, as in the paper
+        weight = shape / (1 - overlap + shape + 1e-7)
+    return overlap - distance - weight * shape
+
+
+def _area(boxes: Tensor) -> Tensor:
+    # Not prod(): its backward pass makes the host wait for the device.
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -5,9 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from fgbg_kd.detectors.darknet import YoloLayer
-from fgbg_kd.detectors.yolo_loss import decode_boxes, matched_anchors, per_anchor, yolo_losses
+from fgbg_kd.detectors.yolo_loss import (
+    ciou,
+    decode_boxes,
+    matched_anchors,
+    per_anchor,
+    yolo_losses,
+)
 
 ANCHORS = [(10, 14), (23, 27), (37, 58), (81, 82)]
 CLASSES = 3
@@ -21,9 +28,9 @@ BOXES = [
 LABELS = [[0, 1, 2], [2, 0, 1]]
 
 
-def layers(ciou=False, iou_thresh=1.0, scale=1.0):
+def layers(v4=False, iou_thresh=1.0, scale=1.0):
     common = {"anchors": ANCHORS, "scale": scale, "ignore_thresh": 0.25}
-    common |= {"iou_thresh": iou_thresh, "ciou": ciou}
+    common |= {"iou_thresh": iou_thresh, "ciou": v4}
     return [YoloLayer(16, mask=[0, 1], **common), YoloLayer(32, mask=[2, 3], **common)]
 
 
@@ -130,7 +137,7 @@ def test_the_gradient_of_yolov3_is_darknets_delta():
 
 @pytest.mark.parametrize("iou_thresh", [1.0, 0.213])
 def test_the_gradient_of_objectness_and_classes_of_yolov4_is_darknets_delta(iou_thresh):
-    of = layers(ciou=True, iou_thresh=iou_thresh, scale=1.1)
+    of = layers(v4=True, iou_thresh=iou_thresh, scale=1.1)
     raw = raw_maps(of)
     found = losses(raw, of)
     (found["loss_obj"] + found["loss_cls"]).backward()
@@ -144,7 +151,7 @@ def test_the_gradient_of_objectness_and_classes_of_yolov4_is_darknets_delta(iou_
 
 def test_a_class_score_under_a_quarter_is_never_ignored_by_yolov4():
     """A prediction at the very place of an object is background for it without a class."""
-    of = layers(ciou=True)
+    of = layers(v4=True)
     raw = raw_maps(of, spread=0.1)
     for x, layer in zip(raw, of):
         with torch.no_grad():
@@ -171,7 +178,7 @@ def test_the_box_loss_of_yolov3_is_0_for_the_right_box_and_has_darknets_gradient
 
 def test_the_box_loss_of_yolov4_is_the_weighted_mean_of_1_minus_ciou():
     """One box that two anchors train, with the formula of Zheng et al. (AAAI 2020)."""
-    of = [layers(ciou=True, iou_thresh=0.5, scale=1.05)[1]]
+    of = [layers(v4=True, iou_thresh=0.5, scale=1.05)[1]]
     box = [20.0, 10.0, 72.0, 88.0]
     raw = raw_maps(of, spread=0.5)
     gt = ([torch.tensor([box]).double(), torch.zeros(0, 4).double()],
@@ -191,9 +198,23 @@ def test_the_box_loss_of_yolov4_is_the_weighted_mean_of_1_minus_ciou():
     assert found == pytest.approx(2.5 * expected / 2, rel=1e-5)  # two images
 
 
+def test_ciou_is_torchvisions_with_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    corners = 50 * torch.rand(2, 200, 2, generator=generator, dtype=torch.float64)
+    sizes = 1 + 40 * torch.rand(2, 200, 2, generator=generator, dtype=torch.float64)
+    a, b = torch.cat([corners, corners + sizes], dim=2)
+    assert ((torchvision.ops.box_iou(a, b).diagonal() == 0).sum()) > 20  # some are apart
+    a.requires_grad_()
+    ours, theirs = 1 - ciou(a, b), torchvision.ops.complete_box_iou_loss(a, b, eps=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    (ours_grad,) = torch.autograd.grad(ours.sum(), a)
+    (theirs_grad,) = torch.autograd.grad(theirs.sum(), a)
+    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-6)
+
+
 def test_objects_on_one_prediction_share_the_box_loss_of_yolov4():
     """Twice the same object with two classes weighs as much as once."""
-    of = layers(ciou=True)
+    of = layers(v4=True)
     raw = raw_maps(of)
     box = BOXES[0][1:2]
     one = losses(raw, of, gt=truth([box, []], [[1], []]))["loss_box_reg"]
@@ -201,9 +222,9 @@ def test_objects_on_one_prediction_share_the_box_loss_of_yolov4():
     torch.testing.assert_close(one, two)
 
 
-@pytest.mark.parametrize("ciou", [False, True])
-def test_images_without_boxes_are_background(ciou):
-    of = layers(ciou=ciou)
+@pytest.mark.parametrize("v4", [False, True])
+def test_images_without_boxes_are_background(v4):
+    of = layers(v4=v4)
     raw = raw_maps(of)
     found = losses(raw, of, gt=truth([[], []], [[], []]))
     assert found["loss_cls"] == found["loss_box_reg"] == 0
@@ -213,10 +234,10 @@ def test_images_without_boxes_are_background(ciou):
     assert all(x.grad.isfinite().all() for x in raw)
 
 
-@pytest.mark.parametrize("ciou", [False, True])
-def test_the_loss_is_the_mean_over_images(ciou):
+@pytest.mark.parametrize("v4", [False, True])
+def test_the_loss_is_the_mean_over_images(v4):
     """So it does not depend on how a batch is split over processes."""
-    of = layers(ciou=ciou, iou_thresh=0.213)
+    of = layers(v4=v4, iou_thresh=0.213)
     raw = raw_maps(of)
     boxes, labels, sizes = truth()
     whole = losses(raw, of)
@@ -230,10 +251,10 @@ def test_the_loss_is_the_mean_over_images(ciou):
         torch.testing.assert_close(value, (parts[0][name] + parts[1][name]) / 2)
 
 
-@pytest.mark.parametrize("ciou", [False, True])
+@pytest.mark.parametrize("v4", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_single(ciou, dtype):
-    of = layers(ciou=ciou)
+def test_half_precision_is_computed_in_single(v4, dtype):
+    of = layers(v4=v4)
     raw = raw_maps(of, dtype)
     single = [x.detach().float() for x in raw]
     gt = truth(dtype=torch.float32)
@@ -242,9 +263,9 @@ def test_half_precision_is_computed_in_single(ciou, dtype):
         assert torch.equal(value, losses(single, of, gt=gt)[name])
 
 
-@pytest.mark.parametrize("ciou", [False, True])
-def test_large_values_give_finite_losses_and_gradients(ciou):
-    of = layers(ciou=ciou)
+@pytest.mark.parametrize("v4", [False, True])
+def test_large_values_give_finite_losses_and_gradients(v4):
+    of = layers(v4=v4)
     raw = [(x.detach() * 200).requires_grad_() for x in raw_maps(of, torch.float32)]
     found = losses(raw, of, gt=truth(dtype=torch.float32))
     assert all(v.isfinite() for v in found.values())
