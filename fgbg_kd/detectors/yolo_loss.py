@@ -223,9 +223,12 @@ def _squared(
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes XYXY: (..., 4), (..., 4) -> (...)."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    overlap = _area(torch.cat([low, torch.maximum(low, high)], dim=-1))
-    return overlap / (_area(a) + _area(b) - overlap)
+    ax0, ay0, ax1, ay1 = a.unbind(-1)
+    bx0, by0, bx1, by1 = b.unbind(-1)
+    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
+    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
+    overlap = width * height
+    return overlap / ((ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap)
 
 
 def ciou(a: Tensor, b: Tensor) -> Tensor:
@@ -242,8 +245,3 @@ def ciou(a: Tensor, b: Tensor) -> Tensor:
     with torch.no_grad():  # a weight, as in the paper
         weight = shape / (1 - overlap + shape + 1e-7)
     return overlap - distance - weight * shape
-
-
-def _area(boxes: Tensor) -> Tensor:
-    # Not prod(): its backward pass makes the host wait for the device.
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -106,6 +106,21 @@ def test_a_file_with_other_classes_has_only_other_last_convolutions(tmp_path):
         load_exactly(detector, str(tmp_path / "a.weights"))
 
 
+def test_the_first_layers_initialise_a_detector_and_are_no_teacher(tmp_path):
+    """Two convolutions, 3 to 4 and 4 to 8 channels, each with four numbers per filter more."""
+    path, detector = tmp_path / "my.conv.2", narrow("yolov4-tiny")
+    write_weights(path, narrow("yolov4-tiny"))
+    size = len(HEADER) + 4 * (4 * (4 + 27) + 8 * (4 + 36))
+    path.write_bytes(path.read_bytes()[:size])
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    SafeCheckpointer(detector).load(str(path))
+    changed = {k for k, v in detector.state_dict().items() if not torch.equal(v, before[k])}
+    parts = ("weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
+    assert changed == {f"backbone.bottom_up.{i}.{part}" for i in (0, 1) for part in parts}
+    with pytest.raises(CheckpointError, match="missing in the file"):
+        load_exactly(detector, str(path))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
