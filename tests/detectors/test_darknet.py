@@ -201,6 +201,13 @@ def test_a_cfg_that_cannot_be_built_is_refused(old, new, message, tmp_path):
         built(tmp_path, CFG.replace(old, new, 1))
 
 
+def test_any_width_gives_numbers_of_channels_that_can_be_halved():
+    detector = YOLO(network="yolov4-tiny", num_classes=2, width=0.05).eval()  # 32 * 0.05 = 1.6
+    channels = {m.out_channels for m in detector.backbone.modules() if hasattr(m, "out_channels")}
+    assert channels == {2, 4, 6, 12, 26} and all(c % 2 == 0 for c in channels)
+    assert detector.backbone(torch.zeros(1, 3, 32, 64))["s32"].shape[2:] == (1, 2)
+
+
 def test_a_width_of_0_is_refused():
     with pytest.raises(ConfigError, match="WIDTH is 0: it must be over 0"):
         YOLO(network="yolov4-tiny", width=0)

@@ -271,3 +271,15 @@ def test_large_values_give_finite_losses_and_gradients(v4):
     assert all(v.isfinite() for v in found.values())
     sum(found.values()).backward()
     assert all(x.grad.isfinite().all() for x in raw)
+
+
+@pytest.mark.parametrize("v4", [False, True])
+def test_an_empty_box_on_the_border_trains_the_last_cell(v4):
+    of = layers(v4=v4)
+    raw = raw_maps(of)
+    found = losses(raw, of, gt=truth([[[64.0, 64.0, 64.0, 64.0]], []], [[1], []]))
+    assert all(v.isfinite() for v in found.values())
+    sum(found.values()).backward()
+    assert all(x.grad.isfinite().all() for x in raw)
+    trained = per_anchor(raw[0].grad, of[0])[0, :, 5].nonzero()
+    assert trained.tolist() == [[0, 3, 3]]  # anchor, row, column
