@@ -117,6 +117,15 @@ def test_both_kinds_of_configs_have_the_same_defaults():
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()} == found
 
 
+def test_the_objectness_before_training_is_the_key():
+    cfg = tiny_yolo_cfg()
+    cfg.MODEL.YOLO.PRIOR_PROB = 0.02
+    for conv in build_model(cfg).head.classifiers():
+        bias = conv.bias.detach().reshape(3, 7)
+        torch.testing.assert_close(bias[:, 4].sigmoid(), torch.full((3,), 0.02))
+        assert (bias[:, [0, 1, 2, 3, 5, 6]] == 0).all()
+
+
 def test_padding_is_darknets_grey():
     model = yolo()
     images = model.preprocess_image(make_batch())
