@@ -161,6 +161,7 @@ def tiny_yolox_cfg(coco=None, name="tiny"):
     cfg.MODEL.YOLOX.WIDTH = 0.0625
     cfg.MODEL.YOLOX.NUM_CLASSES = len(CLASSES)
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    return cfg
 
 
 def tiny_yolo_cfg(coco=None, name="tiny", network="yolov4-tiny"):
