@@ -4,6 +4,7 @@ The maps are named "0" to "5", finest first. The torchvision backbones keep torc
 names, so its checkpoints load.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -45,7 +46,7 @@ def _describe(backbone: Backbone, size: int) -> None:
 
 
 def _stride(exact: float) -> int:
-    power = 2 ** round(torch.log2(torch.tensor(exact)).item())
+    power = 2 ** round(math.log2(exact))
     return power if abs(exact - power) <= 0.1 * power else round(exact)
 
 
