@@ -24,7 +24,9 @@ from .matching import (
     match_classes,
     same_anchors,
     select,
+    select_unwarped,
     shared_levels,
+    shrink_of,
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
 from .teacher import Teacher, accelerate, build_teacher, check_teacher_file
@@ -64,6 +66,7 @@ class FgBgDistiller(nn.Module):
         stop_iter: int = 0,
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
+        image_size: tuple[int, int] | None = None,
     ):
         """
         Args:
@@ -81,6 +84,8 @@ class FgBgDistiller(nn.Module):
             classes: names of the student's classes. The teacher's classes are matched by name.
                 None: not known.
             inherit: parts that :meth:`inherit` copies from the teacher: "fpn", "head".
+            image_size: usual (height, width) of the training images. A teacher that warps images to
+                one size (SSD) needs it, so that levels of similar size meet. None: not known.
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -104,14 +109,15 @@ class FgBgDistiller(nn.Module):
         # Not a registered submodule: state_dict, the optimizer and train() do not see the teacher.
         self.__dict__["teacher"] = teacher
         if teacher is not None:
-            self._meet(teacher, name, options, classes)
+            self._meet(teacher, name, options, classes, image_size)
             self._inherited = inherited_weights(student, teacher.detector, inherit)
             accelerate(teacher.detector)
 
-    def _meet(self, teacher: Teacher, name: str, options: dict, classes) -> None:
+    def _meet(self, teacher: Teacher, name: str, options: dict, classes, image_size) -> None:
         """Finds the common levels and classes, and builds the method for them."""
         student = dense_student(self.student)
-        self.levels = levels = shared_levels(student, teacher.view)
+        shrink = shrink_of(student, teacher.view, image_size)
+        self.levels = levels = shared_levels(student, teacher.view, shrink)
         if isinstance(teacher.view, DenseView):
             match_classes(student, teacher.view, classes, teacher.class_names)
             self.same_anchors = same_anchors(student, teacher.view, levels)
@@ -151,6 +157,7 @@ class FgBgDistiller(nn.Module):
             "stop_iter": kd.STOP_ITER,
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
+            "image_size": _usual_size(cfg),
         }
 
     @property
@@ -197,7 +204,13 @@ class FgBgDistiller(nn.Module):
         mine, theirs = zip(*(level.place for level in self.levels))
         shapes = [student.features[i].shape[-2:] for i in mine]
         scales = self.teacher.scales(images)
-        student, teacher = select(student, mine, shapes), select(teacher, theirs, shapes, scales)
+        if scales is None:
+            teacher = select(teacher, theirs, shapes)
+        else:
+            strides = [self.teacher.view.levels[i].stride for i in theirs]
+            ratios = [level.stride / stride for level, stride in zip(self.levels, strides)]
+            teacher = select_unwarped(teacher, theirs, shapes, scales, ratios)
+        student = select(student, mine, shapes)
         return Batch(
             student=student,
             teacher=teacher,
@@ -233,6 +246,13 @@ class FgBgDistiller(nn.Module):
 
 
 _TEACHER_KEYS = ("CONFIG", "WEIGHTS", "SHA256", "CLASSES", "PRECISION", "CACHE")
+
+
+def _usual_size(cfg) -> tuple[int, int] | None:
+    """(height, width) of a training image with sides 3 : 4; None: images are not resized."""
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    short = sizes[len(sizes) // 2]
+    return (short, min(short * 4 // 3, cfg.INPUT.MAX_SIZE_TRAIN)) if short else None
 
 
 def _method_of(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:

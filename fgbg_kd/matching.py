@@ -1,6 +1,7 @@
 """Matches student and teacher: levels, maps, classes, anchors and inherited weights."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ class SharedLevel(NamedTuple):
     """A feature level that student and teacher share.
 
     Attributes:
-        stride: in pixels.
+        stride: of the student, in pixels.
         place: index among the student's levels, and index among the teacher's levels.
         channels: number of channels in the student, and in the teacher.
     """
@@ -42,74 +43,114 @@ def dense_student(student: nn.Module) -> DenseView:
     return found
 
 
-def shared_levels(student: DetectorView, teacher: DetectorView) -> list[SharedLevel]:
+def shared_levels(
+    student: DetectorView, teacher: DetectorView, shrink: float = 1.0
+) -> list[SharedLevel]:
     """The levels with equal strides in student and teacher. Their names may differ.
+
+    Args:
+        shrink: see :func:`shrink_of`. If it is not 1, each level of the student meets the level of
+            the teacher whose stride is nearest in the student's pixels, at most half an octave
+            away.
 
     Raises:
         TeacherError: there is no common stride.
     """
-    levels = student.levels, teacher.levels
-    at = [{level.stride: i for i, level in enumerate(of)} for of in levels]
-    common = sorted(at[0].keys() & at[1].keys())
-    names = [", ".join(f"{x.name} (stride {x.stride})" for x in of) for of in levels]
+    mine, theirs = student.levels, teacher.levels
+    shared: list[SharedLevel] = []
+    for i, level in sorted(enumerate(mine), key=lambda x: x[1].stride):
+        distance = [abs(math.log2(x.stride * shrink / level.stride)) for x in theirs]
+        j = min(range(len(theirs)), key=distance.__getitem__)
+        if distance[j] <= (0 if shrink == 1 else 0.5) and j not in (x.place[1] for x in shared):
+            channels = level.channels, theirs[j].channels
+            shared.append(SharedLevel(level.stride, (i, j), channels))
+    names = [", ".join(f"{x.name} (stride {x.stride})" for x in of) for of in (mine, theirs)]
     text = f"Student: {names[0]}. Teacher: {names[1]}."
-    if not common:
+    if shrink != 1:
+        text += f" A pixel of the teacher's input is about {shrink:.2f} pixels of the student's."
+    if not shared:
         raise TeacherError(
             f"Student and teacher have no level of equal stride. {text} Give both a common stride "
             "by their IN_FEATURES."
         )
-    if len(common) < max(map(len, at)):
-        logger.info(f"Student and teacher share the strides {common} only. {text}")
-    shared = []
-    for stride in common:
-        place = at[0][stride], at[1][stride]
-        channels = levels[0][place[0]].channels, levels[1][place[1]].channels
-        shared.append(SharedLevel(stride, place, channels))
+    if len(shared) < max(len(mine), len(theirs)):
+        strides = [level.stride for level in shared]
+        logger.info(f"Student and teacher share the strides {strides} only. {text}")
     return shared
 
 
+def shrink_of(
+    student: DetectorView, teacher: DetectorView, image_size: tuple[int, int] | None
+) -> float:
+    """Side of a pixel of the teacher's input, in pixels of the student's input.
+
+    It is 1 unless the teacher warps images to one size.
+
+    Args:
+        image_size: usual (height, width) of the student's images; None: not known, which gives 1.
+    """
+    size = student.input_size or image_size
+    if teacher.input_size is None or size is None:
+        return 1.0
+    return math.sqrt(math.prod(size) / math.prod(teacher.input_size))
+
+
 def select(
-    output: DenseOutput,
-    index: Sequence[int],
-    shapes: Sequence[tuple[int, int]],
-    scales: Tensor | None = None,
+    output: DenseOutput, index: Sequence[int], shapes: Sequence[tuple[int, int]]
 ) -> DenseOutput:
     """Selects levels of an output, with maps of the given shapes (H_l, W_l) and without ``raw``.
 
     A cell covers the same pixels on a map of any size, so cells keep their index. A larger map is
     cropped at the right and bottom. A smaller map repeats its last cells there. This affects only
     padding, and at most one cell where two backbones round differently.
-
-    Args:
-        scales: (N, 2), x and y, if the output is that of warped images: their size divided by the
-            size of the images. A cell then gets the values of the cell at the same place of the
-            warped image. Boxes are scaled back.
     """
-    found = [
-        maps and [_resize(maps[i], shape, scales) for i, shape in zip(index, shapes)]
-        for maps in (output.features, output.logits, output.boxes)
-    ]
-    if scales is not None and found[2]:
-        back = (1 / scales).repeat(1, 2)  # (N, 4)
-        found[2] = [
-            (boxes.unflatten(1, (-1, 4)) * back[:, None, :, None, None]).flatten(1, 2)
-            for boxes in found[2]
-        ]
-    return DenseOutput(*found)
+    maps = (output.features, output.logits, output.boxes)
+    return DenseOutput(
+        *(m and [_resize(m[i], shape) for i, shape in zip(index, shapes)] for m in maps)
+    )
 
 
-def _resize(x: Tensor, shape: tuple[int, int], scales: Tensor | None) -> Tensor:
-    if scales is not None:
-        return _unwarped(x, shape, scales)
+def _resize(x: Tensor, shape: tuple[int, int]) -> Tensor:
     more = [want - have for want, have in zip(shape, x.shape[-2:])]
     return F.pad(x, (0, more[1], 0, more[0]), mode="replicate") if any(more) else x
 
 
-def _unwarped(x: Tensor, shape: tuple[int, int], scales: Tensor) -> Tensor:
-    """(N, C, H', W') of warped images -> (N, C, *shape)."""
+def select_unwarped(
+    output: DenseOutput,
+    index: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    scales: Tensor,
+    ratios: Sequence[float],
+) -> DenseOutput:
+    """The same as :func:`select` for the output of warped images.
+
+    Each cell gets the values of the cell at the same place of the warped image. Boxes are scaled
+    back.
+
+    Args:
+        scales: (N, 2), x and y: sizes of the warped images divided by the sizes of the images.
+        ratios: stride of the cells wanted, divided by the stride of the output, per level.
+    """
+    found = [
+        maps
+        and [_unwarped(maps[i], *x) for i, *x in zip(index, shapes, (scales * r for r in ratios))]
+        for maps in (output.features, output.logits, output.boxes)
+    ]
+    if found[2]:
+        back = (1 / scales).repeat(1, 2)[:, None, :, None, None]  # (N, 1, 4, 1, 1)
+        found[2] = [(x.unflatten(1, (-1, 4)) * back).flatten(1, 2) for x in found[2]]
+    return DenseOutput(*found)
+
+
+def _unwarped(x: Tensor, shape: tuple[int, int], cells: Tensor) -> Tensor:
+    """(N, C, H', W') -> (N, C, *shape).
+
+    Args:
+        cells: (N, 2), x and y: number of cells of ``x`` per cell wanted.
+    """
     row, column = (
         ((torch.arange(size, device=x.device) + 0.5) * scale[:, None]).long().clamp(max=last - 1)
-        for size, scale, last in zip(shape, scales.T.flip(0), x.shape[-2:])
+        for size, scale, last in zip(shape, cells.T.flip(0), x.shape[-2:])
     )  # (N, H), (N, W)
     image = torch.arange(len(x), device=x.device)[:, None, None]
     return x[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)

@@ -20,14 +20,14 @@ from torchvision.models.detection import ssd300_vgg16, ssdlite320_mobilenet_v3_l
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 
-from fgbg_kd import deploy, get_fgbg_kd_cfg
+from fgbg_kd import FgBgDistiller, Teacher, deploy, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.detectors import SSD, view
 from fgbg_kd.detectors.load import load_detector
 from fgbg_kd.detectors.ssd_backbones import SSDTimm
 from fgbg_kd.detectors.timm_backbone import TimmBackbone
 from fgbg_kd.engine import FgBgTrainer
-from fgbg_kd.matching import select
+from fgbg_kd.matching import select_unwarped
 from fgbg_kd.utils.errors import CheckpointError, ConfigError
 
 BOXES = (((5, 5, 40, 60), (30, 20, 90, 90)), ((10, 10, 50, 40),))
@@ -209,28 +209,46 @@ def test_pairs_train(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learning)
 
 
-def test_maps_of_warped_images_are_put_back_cell_by_cell():
+@pytest.mark.parametrize("strides", [(16, 32), (8, 16)])
+def test_maps_of_warped_images_are_put_back_cell_by_cell(strides):
     """The reference looks up, for each cell, the cell of the warped image at the same place."""
     output = (
         view(tiny_ssd())
         .run(torch.randn(2, 3, 96, 96), logits=False)
         ._replace(boxes=[torch.rand(2, 4, 6, 6) * 96, torch.rand(2, 4, 3, 3) * 96])
     )
-    sizes = [(64, 80), (72, 56)]
+    sizes, theirs = [(64, 80), (72, 56)], (16, 32)
     scales = torch.tensor([(96 / w, 96 / h) for h, w in sizes])
-    found = select(output, [0, 1], [(5, 6), (3, 3)], scales)
-    for level in (0, 1):
+    ratios = [s / t for s, t in zip(strides, theirs)]
+    found = select_unwarped(output, [0, 1], [(9, 10), (5, 5)], scales, ratios)
+    for level, (stride, their) in enumerate(zip(strides, theirs)):
         maps = output.features[level], found.features[level]
         boxes = output.boxes[level], found.boxes[level]
         last = maps[0].shape[-1] - 1
         for n, (h, w) in enumerate(sizes):
             for y in range(maps[1].shape[2]):
                 for x in range(maps[1].shape[3]):
-                    v, u = min(int((y + 0.5) * 96 / h), last), min(int((x + 0.5) * 96 / w), last)
+                    v = min(int((y + 0.5) * stride * 96 / h / their), last)
+                    u = min(int((x + 0.5) * stride * 96 / w / their), last)
                     assert torch.equal(maps[1][n, :, y, x], maps[0][n, :, v, u])
                     back = torch.tensor([w / 96, h / 96] * 2)
                     expected = boxes[0][n, :, v, u] * back
                     torch.testing.assert_close(boxes[1][n, :, y, x], expected)
+
+
+def test_levels_of_a_warping_teacher_meet_by_their_stride_in_the_students_pixels():
+    """A teacher of 96 pixels: for images of 48x48, its stride 16 covers 8 pixels."""
+    student, teacher = detector(), tiny_ssd()
+
+    def places(size):
+        frozen = Teacher(teacher.eval().requires_grad_(False))
+        model = FgBgDistiller(student=student, teacher=frozen, image_size=size)
+        return [x.place for x in model.levels]
+
+    assert places(None) == places((96, 96)) == [(1, 0), (2, 1)]  # strides 16 and 32
+    assert places((48, 48)) == [(0, 0), (1, 1), (2, 2)]  # 8, 16, and 24 beside 32
+    same = FgBgDistiller(student=tiny_ssd(), teacher=tiny_ssd(size=128), image_size=(7, 7))
+    assert [x.place for x in same.levels] == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
 def test_a_fixed_teacher_sees_each_image_warped_without_the_padding():
