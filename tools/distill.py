@@ -83,9 +83,22 @@ def main() -> None:
     distill(**args, imports=imports, say=lambda text: print(text, flush=True))
 
 
+class Once(logging.Handler):
+    """Prints each warning once: some checks are made again by a later step."""
+
+    said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.said:
+            print(f"warning: {text}", file=sys.stderr)
+        self.said.add(text)
+
+
 if __name__ == "__main__":
-    for name in ("fgbg_kd", "detectron2", "fvcore"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("detectron2").setLevel(logging.ERROR)
+    logging.getLogger("fgbg_kd").addHandler(Once(logging.WARNING))
+    logging.getLogger("fgbg_kd").propagate = False
     try:
         main()
     except KeyboardInterrupt:

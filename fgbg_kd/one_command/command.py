@@ -15,7 +15,7 @@ from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
 from .data import Data, prepare
 from .measure import Wish, choose, table
-from .plan import Plan, student_table, write_configs
+from .plan import MARK, Plan, student_table, write_configs
 from .results import result_rows, result_table, write_onnx, write_page
 from .teacher_facts import facts_of
 from .training import BarRunner, teacher_ap
@@ -182,11 +182,12 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
     """
     file = output / "plan.json"
     if not file.is_file():
-        if (output / "student.yaml").is_file() or (output / "distilled.yaml").is_file():
-            raise RunError(
-                f"{output} holds a student.yaml or distilled.yaml that was not finished by this "
-                "command: move it away, or give another --output."
-            )
+        for config in (output / "student.yaml", output / "distilled.yaml"):
+            if config.is_file() and MARK not in config.read_text(errors="replace"):
+                raise RunError(
+                    f"{config} was not written by this command: move it away, or give another "
+                    "--output."
+                )
         return {}
     plan = read_json(file)
     old = plan.pop("request")

@@ -63,7 +63,7 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
             _same_categories(other[0], content["categories"])
         read_coco(other[0], training=False)
         return Data(found, other, note)
-    parts = split(content, found[0])
+    parts, folder = split(content, found[0]), folder.resolve()
     for name, part in zip(("train_part", "test_part"), parts):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{name}.json", json.dumps(part))

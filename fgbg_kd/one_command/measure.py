@@ -112,7 +112,7 @@ def measure(
             channels = len(view(model).normalization[0])
             pixels = generator.integers(256, size=(*size, channels), dtype=np.uint8)
             if image is not None:
-                pixels = image[:, :, :channels]
+                pixels = image[:, :, :channels].copy()  # writable, as PyTorch wants it
             example = {"image": torch.from_numpy(pixels).permute(2, 0, 1).float()}
             rows.append({"name": name, **size_of(model, example)})
             calls[name, "ms"] = _in_pytorch(model, example)

@@ -15,7 +15,7 @@ from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
 from ..matching import dense_student, match_classes, shared_levels
 from ..teacher import Teacher
-from ..utils.files import sha256_of_text, write_whole
+from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .backbone import backbone_settings
 from .data import Data
 from .measure import Wish, choose, image_size, measured, table
@@ -24,6 +24,7 @@ from .students import Setting, candidates_for, config_of, model_settings, spoken
 from .teacher_facts import TeacherFacts, facts_of
 from .training import seconds_per_step
 
+MARK = "written by tools/distill.py"
 _FIRST = 300  # iterations in the config whose step is timed
 
 
@@ -118,13 +119,14 @@ def _check_pair(cfg: CfgNode, teacher: Teacher) -> None:
 
 
 def data_settings(data: Data) -> list[Setting]:
-    """The keys of DATASETS. A name is made from the path, so that it stands for one set only."""
+    """The keys of DATASETS. Other files get other names, as Detectron2 registers a name once."""
+    contents = [sha256_of(file) for file, _ in (data.train, data.test)]
+    name = sha256_of_text(str([data.train, data.test, contents]))[:8]
     settings = []
     for part, (file, images) in (("TRAIN", data.train), ("TEST", data.test)):
-        name = f"{part.lower()}_{sha256_of_text(f'{file} {images}')[:8]}"
         why = data.note if part == "TEST" else ""
         settings += [
-            Setting(f"DATASETS.{part}", [name]),
+            Setting(f"DATASETS.{part}", [f"{part.lower()}_{name}"]),
             Setting(f"DATASETS.{part}_JSON", file, why),
             Setting(f"DATASETS.{part}_IMAGES", images),
         ]
@@ -204,7 +206,7 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
     student = [*settings, Setting("OUTPUT_DIR", str(folder / "plain"))]
     if not plan.own_config:
         student.append(Setting("VERSION", 2))
-    title = ["The student, written by tools/distill.py. Change it as you like.",
+    title = [f"The student, {MARK}. Change it as you like.",
              "Plain training: tools/train_net.py --config-file student.yaml"]  # fmt: skip
     write_whole(plan.output / "student.yaml", yaml_of(title, student))
     distilled = [
@@ -215,7 +217,7 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
         Setting("MODEL.KD.TEACHER.WEIGHTS", _in_full(plan.teacher.weights)),
         Setting("OUTPUT_DIR", str(folder / "distilled")),
     ]
-    title = ["The student with its teacher. All other keys are those of student.yaml.",
+    title = [f"The student with its teacher, {MARK}. Its other keys are those of student.yaml.",
              "Training: tools/train_net.py --config-file distilled.yaml"]  # fmt: skip
     write_whole(plan.output / "distilled.yaml", yaml_of(title, distilled))
 

@@ -4,6 +4,7 @@ A setting is a config key with its value and the reason for it. The settings bec
 with the reasons as comments, and the lines that the command prints.
 """
 
+import difflib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def candidates_for(name: str) -> tuple[Candidate, ...]:
     if not name:
         return CANDIDATES
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models()))
         raise ConfigError(
             f"--student {name}: neither a YAML config here nor a model of timm"
             f"{f' (similar names: {near})' if near else ''}."
@@ -84,9 +85,11 @@ def model_settings(
     family = f"MODEL.{facts.family.upper()}"
     # A top block adds P6 and P7. Without it, the FPN ends with P5 and a max-pooled P6.
     top = "retinanet_" if max(facts.strides) > 32 else ""
+    own = facts.family == facts.name
+    kind = "the teacher's own" if own else f"the usual student of a {facts.name}"
     maps = ["res2"] * (min(facts.strides) == 4) + ["res3", "res4", "res5"]
     settings = [
-        Setting("MODEL.META_ARCHITECTURE", facts.family, f"the teacher is a {facts.name}"),
+        Setting("MODEL.META_ARCHITECTURE", facts.family, kind),
         Setting("MODEL.MASK_ON", False),
         Setting("MODEL.BACKBONE.NAME", f"build_{top}timm_fpn_backbone"),
         Setting("MODEL.TIMM.NAME", candidate.backbone, why),

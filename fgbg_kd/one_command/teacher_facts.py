@@ -34,7 +34,7 @@ class TeacherFacts:
             student be written, and otherwise the default of MODEL.KD.STUDENT.
         num_classes: None if the teacher gives features only.
         strides: of the student's levels, in pixels.
-        anchors: SIZES and ASPECT_RATIOS of MODEL.ANCHOR_GENERATOR; {} if the family needs none.
+        anchors: SIZES and ASPECT_RATIOS of MODEL.ANCHOR_GENERATOR; {} if the family has none.
         own_anchors: whether these are the teacher's anchors.
         head: keys of MODEL.<FAMILY> that the student takes from the teacher.
         pixel_format, mean, std: of the teacher's input.
@@ -79,6 +79,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
     strides = _strides(of)
     mean, std = ([round(v, 4) for v in x.flatten().tolist()] for x in of.normalization)
     anchors = _anchors(of, strides, cfg)
+    has_none = family == of.name and any(len(c) < 2 for c in of.cell_anchors)
     recipe = _recipe(cfg)
     if of.input_size:  # it warps each image to one size; the student keeps the shape of images
         side = min(of.input_size)
@@ -89,7 +90,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
         family=family,
         num_classes=of.num_classes if isinstance(of, DenseView) else None,
         strides=strides,
-        anchors=anchors or _usual_anchors(strides),
+        anchors={} if has_none else anchors or _usual_anchors(strides),
         own_anchors=anchors is not None,
         head=_head(cfg, family) if family == of.name else {},
         pixel_format=of.channel_order,
