@@ -33,6 +33,7 @@ setup(
         "pycocotools",
         "setuptools",
         "tabulate",
+        "tqdm",
         "tensorboard>=2.21",  # older ones import pkg_resources, which setuptools 82 removed
         "timm>=1.0.9",
     ],
@@ -45,6 +46,9 @@ setup(
         "analysis": ["appdirs", "pandas", "seaborn"],
         # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
+        # For PASCAL VOC and YOLO data in tools/distill.py. Older ones require opencv-python, which
+        # would overwrite the installed OpenCV.
+        "formats": ["supervision>=0.31"],
         # For `make docs`.
         "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT],

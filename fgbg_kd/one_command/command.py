@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,63 +92,73 @@ def distill(
         say: is called with each line of text.
 
     Raises:
-        FgBgError: an argument, the data, the teacher or the folder has a fault; or no candidate is
-            fast enough. This is found before anything is trained.
-        RunError: a training failed.
-
-    Example::
-
-        done = fgbg_kd.distill(
-            ("my_teacher.yaml", "model_final.pth"), ("train.json", "photos"), speedup=3
-        )
-        print(done.rows[-1]["AP"], done.weights)
+        FgBgError: before anything is trained, if an argument, the data, the teacher or the folder
+            has a fault, or no candidate is fast enough; later, if a training fails.
     """
-    config, weights = [*_listed(teacher), ""][:2]
     wish = Wish(speedup, latency, parameters, runtime)
     _check(wish, student, iterations, hours, dry_run)
-    request = {
-        "teacher": [config, weights, sha256_of(weights) if os.path.isfile(weights) else ""],
-        "train": _listed(train),
-        "test": _listed(test),
-        "wish": asdict(wish),
-        "student": student,
-        "iterations": iterations,
-        "hours": hours,
-        "backbone_weights": backbone_weights,
-    }
-    output = Path(output)
-    known = {} if dry_run else _known_plan(output, request)
+    asked = _Asked(
+        *map(_listed, (teacher, train, test)), wish, student, iterations, hours, backbone_weights
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    how = {"compare": compare, "device": device, "say": say, "imports": tuple(imports)}
+    return _run(asked, Path(output), dry_run, how)
+
+
+class _Asked(NamedTuple):
+    """The arguments of :func:`distill` on which its plan depends."""
+
+    teacher: list[str]
+    train: list[str]
+    test: list[str]
+    wish: Wish
+    student: str
+    iterations: int
+    hours: float
+    backbone_weights: str
+
+    def request(self) -> dict[str, Any]:
+        """The arguments and the hash of the teacher's checkpoint, as values that JSON can hold."""
+        file = self.teacher[-1]
+        checkpoint = sha256_of(file) if os.path.isfile(file) else ""
+        return {**self._asdict(), "wish": asdict(self.wish), "checkpoint": checkpoint}
+
+
+def _run(asked: _Asked, output: Path, dry_run: bool, how: dict[str, Any]) -> Distilled:
+    """
+    Args:
+        how: the arguments of :class:`Plan` that do not change the plan.
+    """
+    config, weights = [*asked.teacher, ""][:2]
+    known = {} if dry_run else _known_plan(output, asked.request())
     loaded = build_teacher(config, weights)
     with tempfile.TemporaryDirectory() as folder:
         data = known.get("data")
         if data is None:
-            data = prepare(
-                *map(_listed, (train, test)), Path(folder) if dry_run else output / "data"
-            )
+            place = Path(folder) if dry_run else output / "data"
+            data = prepare(asked.train, asked.test, place)
         plan = Plan(
-            config,
-            loaded,
-            Data(*data),
-            wish,
-            student,
-            iterations,
-            hours,
-            backbone_weights,
-            compare,
-            output,
-            output.parent / "measured_students.json",
-            device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            say,
-            tuple(imports),
+            config=config,
+            teacher=loaded,
+            data=Data(*data),
+            wish=asked.wish,
+            student=asked.student,
+            iterations=asked.iterations,
+            hours=asked.hours,
+            backbone_weights=asked.backbone_weights,
+            output=output,
+            cache=output.parent / "measured_students.json",
+            **how,
         )
         rows = known.get("rows") or student_table(plan, facts_of(config, loaded))
         if dry_run:
             return _dry(plan, rows)
     if known:
-        say(f"{output / 'student.yaml'} and distilled.yaml are used as they are.")
+        plan.say(f"{output / 'student.yaml'} and distilled.yaml are used as they are.")
     else:
         known = {"taken": write_configs(plan, rows), "rows": rows, "data": data}
-        write_whole(output / "plan.json", json.dumps({"request": request, **known}, indent=1))
+        content = {"request": asked.request(), **known}
+        write_whole(output / "plan.json", json.dumps(content, indent=1))
     return _train(plan, known["taken"], rows)
 
 

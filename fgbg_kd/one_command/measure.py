@@ -203,7 +203,7 @@ def measured(
 
 
 def choose(rows: Sequence[dict], wish: Wish) -> dict:
-    """The largest candidate that meets a wish: the one with the most GFLOPs.
+    """The largest candidate that meets a wish: the one with the most parameters.
 
     Args:
         rows: those of :func:`measure`. The first is the teacher.
@@ -246,7 +246,7 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
             f"{fastest[column]} ms{times}. Ask for less, name a --student, or give smaller images "
             "(INPUT.MIN_SIZE_TEST in the teacher's config)."
         )
-    return max(fits, key=lambda r: (r["gflops"], r["parameters_m"]))
+    return max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
 
 
 def table(rows: Sequence[dict], taken: str = "") -> str:
