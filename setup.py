@@ -1,6 +1,8 @@
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxruntime"]
+# Older ones require opencv-python, which would overwrite the installed OpenCV.
+FORMATS = ["supervision>=0.31"]
 
 setup(
     name="fgbg_kd",
@@ -46,11 +48,10 @@ setup(
         "analysis": ["appdirs", "pandas", "seaborn"],
         # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
-        # For PASCAL VOC and YOLO data in tools/distill.py. Older ones require opencv-python, which
-        # would overwrite the installed OpenCV.
-        "formats": ["supervision>=0.31"],
+        # For PASCAL VOC and YOLO data in tools/distill.py.
+        "formats": FORMATS,
         # For `make docs`.
         "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT, *FORMATS],
     },
 )

@@ -125,7 +125,8 @@ class _Asked(NamedTuple):
 
 
 def _run(asked: _Asked, output: Path, dry_run: bool, how: dict[str, Any]) -> Distilled:
-    """
+    """The steps of :func:`distill`.
+
     Args:
         how: the arguments of :class:`Plan` that do not change the plan.
     """

@@ -58,7 +58,8 @@ class Wish:
         return " ".join(f"--{n} {v:g}" for n in named if (v := getattr(self, n)) is not None)
 
     def check(self) -> None:
-        """
+        """Checks the values.
+
         Raises:
             ConfigError: a value is not over 0, or the runtime is unknown.
         """

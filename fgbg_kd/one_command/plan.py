@@ -89,7 +89,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     about = {
         "teacher": sha256_of_text(str(read_detector_config(plan.config))),
         "facts": asdict(facts),
-        "classes": number,
+        "students": sha256_of_text("".join(str(_config(s)) for s in settings.values())),
     }
     return measured(plan.cache, about, builders, size, plan.device, plan.say)
 
@@ -143,12 +143,13 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
         ConfigError: no candidate meets the wish.
     """
     facts = facts_of(plan.config, plan.teacher)
-    taken = choose(rows, plan.wish)["name"]
+    row = choose(rows, plan.wish)
+    taken = row["name"]
     plan.say(f"\n{table(rows, taken)}\n")
     plan.output.mkdir(parents=True, exist_ok=True)
     model, pretrained = _model(plan, facts, taken)
     fixed = [*model, *data_settings(plan.data)]
-    settings = [*fixed, *_schedule(plan, facts, fixed, pretrained)]
+    settings = [*fixed, *_schedule(plan, facts, fixed, pretrained, row["ms"])]
     _write(plan, facts, settings)
     for line in spoken(settings):
         plan.say(f"  {line}")
@@ -173,16 +174,21 @@ def _model(plan: Plan, facts: TeacherFacts, taken: str) -> tuple[list[Setting], 
 
 
 def _schedule(
-    plan: Plan, facts: TeacherFacts, fixed: list[Setting], pretrained: bool
+    plan: Plan, facts: TeacherFacts, fixed: list[Setting], pretrained: bool, ms: float
 ) -> list[Setting]:
-    """The settings of the schedule. A config of the user keeps its own, except its length."""
+    """The settings of the schedule. A config of the user keeps its own, except its length.
+
+    Args:
+        fixed: the settings of detector and data.
+        ms: time of the student for one image.
+    """
     images = len(read_coco(plan.data.train[0], training=True)["images"])
     batch = batch_of(images, facts.batch)
 
-    def settings(iterations: int, why: str) -> list[Setting]:
+    def settings(iterations: int, why: str, **options) -> list[Setting]:
         if plan.own_config:
             return [Setting("SOLVER.MAX_ITER", iterations, why)]
-        return schedule_settings(batch, iterations, why)
+        return schedule_settings(batch, iterations, why, **options)
 
     if plan.iterations:
         return settings(plan.iterations, "--iterations")
@@ -190,8 +196,11 @@ def _schedule(
         _write(plan, facts, [*fixed, *settings(_FIRST, "")])
         plan.say("Timing a step of the training ...")
         names = ("distilled", "student")[: 1 + plan.compare]
-        seconds = sum(seconds_per_step(plan.output / f"{name}.yaml") for name in names)
-        return settings(*iterations_in(plan.hours, seconds))
+        step = sum(seconds_per_step(plan.output / f"{name}.yaml") for name in names)
+        tested = len(read_coco(plan.data.test[0], training=False)["images"])
+        test = len(names) * tested * ms / 1000
+        iterations, evaluations, why = iterations_in(plan.hours, step, test)
+        return settings(iterations, why, evaluations=evaluations)
     if plan.own_config:
         return []
     return settings(*iterations_of(images, batch, facts.iterations * facts.batch, pretrained))

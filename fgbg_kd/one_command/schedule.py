@@ -10,6 +10,8 @@ _EPOCHS = 72  # at most, unless the user asks for more; as long as Detectron2's 
 _LONGER = 2  # times as long with random weights
 _LEAST = 300  # iterations: a shorter training hardly leaves its warm-up
 _LARGEST_BATCH = 16
+EVALUATIONS = 5  # of a training
+_BETWEEN = 200  # iterations at least
 
 
 def batch_of(images: int, teacher_batch: int) -> int:
@@ -39,35 +41,45 @@ def iterations_of(
     return number, why
 
 
-def iterations_in(hours: float, seconds: float) -> tuple[int, str]:
-    """The number of iterations in a time.
+def iterations_in(hours: float, step: float, test: float) -> tuple[int, int, str]:
+    """The number of iterations and of evaluations in a time.
 
     Args:
         hours: for all trainings together.
-        seconds: one step of all trainings together, as measured.
+        step: seconds for one step of all trainings together, as measured.
+        test: seconds for one evaluation of all trainings together.
+
+    Returns:
+        Iterations, evaluations, and the reason for the iterations.
 
     Raises:
         ConfigError: there is no time for ten iterations.
     """
-    number = int(0.9 * hours * 3600 / seconds)  # the rest is for evaluations
+    seconds = 0.95 * hours * 3600  # the rest is for starts and checkpoints
+    evaluations = EVALUATIONS if EVALUATIONS * test <= 0.2 * seconds else 1
+    number = int((seconds - evaluations * test) / step)
     if number < 10:
+        least = math.ceil(1e4 * (10 * step + test) / 0.95 / 3600) / 1e4
         raise ConfigError(
-            f"--hours {hours:g} is time for {number} iterations of {seconds:.2f} s: give at least "
-            f"--hours {math.ceil(1e4 * 10 * seconds / 3240) / 1e4:g}."
+            f"--hours {hours:g} is time for {max(number, 0)} iterations: a step takes {step:.2f} s "
+            f"and an evaluation {test:.0f} s. Give at least --hours {least:g}."
         )
-    return number, f"--hours {hours:g}, at {seconds:.2f} s per step on this machine"
+    return number, evaluations, f"--hours {hours:g}, at {step:.2f} s per step on this machine"
 
 
-def schedule_settings(batch: int, iterations: int, why: str) -> list[Setting]:
+def schedule_settings(
+    batch: int, iterations: int, why: str, evaluations: int = EVALUATIONS
+) -> list[Setting]:
     """The keys of the schedule: AdamW, and a cosine after a warm-up.
 
     Args:
         why: reason for the number of iterations.
+        evaluations: number of evaluations at most.
     """
     # Adam's step grows with the square root of the batch. 0.001 for 4 images is what the configs
     # of configs/ for small data have.
     rate = float(f"{0.0005 * math.sqrt(batch):.1g}")
-    evaluations = max(iterations // 5, 1)
+    period = max(iterations // evaluations, min(iterations, _BETWEEN))
     return [
         Setting("SOLVER.OPTIMIZER", "AdamW"),
         Setting("SOLVER.BASE_LR", rate, f"0.0005 times the square root of the batch, {batch}"),
@@ -82,7 +94,7 @@ def schedule_settings(batch: int, iterations: int, why: str) -> list[Setting]:
         # After Ctrl-C the run goes on from the last checkpoint.
         Setting("SOLVER.CHECKPOINT_PERIOD", min(1000, max(iterations // 20, 10))),
         Setting("SOLVER.CHECKPOINT_MAX_TO_KEEP", 2),
-        Setting("TEST.EVAL_PERIOD", evaluations, "five evaluations"),
+        Setting("TEST.EVAL_PERIOD", period, "iterations between two evaluations"),
         Setting("DATALOADER.NUM_WORKERS", min(4, max(1, (os.cpu_count() or 1) // 2))),
         Setting("SEED", 0),
     ]

@@ -105,13 +105,14 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     call = arguments | {"iterations": 0, "hours": 0.1, "compare": True}
     fgbg_kd.distill(**call)
     student = tmp_path / "out" / "student.yaml"
-    assert read_config(str(student)).SOLVER.MAX_ITER == 324  # 0.9 * 360 s / (0.5 s + 0.5 s)
+    iterations = read_config(str(student)).SOLVER.MAX_ITER
+    assert 330 <= iterations <= 341  # 0.95 * 360 s / (0.5 s + 0.5 s), less the evaluations
     student.write_text(student.read_text().replace("SEED: 0", "SEED: 5"))
     said = []
     fgbg_kd.distill(**call | {"say": said.append})
     assert "SEED: 5" in student.read_text() and "are used as they are" in said[-1]
     fgbg_kd.distill(**call | {"hours": 0.2})  # nothing is trained yet: a new plan
-    assert read_config(str(student)).SOLVER.MAX_ITER == 648 and len(seen) == 3
+    assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 3
 
 
 @pytest.mark.slow

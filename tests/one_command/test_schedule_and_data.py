@@ -39,11 +39,22 @@ def test_the_length_follows_the_teacher_the_data_and_the_weights():
 
 
 def test_hours_are_divided_by_the_measured_step():
-    assert iterations_in(1, 0.9) == (3600, "--hours 1, at 0.90 s per step on this machine")
-    with pytest.raises(ConfigError, match="--hours 0.001 is time for 1 iterations of 2.00 s") as e:
-        iterations_in(0.001, 2.0)
-    needed = float(str(e.value).split()[-1].rstrip("."))
-    assert iterations_in(needed, 2.0)[0] >= 10
+    why = "--hours 1, at 0.90 s per step on this machine"
+    assert iterations_in(1, 0.9, test=36) == (3600, 5, why)  # 3420 s - 5 * 36 s, at 0.9 s
+    assert iterations_in(1, 0.9, test=180) == (3600, 1, why)  # five would take a quarter
+    message = "is time for 0 iterations: a step takes 2.00 s and an evaluation 30 s"
+    with pytest.raises(ConfigError, match=message) as error:
+        iterations_in(0.001, 2.0, 30.0)
+    needed = float(str(error.value).split()[-1].rstrip("."))
+    assert iterations_in(needed, 2.0, 30.0)[0] >= 10
+
+
+def test_a_short_training_is_evaluated_at_its_end_only():
+    for iterations, period in ((100, 100), (300, 200), (5000, 1000)):
+        settings = {s.key: s.value for s in schedule_settings(8, iterations, "")}
+        assert settings["TEST.EVAL_PERIOD"] == period
+    settings = {s.key: s.value for s in schedule_settings(8, 5000, "", evaluations=1)}
+    assert settings["TEST.EVAL_PERIOD"] == 5000
 
 
 @pytest.mark.parametrize("iterations", [1, 10, 300, 90_000])
