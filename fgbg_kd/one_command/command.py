@@ -15,8 +15,8 @@ from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
 from .data import Data, prepare
 from .measure import Wish, choose, table
+from .outcome import result_rows, result_table, write_onnx, write_page
 from .plan import MARK, Plan, student_table, write_configs
-from .results import result_rows, result_table, write_onnx, write_page
 from .teacher_facts import facts_of
 from .training import BarRunner, teacher_ap
 
@@ -203,7 +203,8 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
     plan = read_json(file)
     old = plan.pop("request")
     if old == json.loads(json.dumps(request)):
-        return plan
+        written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
+        return plan if written else {}
     if any((output / name / "metrics.json").is_file() for name in ("plain", "distilled")):
         changed = [k for k in request if old.get(k) != request[k]]
         what = "; ".join(f"{k} was {old.get(k)!r}, is {request[k]!r}" for k in changed)

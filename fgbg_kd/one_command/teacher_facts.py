@@ -32,7 +32,6 @@ class TeacherFacts:
         name: class of the teacher.
         family: meta-architecture of the student. It is the teacher's own if its config keys let a
             student be written, and otherwise the default of MODEL.KD.STUDENT.
-        num_classes: None if the teacher gives features only.
         strides: of the student's levels, in pixels.
         anchors: SIZES and ASPECT_RATIOS of MODEL.ANCHOR_GENERATOR; {} if the family has none.
         own_anchors: whether these are the teacher's anchors.
@@ -46,7 +45,6 @@ class TeacherFacts:
 
     name: str
     family: str
-    num_classes: int | None
     strides: list[int]
     anchors: dict[str, list]
     own_anchors: bool
@@ -88,7 +86,6 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
     return TeacherFacts(
         name=of.name,
         family=family,
-        num_classes=of.num_classes if isinstance(of, DenseView) else None,
         strides=strides,
         anchors={} if has_none else anchors or _usual_anchors(strides),
         own_anchors=anchors is not None,

@@ -111,8 +111,11 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     said = []
     fgbg_kd.distill(**call | {"say": said.append})
     assert "SEED: 5" in student.read_text() and "are used as they are" in said[-1]
+    student.unlink()
+    fgbg_kd.distill(**call)
+    assert "SEED: 0" in student.read_text()  # a missing file is written again
     fgbg_kd.distill(**call | {"hours": 0.2})  # nothing is trained yet: a new plan
-    assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 3
+    assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
 
 
 @pytest.mark.slow
