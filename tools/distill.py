@@ -103,5 +103,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped: give the same command again to continue")
-    except (FgBgError, OSError) as error:
+    except (FgBgError, OSError, ValueError) as error:
         _quiet.stop("distill", error)

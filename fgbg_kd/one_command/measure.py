@@ -213,41 +213,52 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
         ConfigError: no candidate meets the wish. The message names the nearest one.
     """
     teacher, *candidates = rows
-    column = RUNTIMES[wish.runtime]
-    timed = [r for r in candidates if r[column] is not None]
-    if (wish.speedup or wish.latency) and not timed:
-        raise ConfigError("--runtime onnx needs the packages onnx and onnxruntime: pip install -e "
-                          "'.[export]'.")  # fmt: skip
-    if wish.speedup and teacher[column] is None:
-        raise ConfigError(
-            "--speedup with --runtime onnx: the teacher has no ONNX file, so there is nothing to "
-            "compare with. Give --latency, or --runtime pytorch."
-        )
-    most = min(
-        wish.latency or float("inf"),
-        teacher[column] / wish.speedup if wish.speedup else float("inf"),
-    )
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or float("inf"))]
+    column, infinity = RUNTIMES[wish.runtime], float("inf")
+    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
     if not small:
         least = min(candidates, key=lambda r: r["parameters_m"])
         raise ConfigError(
             f"No candidate has at most {wish.parameters:g} M parameters: the smallest, "
             f"{least['name']}, has {least['parameters_m']} M. Ask for more, or name a --student."
         )
-    fits = [r for r in small if r[column] is not None and r[column] <= most]
-    if most == float("inf"):
-        fits = small
-    if not fits:
-        fastest = min((r for r in small if r in timed), key=lambda r: r[column])
-        times = f", {teacher[column] / fastest[column]:.1f} times as fast as the teacher" * (
-            teacher[column] is not None
+    fits = small
+    if wish.speedup or wish.latency:
+        timed = [r for r in small if r[column] is not None]
+        _check_timed(timed, teacher, wish)
+        most = min(
+            wish.latency or infinity, teacher[column] / wish.speedup if wish.speedup else infinity
         )
-        raise ConfigError(
-            f"No candidate meets {wish}: the fastest, {fastest['name']}, takes "
-            f"{fastest[column]} ms{times}. Ask for less, name a --student, or give smaller images "
-            "(INPUT.MIN_SIZE_TEST in the teacher's config)."
-        )
+        fits = [r for r in timed if r[column] <= most]
+        if not fits:
+            raise _too_slow(min(timed, key=lambda r: r[column]), teacher, wish)
     return max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
+
+
+def _check_timed(timed: list[dict], teacher: dict, wish: Wish) -> None:
+    """Refuses a wish for a runtime in which nothing was measured."""
+    if not timed:
+        raise ConfigError(
+            "--runtime onnx: no candidate was measured in ONNX Runtime. It needs the packages onnx "
+            "and onnxruntime: pip install -e '.[export]'."
+        )
+    if wish.speedup and teacher[RUNTIMES[wish.runtime]] is None:
+        raise ConfigError(
+            "--speedup with --runtime onnx: the teacher has no ONNX file, so there is nothing to "
+            "compare with. Give --latency, or --runtime pytorch."
+        )
+
+
+def _too_slow(fastest: dict, teacher: dict, wish: Wish) -> ConfigError:
+    column = RUNTIMES[wish.runtime]
+    times = ""
+    if teacher[column] is not None:
+        ratio = teacher[column] / fastest[column]
+        times = f", {ratio:.1f} times as fast as the teacher"
+    return ConfigError(
+        f"No candidate meets {wish}: the fastest, {fastest['name']}, takes {fastest[column]} ms"
+        f"{times}. Ask for less, name a --student, or give smaller images (INPUT.MIN_SIZE_TEST in "
+        "the teacher's config)."
+    )
 
 
 def table(rows: Sequence[dict], taken: str = "") -> str:

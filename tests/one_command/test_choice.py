@@ -183,12 +183,14 @@ def test_a_wish_that_nothing_meets_names_the_nearest(wish, message):
 
 
 def test_onnx_as_the_runtime_needs_onnx_and_a_teacher_with_a_file():
-    with pytest.raises(ConfigError, match=r"--runtime onnx needs .* pip install -e '.\[export\]'"):
+    with pytest.raises(ConfigError, match=r"--runtime onnx: .* pip install -e '.\[export\]'"):
         choose(rows(onnx=False), Wish(latency=10, runtime="onnx"))
     of_two_stages = [rows()[0] | {"onnx_ms": None}, *rows()[1:]]
     with pytest.raises(ConfigError, match="the teacher has no ONNX file.*--latency"):
         choose(of_two_stages, Wish(speedup=2, runtime="onnx"))
     assert choose(of_two_stages, Wish(latency=12, runtime="onnx"))["name"] == "middle"
+    with pytest.raises(ConfigError, match="the fastest, small, takes 4.0 ms. Ask for less"):
+        choose(of_two_stages, Wish(latency=1, runtime="onnx"))
 
 
 @pytest.mark.parametrize(
