@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
+from ..data import training_classes
 from ..detectors.dense import channel_order
 from ..engine import FgBgTrainer, load_config, read_config
 from ..experiments.runner import Runner
@@ -90,7 +91,9 @@ def seconds_per_step(config: Path) -> float:
 def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
     """AP and AP50 of the teacher on the test set, and the check that student and teacher fit.
 
-    The teacher is reduced to the student's classes. The result is kept in a file.
+    {} if its classes are not those of the data: a two-stage teacher may have others, because it
+    gives features only. A one-stage teacher is reduced to the student's classes. The result is
+    kept in a file.
 
     Args:
         config: the config that distils, with student.yaml beside it.
@@ -106,6 +109,11 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
         return read_json(kept)["result"]
     cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
     teacher = FgBgTrainer.build_model(cfg).teacher.detector
+    classes = len(training_classes(cfg))
+    number = getattr(getattr(teacher, "roi_heads", teacher), "num_classes", classes)
+    if number != classes:  # of a teacher that gives features only
+        say(f"teacher: it has {number} classes, not the {classes} of the data: it has no AP here")
+        return {}
     say("teacher: evaluating")
     cfg.defrost()
     cfg.INPUT.FORMAT = channel_order(teacher)

@@ -238,6 +238,18 @@ def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatc
     assert len(json.loads((tmp_path / "m.json").read_text())) == 4
 
 
+def test_a_disturbed_measurement_is_said(monkeypatch):
+    monkeypatch.setattr(measure, "has_onnx", lambda: False)
+    for slow, said in ((10.0, 0), (20.0, 1)):
+        times = {("teacher", "ms"): [10.0] * 5 + [slow] * 5, ("student", "ms"): [5.0] * 10}
+        monkeypatch.setattr(measure, "times_in_turn", lambda *a, times=times, **k: times)
+        lines = []
+        built = {"teacher": detector, "student": detector}
+        found = measure.measure(built, (64, 64), "cpu", lines.append)
+        assert [r["ms"] for r in found] == [10.0, 5.0] and found[1]["speedup"] == 2.0
+        assert sum("other work disturbs the measurement" in x for x in lines) == said
+
+
 @pytest.mark.slow
 def test_a_detector_is_measured_in_both_runtimes_and_a_two_stage_teacher_in_one(monkeypatch):
     pytest.importorskip("onnxruntime")

@@ -6,7 +6,8 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import save_teacher, tiny_cfg, weights
+from conftest import faster_rcnn_cfg, save_teacher, tiny_cfg, weights
+from detectron2.modeling import build_model
 
 import fgbg_kd
 from fgbg_kd.deploy import open_detector
@@ -14,7 +15,7 @@ from fgbg_kd.engine import read_config
 from fgbg_kd.one_command import measure, students
 from fgbg_kd.one_command.backbone import backbone_settings
 from fgbg_kd.one_command.teacher_facts import facts_of
-from fgbg_kd.one_command.training import BarRunner, shown_values
+from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
 from fgbg_kd.teacher import build_teacher
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, DataError, RunError, TeacherError
 
@@ -116,6 +117,22 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     assert "SEED: 0" in student.read_text()  # a missing file is written again
     fgbg_kd.distill(**call | {"hours": 0.2})  # nothing is trained yet: a new plan
     assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
+
+
+@pytest.mark.parametrize("classes", [2, 80])
+def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
+    classes, arguments, without_onnx, tmp_path, monkeypatch
+):
+    cfg, said = faster_rcnn_cfg(), []
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+    (tmp_path / "rcnn.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "rcnn.pth")
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
+    files = str(tmp_path / "rcnn.yaml"), str(tmp_path / "rcnn.pth")
+    fgbg_kd.distill(**arguments | {"teacher": files})
+    found = teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append)
+    assert found.keys() == ({"AP", "AP50"} if classes == 2 else set())
+    assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
 
 
 @pytest.mark.slow
