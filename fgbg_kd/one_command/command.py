@@ -221,8 +221,14 @@ def _dry(plan: Plan, rows: list[dict]) -> Distilled:
     plan.say(f"\n{table(rows, taken)}\n")
     plan.say(f"{plan.wish} takes {taken}." if taken else "Give --speedup, --latency or "
              "--parameters to choose.")  # fmt: skip
+    _say_two_stages(plan)
     plan.say(plan.data.note)
     return Distilled(taken, rows, test_set=plan.data.note)
+
+
+def _say_two_stages(plan: Plan) -> None:
+    if not plan.teacher.view.dense:
+        plan.say("GFLOPs of the teacher: only its backbone and RPN are counted.")
 
 
 def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
@@ -244,6 +250,7 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     report = write_page(output, say)
     say(f"\n{result_table(found)}\n")
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
+    _say_two_stages(plan)
     detector = str(onnx) if onnx else f"{config} --weights {weights}"
     predict = f"tools/predict.py {detector} photo.jpg --output predictions"
     for what, path in (("weights", weights), ("report", report)):

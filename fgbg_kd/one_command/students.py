@@ -156,4 +156,4 @@ def _lines(node: dict, indent: str) -> Iterable[str]:
 
 def spoken(settings: Iterable[Setting]) -> list[str]:
     """A line for each setting that has a reason."""
-    return [f"{s.key} {s.value}: {s.why}" for s in settings if s.why]
+    return [f"{s.key} {s.value or repr(s.value)}: {s.why}" for s in settings if s.why]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import re
 import tempfile
@@ -75,9 +76,23 @@ def shown_values(loss: str, rows: list[dict]) -> str:
     return ", ".join(f"{k} {v}" for k, v in values.items())
 
 
+@contextlib.contextmanager
+def _without_log():
+    """Detectron2 does not log in this block. A trainer would otherwise set up a log by itself."""
+    logger = logging.getLogger("detectron2")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def seconds_per_step(config: Path) -> float:
     """The median time of a training step on this machine, with loading of the images."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_log():
         trainer = FgBgTrainer(load_config(str(config), ["OUTPUT_DIR", folder]))
         times = []
         with EventStorage(1) as trainer.storage:

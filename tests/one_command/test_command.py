@@ -136,12 +136,16 @@ def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
 
 
 @pytest.mark.slow
-def test_a_step_is_timed_with_the_configs_that_are_trained(arguments, without_onnx, monkeypatch):
+def test_a_step_is_timed_with_the_configs_that_are_trained(
+    arguments, without_onnx, monkeypatch, capfd
+):
     from fgbg_kd.one_command.training import seconds_per_step
 
     monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
     fgbg_kd.distill(**arguments)
     assert 0 < seconds_per_step(arguments["output"] / "distilled.yaml") < 60
+    out = capfd.readouterr().out
+    assert "Conv2d" not in out and "d2." not in out
 
 
 def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
