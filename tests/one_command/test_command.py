@@ -50,8 +50,19 @@ def arguments(teacher_files, coco, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(arguments, without_onnx, tmp_path):
+def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
     pytest.importorskip("onnxruntime")
+    real, ran = BarRunner.run, []
+
+    def run(self, name, config, *rest):  # the plain student is the same run with another config
+        ran.append((name, config.name))
+        if name == "plain":
+            return {"AP": 12.345, "AP50": 20.0}
+        return real(self, name, config, *rest)
+
+    monkeypatch.setattr(BarRunner, "run", run)
 
     def sure_of_nothing(cfg):  # so that a student of 20 iterations has detections
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST, cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 0.0, 10
@@ -62,6 +73,8 @@ def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(arguments, without
     done = fgbg_kd.distill(**call)
     assert done.taken == "test_resnet, FPN 32, head 1"
     assert [row["name"] for row in done.rows] == ["teacher", "plain", "distilled"]
+    assert ran == [("plain", "student.yaml"), ("distilled", "distilled.yaml")]
+    assert done.rows[1]["AP"] == pytest.approx(12.345, abs=0.01)
     for row in done.rows:
         assert 0 <= row["AP"] <= row["AP50"] <= 100
         assert min(row["parameters_m"], row["gflops"], row["ms"]) > 0
