@@ -1,6 +1,8 @@
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxruntime"]
+# Older ones require opencv-python, which would overwrite the installed OpenCV.
+FORMATS = ["supervision>=0.31"]
 
 setup(
     name="fgbg_kd",
@@ -34,6 +36,7 @@ setup(
         "pycocotools",
         "setuptools",
         "tabulate",
+        "tqdm",
         "tensorboard>=2.21",  # older ones import pkg_resources, which setuptools 82 removed
         "timm>=1.0.9",
     ],
@@ -49,8 +52,10 @@ setup(
         "yolox": ["loguru", "psutil"],
         # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
+        # For PASCAL VOC and YOLO data in tools/distill.py.
+        "formats": FORMATS,
         # For `make docs`.
         "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT, *FORMATS],
     },
 )

@@ -11,6 +11,16 @@ from .methods import METHOD_REGISTRY, Batch, DenseOutput, FgBg, Method
 from .teacher import Teacher, build_teacher
 from .utils.errors import FgBgError, TeacherError
 
+
+def __getattr__(name: str):
+    """``fgbg_kd.distill`` is imported when it is first used: it needs the experiments."""
+    if name == "distill":
+        from .one_command import distill
+
+        return distill
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.2.0"
 
 __all__ = [
@@ -27,6 +37,7 @@ __all__ = [
     "add_fgbg_kd_config",
     "add_keys",
     "build_teacher",
+    "distill",
     "get_fgbg_kd_cfg",
     "register_view",
     "student_config",

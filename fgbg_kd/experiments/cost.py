@@ -104,17 +104,18 @@ def cost(model: nn.Module, example: dict, runs: int = 30) -> dict[str, float]:
           proposals.
         - "ms_per_image": milliseconds of the whole detector, with NMS and without resizing.
     """
+    (milliseconds,) = latency({"": lambda _: model([example])}, runs).values()
+    return {**size_of(model, example), "ms_per_image": round(milliseconds, 2)}
+
+
+@torch.no_grad()
+def size_of(model: nn.Module, example: dict) -> dict[str, float]:
+    """ "parameters_m" and "gflops" of :func:`cost`, which do not depend on the machine."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     # The counter of Detectron2 v0.6 cannot be imported: it needs caffe2.
     flops = FlopCountAnalysis(_Network(model), model.preprocess_image([example]).tensor)
     flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    gflops = flops.total() / 1e9
-    (milliseconds,) = latency({"": lambda _: model([example])}, runs).values()
-    return {
-        "parameters_m": round(parameters, 3),
-        "gflops": round(gflops, 4),
-        "ms_per_image": round(milliseconds, 2),
-    }
+    return {"parameters_m": round(parameters, 3), "gflops": round(flops.total() / 1e9, 4)}
 
 
 def table(rows: Sequence[dict]) -> str:

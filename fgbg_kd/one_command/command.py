@@ -1,0 +1,260 @@
+"""The whole way from a slow detector to a fast one, in one function."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..teacher import build_teacher
+from ..utils.errors import ConfigError, RunError
+from ..utils.files import read_json, sha256_of, write_whole
+from .data import Data, prepare
+from .measure import Wish, choose, table
+from .outcome import result_rows, result_table, write_onnx, write_page
+from .plan import MARK, Plan, student_table, write_configs
+from .teacher_facts import facts_of
+from .training import BarRunner, teacher_ap
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The result of :func:`distill`.
+
+    Attributes:
+        taken: the candidate that is the student; "": none yet (a dry run without a wish).
+        candidates: rows of the teacher and the candidates: "name", "parameters_m", "gflops", "ms",
+            "onnx_ms", "speedup".
+        rows: rows of the teacher, the plain student (``compare``) and the distilled student: also
+            "AP", "AP50". Empty after a dry run.
+        test_set: where the test set comes from.
+        config: student.yaml, by which the student is used. None after a dry run.
+        weights: its checkpoint.
+        onnx, report: files; None: not written.
+        predict: the command that runs the student.
+    """
+
+    taken: str
+    candidates: list[dict] = field(repr=False)
+    rows: list[dict] = field(default_factory=list)
+    test_set: str = ""
+    config: Path | None = None
+    weights: Path | None = None
+    onnx: Path | None = None
+    report: Path | None = None
+    predict: str = ""
+
+
+def distill(
+    teacher: str | Sequence[str],
+    train: str | Sequence[str],
+    test: str | Sequence[str] = (),
+    *,
+    speedup: float | None = None,
+    latency: float | None = None,
+    parameters: float | None = None,
+    student: str = "",
+    iterations: int = 0,
+    hours: float = 0.0,
+    backbone_weights: str = "",
+    compare: bool = False,
+    dry_run: bool = False,
+    output: str | Path = "output/distill",
+    runtime: str = "pytorch",
+    device: str = "",
+    imports: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> Distilled:
+    """Finds a student that is fast enough on this machine, and trains it with its teacher.
+
+    An interrupted call goes on where it stopped if it is repeated. A finished one trains nothing.
+
+    Args:
+        teacher: its config, or (config, checkpoint).
+        train: (COCO file, folder of images), or the path of PASCAL VOC or YOLO data.
+        test: the same. Empty: a part of ``train``, by groups of images.
+        speedup: how many times as fast as the teacher the student must be.
+        latency: milliseconds per image that it may take.
+        parameters: millions of parameters that it may have.
+        student: a timm model, or a YAML config of a student. "": any candidate.
+        iterations, hours: length of the training. 0: from the data and the teacher's schedule.
+        backbone_weights: a state dict of timm's model; "random"; "": timm's own, if they are there.
+        compare: whether the student is also trained without the teacher.
+        dry_run: only measure. Nothing is written but the table, beside ``output``.
+        output: folder of the result.
+        runtime: on which speed-up and latency are judged, "pytorch" or "onnx".
+        device: on which the detectors are measured. "": "cuda" if there is one, otherwise "cpu".
+        imports: modules of yours that trainings import, as --import of tools/train_net.py.
+        say: is called with each line of text.
+
+    Raises:
+        FgBgError: before anything is trained, if an argument, the data, the teacher or the folder
+            has a fault, or no candidate is fast enough; later, if a training fails.
+    """
+    wish = Wish(speedup, latency, parameters, runtime)
+    _check(wish, student, iterations, hours, dry_run)
+    asked = _Asked(
+        *map(_listed, (teacher, train, test)), wish, student, iterations, hours, backbone_weights
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    how = {"compare": compare, "device": device, "say": say, "imports": tuple(imports)}
+    return _run(asked, Path(output), dry_run, how)
+
+
+class _Asked(NamedTuple):
+    """The arguments of :func:`distill` on which its plan depends."""
+
+    teacher: list[str]
+    train: list[str]
+    test: list[str]
+    wish: Wish
+    student: str
+    iterations: int
+    hours: float
+    backbone_weights: str
+
+    def request(self) -> dict[str, Any]:
+        """The arguments and the hash of the teacher's checkpoint, as values that JSON can hold."""
+        file = self.teacher[-1]
+        checkpoint = sha256_of(file) if os.path.isfile(file) else ""
+        return {**self._asdict(), "wish": asdict(self.wish), "checkpoint": checkpoint}
+
+
+def _run(asked: _Asked, output: Path, dry_run: bool, how: dict[str, Any]) -> Distilled:
+    """The steps of :func:`distill`.
+
+    Args:
+        how: the arguments of :class:`Plan` that do not change the plan.
+    """
+    config, weights = [*asked.teacher, ""][:2]
+    known = {} if dry_run else _known_plan(output, asked.request())
+    loaded = build_teacher(config, weights)
+    with tempfile.TemporaryDirectory() as folder:
+        data = known.get("data")
+        if data is None:
+            place = Path(folder) if dry_run else output / "data"
+            data = prepare(asked.train, asked.test, place)
+        plan = Plan(
+            config=config,
+            teacher=loaded,
+            data=Data(*data),
+            wish=asked.wish,
+            student=asked.student,
+            iterations=asked.iterations,
+            hours=asked.hours,
+            backbone_weights=asked.backbone_weights,
+            output=output,
+            cache=output.parent / "measured_students.json",
+            **how,
+        )
+        rows = known.get("rows") or student_table(plan, facts_of(config, loaded))
+        if dry_run:
+            return _dry(plan, rows)
+    if known:
+        plan.say(f"{output / 'student.yaml'} and distilled.yaml are used as they are.")
+    else:
+        known = {"taken": write_configs(plan, rows), "rows": rows, "data": data}
+        content = {"request": asked.request(), **known}
+        write_whole(output / "plan.json", json.dumps(content, indent=1))
+    return _train(plan, known["taken"], rows)
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, (str, Path)) else [str(v) for v in value]
+
+
+def _check(wish: Wish, student: str, iterations: int, hours: float, dry_run: bool) -> None:
+    wish.check()
+    if not (str(wish) or student or dry_run):
+        raise ConfigError(
+            "How fast shall the student be? Give --speedup 3 (times as fast as the teacher), "
+            "--latency 15 (milliseconds), --parameters 4 (millions) or --student NAME. --dry-run "
+            "shows what can be had."
+        )
+    if iterations and hours:
+        raise ConfigError("--iterations and --hours both give the length: give one of them.")
+    for name, value in (("iterations", iterations), ("hours", hours)):
+        if value < 0:
+            raise ConfigError(f"--{name} is {value}: give a number over 0.")
+    if student.endswith((".yaml", ".yml")) and not os.path.isfile(student):
+        raise ConfigError(f"--student {student}: there is no such file.")
+
+
+def _known_plan(output: Path, request: dict) -> dict[str, Any]:
+    """The plan of the same command in this folder; {} if there is none.
+
+    Raises:
+        RunError: the folder holds trainings of another command, or configs that this command did
+            not write.
+    """
+    file = output / "plan.json"
+    if not file.is_file():
+        for config in (output / "student.yaml", output / "distilled.yaml"):
+            if config.is_file() and MARK not in config.read_text(errors="replace"):
+                raise RunError(
+                    f"{config} was not written by this command: move it away, or give another "
+                    "--output."
+                )
+        return {}
+    plan = read_json(file)
+    old = plan.pop("request")
+    if old == json.loads(json.dumps(request)):
+        written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
+        return plan if written else {}
+    if any((output / name / "metrics.json").is_file() for name in ("plain", "distilled")):
+        changed = [k for k in request if old.get(k) != request[k]]
+        what = "; ".join(f"{k} was {old.get(k)!r}, is {request[k]!r}" for k in changed)
+        raise RunError(
+            f"{output} holds a training of another command ({what}): give another --output, or "
+            "move it away."
+        )
+    return {}
+
+
+def _dry(plan: Plan, rows: list[dict]) -> Distilled:
+    """Shows the table, and what the wish would take."""
+    taken = choose(rows, plan.wish)["name"] if str(plan.wish) else ""
+    plan.say(f"\n{table(rows, taken)}\n")
+    plan.say(f"{plan.wish} takes {taken}." if taken else "Give --speedup, --latency or "
+             "--parameters to choose.")  # fmt: skip
+    _say_two_stages(plan)
+    plan.say(plan.data.note)
+    return Distilled(taken, rows, test_set=plan.data.note)
+
+
+def _say_two_stages(plan: Plan) -> None:
+    if not plan.teacher.view.dense:
+        plan.say("GFLOPs of the teacher: only its backbone and RPN are counted.")
+
+
+def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
+    output, say = plan.output, plan.say
+    configs = {"distilled": output / "distilled.yaml"}
+    if plan.compare:
+        configs = {"plain": output / "student.yaml", **configs}
+    aps = {"teacher": teacher_ap(output / "distilled.yaml", output / "teacher", say=say)}
+    file = Path(plan.teacher.weights)
+    checkpoint = file if file.is_file() else None
+    with BarRunner(imports=plan.imports) as runner:
+        for name, config in configs.items():
+            say(f"{name}: training, log in {output / name / 'train.txt'}")
+            of_teacher = checkpoint if name == "distilled" else None
+            aps[name] = runner.run(name, config, output / name, [], of_teacher)
+    config, weights = output / "student.yaml", output / "distilled" / "model_final.pth"
+    onnx = write_onnx(config, weights, output / "student.onnx", say)
+    found = result_rows(config, weights, plan.teacher.detector, aps, plan.device)
+    report = write_page(output, say)
+    say(f"\n{result_table(found)}\n")
+    say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
+    _say_two_stages(plan)
+    detector = str(onnx) if onnx else f"{config} --weights {weights}"
+    predict = f"tools/predict.py {detector} photo.jpg --output predictions"
+    for what, path in (("weights", weights), ("report", report)):
+        if path:
+            say(f"{what}: {path}")
+    say(f"Run it: {predict}")
+    return Distilled(taken, rows, found, plan.data.note, config, weights, onnx, report, predict)

@@ -1,0 +1,203 @@
+"""The user's data as COCO files: PASCAL VOC and YOLO are converted, a test part is split off."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from ..data.validation import read_coco
+from ..utils.errors import DataError, FgBgError
+from ..utils.files import write_whole
+from .split import split
+
+_FORMATS = (
+    "COCO: train.json photos/; PASCAL VOC: a folder with Annotations and JPEGImages, or with .xml "
+    "files beside the images; YOLO: data.yaml, or the folder that holds it"
+)
+# Names of the parts in data.yaml and in ImageSets/Main, the best first.
+_PARTS = {"train": ("trainval", "train"), "test": ("test", "val", "valid")}
+
+
+class Data(NamedTuple):
+    """Training and test set.
+
+    Attributes:
+        train, test: path of a COCO file, and folder of its images.
+        note: where the test set comes from.
+    """
+
+    train: tuple[str, str]
+    test: tuple[str, str]
+    note: str
+
+
+def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
+    """Finds both sets. Converted and split files are written to a folder.
+
+    Args:
+        train: a COCO file and its folder of images, or one path of another format.
+        test: the same, or empty: the test part of the same VOC or YOLO data, or a part of the
+            training set.
+        folder: for the files.
+
+    Raises:
+        DataError: a path is not there or is of no known format, or the data are damaged.
+    """
+    found = _find(train, "train", folder)
+    if found is None:
+        raise DataError(f"--train {' '.join(train)}: no training images are named there.")
+    content = read_coco(found[0], training=True)
+    note = f"test set: {' '.join(test)}"
+    other = _find(test, "test", folder)
+    if test and other is None:
+        raise DataError(f"--test {' '.join(test)}: no test images are named there.")
+    if other is None and len(train) == 1:
+        other = _find(train, "test", folder, shared=True)
+        note = f"test set: the test part of {train[0]}"
+    if other is not None:
+        if Path(other[0]).is_relative_to(folder.resolve()):
+            _same_categories(other[0], content["categories"])
+        read_coco(other[0], training=False)
+        return Data(found, other, note)
+    parts, folder = split(content, found[0]), folder.resolve()
+    for name, part in zip(("train_part", "test_part"), parts):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{name}.json", json.dumps(part))
+    first, second = (str(folder / f"{name}_part.json") for name in ("train", "test"))
+    return Data((first, found[1]), (second, found[1]), parts[2])
+
+
+def _find(
+    values: Sequence[str], part: str, folder: Path, shared: bool = False
+) -> tuple[str, str] | None:
+    """The COCO file and the images of a part; None: the data do not name this part.
+
+    Args:
+        shared: whether the paths also hold the other part, so that a list must tell them apart.
+    """
+    if not values:
+        return None
+    path = Path(os.path.expanduser(values[0]))
+    if len(values) > 2 or not path.exists():
+        what = f"there is no {path}" if not path.exists() else "give one or two paths"
+        raise DataError(f"--{part} {' '.join(values)}: {what}. Known formats: {_FORMATS}.")
+    if len(values) == 2:
+        images = os.path.abspath(os.path.expanduser(values[1]))
+        if not path.is_file() or not os.path.isdir(images):
+            raise DataError(
+                f"--{part} {' '.join(values)}: give a COCO file and the folder of its images. "
+                f"Known formats: {_FORMATS}."
+            )
+        return os.path.abspath(path), images
+    if path.suffix == ".json":
+        raise DataError(
+            f"--{part} {path}: give the folder of its images too: --{part} {path} photos/"
+        )
+    yaml_file = path / "data.yaml" if path.is_dir() else path
+    if yaml_file.suffix in (".yaml", ".yml") and yaml_file.is_file():
+        return _from_yolo(yaml_file, part, folder)
+    if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
+        return _from_voc(path, part, folder, shared)
+    raise DataError(f"--{part} {path} has none of the known formats: {_FORMATS}.")
+
+
+def _from_yolo(file: Path, part: str, folder: Path) -> tuple[str, str] | None:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        names = [x for x in _PARTS[part] if content.get(x)]
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise DataError(f"{file} is not a data.yaml of YOLO: {error}") from error
+    if not names:
+        return None
+    value = content[names[0]]
+    if not isinstance(value, str) or value.endswith(".txt"):
+        raise DataError(
+            f"{file}: {names[0]} is {value!r}. Only one folder of images can be converted: name "
+            "one, or convert the data to COCO format."
+        )
+    base = file.parent / (content.get("path") or "")
+    # Roboflow writes ../train/images, although the folder is beside data.yaml.
+    places = [base / value, file.parent / value, file.parent / re.sub(r"^(\.\./)+", "", value)]
+    images = next((p for p in places if p.is_dir()), None)
+    if images is None:
+        raise DataError(f"{file}: {names[0]} is {value!r}, and there is no such folder.")
+    images = images.resolve()
+    head, found, tail = str(images).rpartition("images")
+    labels = Path(f"{head}labels{tail}") if found else images
+    read = _library().DetectionDataset.from_yolo
+    return _converted(
+        lambda: read(str(images), str(labels if labels.is_dir() else images), str(file)),
+        images,
+        folder / f"{part}.json",
+    )
+
+
+def _from_voc(path: Path, part: str, folder: Path, shared: bool) -> tuple[str, str] | None:
+    sets = {p.stem: p for p in path.glob("ImageSets/Main/*.txt")}
+    listed = next((sets[x] for x in _PARTS[part] if x in sets), None)
+    if shared and listed is None:
+        return None
+    annotations = path / "Annotations" if (path / "Annotations").is_dir() else path
+    images = path / "JPEGImages" if (path / "JPEGImages").is_dir() else path
+    names = None if listed is None else {x.split()[0] for x in listed.read_text().splitlines() if x}
+    read = _library().DetectionDataset.from_pascal_voc
+    return _converted(
+        lambda: read(str(images), str(annotations)),
+        images.resolve(),
+        folder / f"{part}.json",
+        names,
+    )
+
+
+def _converted(read, images: Path, file: Path, names: set[str] | None = None) -> tuple[str, str]:
+    """Writes the COCO file of a set that the library reads.
+
+    Args:
+        names: stems of the images that belong to the part; None: all.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        read().as_coco(annotations_path=str(file))
+    except FgBgError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise DataError(f"{images} cannot be converted to COCO format: {error}") from error
+    content = json.loads(file.read_text())
+    if names is not None:
+        content["images"] = [i for i in content["images"] if Path(i["file_name"]).stem in names]
+    kept = {i["id"] for i in content["images"]}
+    content["annotations"] = [
+        # Masks are not needed, and an annotation without a mask has an empty one.
+        {k: v for k, v in a.items() if k != "segmentation"}
+        for a in content["annotations"]
+        if a["image_id"] in kept
+    ]
+    write_whole(file, json.dumps(content))
+    return str(file.resolve()), str(images)
+
+
+def _same_categories(path: str, categories: list[dict]) -> None:
+    """Adds training classes that a converted test set lacks: a VOC folder names no classes."""
+    content = json.loads(Path(path).read_text())
+    names = {c["name"] for c in content["categories"]}
+    number = max((c["id"] for c in content["categories"]), default=0)
+    for category in (c for c in categories if c["name"] not in names):
+        number += 1
+        content["categories"].append({"id": number, "name": category["name"]})
+    write_whole(path, json.dumps(content))
+
+
+def _library():
+    try:
+        import supervision
+    except ImportError as error:
+        raise DataError(
+            "PASCAL VOC and YOLO data are converted to COCO format by the package supervision, "
+            "which is not installed: pip install -e '.[formats]'. Or convert them yourself, and "
+            "give --train train.json photos/."
+        ) from error
+    return supervision

@@ -1,0 +1,236 @@
+"""Finds the student and writes student.yaml and distilled.yaml."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..data import register_datasets, training_classes
+from ..data.classes import class_names
+from ..data.validation import read_coco
+from ..detectors.dense import DenseView, view
+from ..detectors.load import build_detector, read_detector_config
+from ..matching import dense_student, match_classes, shared_levels
+from ..teacher import Teacher
+from ..utils.files import sha256_of, sha256_of_text, write_whole
+from .backbone import backbone_settings
+from .data import Data
+from .measure import Wish, choose, image_size, measured, table
+from .schedule import batch_of, iterations_in, iterations_of, schedule_settings
+from .students import Setting, candidates_for, config_of, model_settings, spoken, yaml_of
+from .teacher_facts import TeacherFacts, facts_of
+from .training import seconds_per_step
+
+MARK = "written by tools/distill.py"
+_FIRST = 300  # iterations in the config whose step is timed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student is found and trained.
+
+    Attributes:
+        config: of the teacher.
+        teacher: loaded.
+        data: training and test set.
+        wish: what the student must meet.
+        student: a timm model, a YAML config, or "": any candidate.
+        iterations, hours: length of the training; 0: not given.
+        backbone_weights: a file, "random" or "".
+        compare: whether the plain student is trained too.
+        output: folder of student.yaml, distilled.yaml and the trainings.
+        cache: file of the measured tables.
+        device: on which the detectors are measured.
+        say: is called with a line of text.
+        imports: the user's modules that trainings import.
+    """
+
+    config: str
+    teacher: Teacher
+    data: Data
+    wish: Wish
+    student: str
+    iterations: int
+    hours: float
+    backbone_weights: str
+    compare: bool
+    output: Path
+    cache: Path
+    device: str
+    say: Callable[[str], None]
+    imports: tuple[str, ...] = ()
+
+    @property
+    def own_config(self) -> bool:
+        """Whether the user names a config of a student."""
+        return self.student.endswith((".yaml", ".yml"))
+
+
+def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
+    """The measured teacher and candidates. Before that, data and classes are checked.
+
+    Raises:
+        FgBgError: the data have a fault, or student and teacher do not fit together.
+    """
+    number = len(class_names(plan.data.train[0]))
+    if plan.own_config:
+        settings = {plan.student: [Setting("_BASE_", plan.student)]}
+    else:
+        settings = {str(c): model_settings(facts, c, number) for c in candidates_for(plan.student)}
+    smallest = next(iter(settings.values()))
+    _check_pair(_config([*smallest, *data_settings(plan.data)]), plan.teacher)
+    builders = {"teacher": lambda: build_detector(read_detector_config(plan.config))}
+    builders |= {name: lambda s=s: build_detector(_config(s)) for name, s in settings.items()}
+    content = read_coco(plan.data.test[0], training=False)
+    size = image_size(content, facts.test_size, facts.test_limit)
+    about = {
+        "teacher": sha256_of_text(str(read_detector_config(plan.config))),
+        "facts": asdict(facts),
+        "students": sha256_of_text("".join(str(_config(s)) for s in settings.values())),
+    }
+    return measured(plan.cache, about, builders, size, plan.device, plan.say)
+
+
+def _config(settings: Sequence[Setting]) -> CfgNode:
+    """:func:`~.students.config_of`, also for settings with a _BASE_."""
+    first, *rest = settings
+    if first.key != "_BASE_":
+        return config_of(settings)
+    cfg = read_detector_config(first.value)
+    for setting in rest:
+        *groups, name = setting.key.split(".")
+        node = cfg
+        for group in groups:
+            node = node[group]
+        node[name] = setting.value
+    return cfg
+
+
+def _check_pair(cfg: CfgNode, teacher: Teacher) -> None:
+    register_datasets(cfg)
+    student = dense_student(build_detector(cfg))
+    shared_levels(student, teacher.view)
+    if isinstance(teacher.view, DenseView):  # a copy, because its classes may be reduced
+        reduced = view(copy.deepcopy(teacher.detector))
+        match_classes(student, reduced, training_classes(cfg), teacher.class_names)
+
+
+def data_settings(data: Data) -> list[Setting]:
+    """The keys of DATASETS. Other files get other names, as Detectron2 registers a name once."""
+    contents = [sha256_of(file) for file, _ in (data.train, data.test)]
+    name = sha256_of_text(str([data.train, data.test, contents]))[:8]
+    settings = []
+    for part, (file, images) in (("TRAIN", data.train), ("TEST", data.test)):
+        why = data.note if part == "TEST" else ""
+        settings += [
+            Setting(f"DATASETS.{part}", [f"{part.lower()}_{name}"]),
+            Setting(f"DATASETS.{part}_JSON", file, why),
+            Setting(f"DATASETS.{part}_IMAGES", images),
+        ]
+    return settings
+
+
+def write_configs(plan: Plan, rows: list[dict]) -> str:
+    """Chooses the student and writes both configs.
+
+    Returns:
+        The name of the candidate that is taken.
+
+    Raises:
+        ConfigError: no candidate meets the wish.
+    """
+    facts = facts_of(plan.config, plan.teacher)
+    row = choose(rows, plan.wish)
+    taken = row["name"]
+    plan.say(f"\n{table(rows, taken)}\n")
+    plan.output.mkdir(parents=True, exist_ok=True)
+    model, pretrained = _model(plan, facts, taken)
+    fixed = [*model, *data_settings(plan.data)]
+    settings = [*fixed, *_schedule(plan, facts, fixed, pretrained, row["ms"])]
+    _write(plan, facts, settings)
+    for line in spoken(settings):
+        plan.say(f"  {line}")
+    plan.say(
+        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. Change them as you "
+        "like before the training, and give the same command again."
+    )
+    return taken
+
+
+def _model(plan: Plan, facts: TeacherFacts, taken: str) -> tuple[list[Setting], bool]:
+    """The settings of the detector, and whether its backbone has trained weights."""
+    if plan.own_config:
+        return [Setting("_BASE_", os.path.abspath(plan.student), "--student")], True
+    candidate = next(c for c in candidates_for(plan.student) if str(c) == taken)
+    why = f"the largest candidate that meets {plan.wish}" if str(plan.wish) else "--student"
+    number = len(class_names(plan.data.train[0]))
+    weights, pretrained = backbone_settings(
+        candidate.backbone, plan.backbone_weights, facts, plan.output / "backbone.pth", plan.say
+    )
+    return [*model_settings(facts, candidate, number, why), *weights], pretrained
+
+
+def _schedule(
+    plan: Plan, facts: TeacherFacts, fixed: list[Setting], pretrained: bool, ms: float
+) -> list[Setting]:
+    """The settings of the schedule. A config of the user keeps its own, except its length.
+
+    Args:
+        fixed: the settings of detector and data.
+        ms: time of the student for one image.
+    """
+    images = len(read_coco(plan.data.train[0], training=True)["images"])
+    batch = batch_of(images, facts.batch)
+
+    def settings(iterations: int, why: str, **options) -> list[Setting]:
+        if plan.own_config:
+            return [Setting("SOLVER.MAX_ITER", iterations, why)]
+        return schedule_settings(batch, iterations, why, **options)
+
+    if plan.iterations:
+        return settings(plan.iterations, "--iterations")
+    if plan.hours:
+        _write(plan, facts, [*fixed, *settings(_FIRST, "")])
+        plan.say("Timing a step of the training ...")
+        names = ("distilled", "student")[: 1 + plan.compare]
+        step = sum(seconds_per_step(plan.output / f"{name}.yaml") for name in names)
+        tested = len(read_coco(plan.data.test[0], training=False)["images"])
+        test = len(names) * tested * ms / 1000
+        iterations, evaluations, why = iterations_in(plan.hours, step, test)
+        return settings(iterations, why, evaluations=evaluations)
+    if plan.own_config:
+        return []
+    return settings(*iterations_of(images, batch, facts.iterations * facts.batch, pretrained))
+
+
+def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
+    """Writes student.yaml and distilled.yaml."""
+    folder = plan.output.resolve()
+    family = facts.family
+    if plan.own_config:
+        family = read_detector_config(plan.student).MODEL.META_ARCHITECTURE
+    student = [*settings, Setting("OUTPUT_DIR", str(folder / "plain"))]
+    if not plan.own_config:
+        student.append(Setting("VERSION", 2))
+    title = [f"The student, {MARK}. Change it as you like.",
+             "Plain training: tools/train_net.py --config-file student.yaml"]  # fmt: skip
+    write_whole(plan.output / "student.yaml", yaml_of(title, student))
+    distilled = [
+        Setting("_BASE_", "student.yaml"),
+        Setting("MODEL.META_ARCHITECTURE", "FgBgDistiller"),
+        Setting("MODEL.KD.STUDENT", family),
+        Setting("MODEL.KD.TEACHER.CONFIG", _in_full(plan.config)),
+        Setting("MODEL.KD.TEACHER.WEIGHTS", _in_full(plan.teacher.weights)),
+        Setting("OUTPUT_DIR", str(folder / "distilled")),
+    ]
+    title = [f"The student with its teacher, {MARK}. Its other keys are those of student.yaml.",
+             "Training: tools/train_net.py --config-file distilled.yaml"]  # fmt: skip
+    write_whole(plan.output / "distilled.yaml", yaml_of(title, distilled))
+
+
+def _in_full(path: str) -> str:
+    """The absolute path of a file; a name of the model zoo, or a URL, as it is."""
+    return os.path.abspath(path) if os.path.isfile(path) else path

@@ -1,0 +1,159 @@
+"""The candidates for a student, and the config of a student in the form of settings.
+
+A setting is a config key with its value and the reason for it. The settings become student.yaml,
+with the reasons as comments, and the lines that the command prints.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import yaml
+from detectron2.config import CfgNode
+
+from ..config import get_fgbg_kd_cfg
+from ..utils.config_files import merge_overrides
+from ..utils.errors import ConfigError
+from .teacher_facts import TeacherFacts
+
+
+class Candidate(NamedTuple):
+    """A light detector: a timm model, the channels of the FPN, the convolutions of the head."""
+
+    backbone: str
+    width: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.backbone}, FPN {self.width}, head {self.depth}"
+
+
+# From small to large. All backbones have ImageNet weights in timm and a permissive licence. Widths
+# are multiples of 32, as the GroupNorm in FCOS's head needs.
+CANDIDATES = (
+    Candidate("test_resnet", 32, 1),
+    Candidate("lcnet_050", 32, 1),
+    Candidate("lcnet_075", 64, 1),
+    Candidate("mobilenetv3_small_100", 64, 2),
+    Candidate("lcnet_100", 96, 2),
+    Candidate("mobilenetv3_large_100", 96, 2),
+    Candidate("efficientnet_lite0", 96, 4),
+    Candidate("mobilenetv3_large_100", 128, 4),
+    Candidate("resnet18", 128, 4),
+    Candidate("resnet18", 192, 4),
+    Candidate("resnet34", 256, 4),
+)
+# Of a timm model that the user names.
+_SHAPES = ((32, 1), (64, 2), (96, 2), (128, 4))
+
+
+class Setting(NamedTuple):
+    """A config key, its value, and the reason for the value; "": not worth a line."""
+
+    key: str
+    value: Any
+    why: str = ""
+
+
+def candidates_for(name: str) -> tuple[Candidate, ...]:
+    """The candidates: the list above, or those with the timm model ``name``.
+
+    Raises:
+        ConfigError: timm has no such model.
+    """
+    if not name:
+        return CANDIDATES
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models()))
+        raise ConfigError(
+            f"--student {name}: neither a YAML config here nor a model of timm"
+            f"{f' (similar names: {near})' if near else ''}."
+        )
+    return tuple(Candidate(name, *shape) for shape in _SHAPES)
+
+
+def model_settings(
+    facts: TeacherFacts, candidate: Candidate, num_classes: int, why: str = ""
+) -> list[Setting]:
+    """The detector of a candidate, with the teacher's levels, anchors and image sizes.
+
+    Args:
+        why: reason for the choice.
+    """
+    family = f"MODEL.{facts.family.upper()}"
+    # A top block adds P6 and P7. Without it, the FPN ends with P5 and a max-pooled P6.
+    top = "retinanet_" if max(facts.strides) > 32 else ""
+    own = facts.family == facts.name
+    kind = "the teacher's own" if own else f"the usual student of a {facts.name}"
+    maps = ["res2"] * (min(facts.strides) == 4) + ["res3", "res4", "res5"]
+    settings = [
+        Setting("MODEL.META_ARCHITECTURE", facts.family, kind),
+        Setting("MODEL.MASK_ON", False),
+        Setting("MODEL.BACKBONE.NAME", f"build_{top}timm_fpn_backbone"),
+        Setting("MODEL.TIMM.NAME", candidate.backbone, why),
+        Setting("MODEL.TIMM.OUT_FEATURES", maps),
+        Setting("MODEL.FPN.IN_FEATURES", maps),
+        Setting("MODEL.FPN.OUT_CHANNELS", candidate.width, why and "of the same candidate"),
+        Setting("MODEL.FPN.NORM", "BN"),
+        Setting(f"{family}.NUM_CONVS", candidate.depth, why and "of the same candidate"),
+        Setting(f"{family}.NUM_CLASSES", num_classes, "the classes of the training set"),
+        Setting(f"{family}.IN_FEATURES", facts.features, "levels with the teacher's strides"),
+        *(Setting(f"{family}.{key}", value) for key, value in facts.head.items()),
+    ]
+    if "INITIAL_DISTANCE" in get_fgbg_kd_cfg().MODEL[facts.family.upper()]:
+        settings.append(Setting(f"{family}.INITIAL_DISTANCE", 1.0))  # AdamW needs it
+    whose = "the teacher's" if facts.own_anchors else "the usual ones of these strides"
+    for key, value in facts.anchors.items():
+        settings.append(Setting(f"MODEL.ANCHOR_GENERATOR.{key}", value, whose))
+    settings += [
+        Setting("INPUT.MIN_SIZE_TEST", facts.test_size, "the teacher's; smaller is faster"),
+        Setting("INPUT.MAX_SIZE_TEST", facts.test_limit),
+        Setting("INPUT.MIN_SIZE_TRAIN", facts.train_sizes, "the teacher's"),
+        Setting("INPUT.MAX_SIZE_TRAIN", facts.train_limit),
+        *(Setting(f"INPUT.{key}", value) for key, value in facts.input.items()),
+    ]
+    return settings
+
+
+def config_of(settings: Iterable[Setting]) -> CfgNode:
+    """A config with these settings, on the CPU."""
+    cfg = get_fgbg_kd_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    merge_overrides(cfg, [x for s in settings for x in (s.key, s.value)])
+    return cfg
+
+
+def yaml_of(title: Sequence[str], settings: Iterable[Setting]) -> str:
+    """A YAML config with a comment for each reason.
+
+    Args:
+        title: lines of the comment at the top.
+    """
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        *groups, name = setting.key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = setting
+    return "\n".join([*(f"# {line}" for line in title), *_lines(tree, "")]) + "\n"
+
+
+def _lines(node: dict, indent: str) -> Iterable[str]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            text = yaml.safe_dump(
+                json.loads(json.dumps(value.value)), default_flow_style=True, width=10**6
+            )
+            text = text.removesuffix("...\n").strip()
+            yield f"{indent}{name}: {text}" + (f"  # {value.why}" if value.why else "")
+
+
+def spoken(settings: Iterable[Setting]) -> list[str]:
+    """A line for each setting that has a reason."""
+    return [f"{s.key} {s.value or repr(s.value)}: {s.why}" for s in settings if s.why]

@@ -1,0 +1,139 @@
+"""Trains with tools/train_net.py, shows a progress bar, and measures steps and the teacher's AP."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from detectron2.utils.events import EventStorage
+from tqdm import tqdm
+
+from ..data import training_classes
+from ..detectors.dense import channel_order
+from ..engine import FgBgTrainer, load_config, read_config
+from ..experiments.runner import Runner
+from ..utils.errors import RunError
+from ..utils.files import read_json, read_rows, sha256_of_text, write_whole
+
+_TRAIN_NET = Path(__file__).parents[2] / "tools" / "train_net.py"
+_STEPS = 8  # of the measurement; the first two are left out
+
+
+class BarRunner(Runner):
+    """A :class:`~fgbg_kd.experiments.runner.Runner` with a bar; silent if there is no terminal."""
+
+    def __init__(self, **options):
+        if not _TRAIN_NET.is_file():
+            raise RunError(
+                f"{_TRAIN_NET} is not there: install this package from its repository, with "
+                "pip install -e ."
+            )
+        super().__init__(_TRAIN_NET, **options)
+        self._bar = None
+
+    def run(self, name: str, config: str | Path, output: Path, *args, **options) -> dict:
+        self._metrics = output / "metrics.json"
+        total = read_config(str(config)).SOLVER.MAX_ITER
+        with tqdm(total=total, desc=name, disable=None, dynamic_ncols=True) as self._bar:
+            return super().run(name, config, output, *args, **options)
+
+    def _show(self, name: str, line: str) -> None:
+        step = re.search(r"iter: (\d+)\s+total_loss: (\S+)", line)
+        test = re.search(r"Inference done (\d+/\d+)", line)
+        if self._bar.disable or not (step or test):
+            return
+        if test:
+            self._bar.set_postfix_str(f"evaluating, image {test[1]}")
+            return
+        done = int(step[1]) + 1
+        if self._bar.n == 0:  # a resumed run: its first part has no speed
+            self._bar.initial = done
+        self._bar.n = done
+        self._bar.set_postfix_str(shown_values(step[2], read_rows(self._metrics)))
+
+    def say(self, text: str) -> None:
+        tqdm.write(text)
+
+
+def shown_values(loss: str, rows: list[dict]) -> str:
+    """Loss, share of the gate and last AP, for the bar.
+
+    Args:
+        rows: of metrics.json.
+    """
+    values = {"loss": loss}
+    for key, short in (("kd/fg_gate", "gate"), ("bbox/AP", "AP")):
+        found = [row[key] for row in rows if key in row]
+        if found:
+            values[short] = f"{found[-1]:.2f}"
+    return ", ".join(f"{k} {v}" for k, v in values.items())
+
+
+@contextlib.contextmanager
+def _without_log():
+    """Detectron2 does not log in this block. A trainer would otherwise set up a log by itself."""
+    logger = logging.getLogger("detectron2")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def seconds_per_step(config: Path) -> float:
+    """The median time of a training step on this machine, with loading of the images."""
+    with tempfile.TemporaryDirectory() as folder, _without_log():
+        trainer = FgBgTrainer(load_config(str(config), ["OUTPUT_DIR", folder]))
+        times = []
+        with EventStorage(1) as trainer.storage:
+            for trainer.iter in range(1, _STEPS + 1):
+                start = time.perf_counter()
+                trainer.run_step()
+                times.append(time.perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """AP and AP50 of the teacher on the test set, and the check that student and teacher fit.
+
+    {} if its classes are not those of the data: a two-stage teacher may have others, because it
+    gives features only. A one-stage teacher is reduced to the student's classes. The result is
+    kept in a file.
+
+    Args:
+        config: the config that distils, with student.yaml beside it.
+        folder: for the detections and the result.
+
+    Raises:
+        FgBgError: of data, config, teacher or output, as at the start of a training.
+    """
+    kept = folder / "teacher.json"
+    student = config.with_name("student.yaml")
+    key = sha256_of_text(config.read_text() + student.read_text())
+    if kept.is_file() and read_json(kept)["config"] == key:
+        return read_json(kept)["result"]
+    cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
+    teacher = FgBgTrainer.build_model(cfg).teacher.detector
+    classes = len(training_classes(cfg))
+    number = getattr(getattr(teacher, "roi_heads", teacher), "num_classes", classes)
+    if number != classes:  # of a teacher that gives features only
+        say(f"teacher: it has {number} classes, not the {classes} of the data: it has no AP here")
+        return {}
+    say("teacher: evaluating")
+    cfg.defrost()
+    cfg.INPUT.FORMAT = channel_order(teacher)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        found = FgBgTrainer.test(cfg, teacher).get("bbox", {})
+    result = {k: found[k] for k in ("AP", "AP50") if math.isfinite(found.get(k, math.nan))}
+    write_whole(kept, json.dumps({"config": key, "result": result}))
+    return result

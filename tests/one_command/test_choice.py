@@ -1,0 +1,260 @@
+"""What the student takes from its teacher, and which candidate is taken."""
+
+import json
+
+import pytest
+import yaml
+from conftest import detector, faster_rcnn, faster_rcnn_cfg, tiny_cfg, tiny_ssd, tiny_ssd_cfg
+from detectron2.config import CfgNode
+
+from fgbg_kd import Teacher
+from fgbg_kd.config import get_fgbg_kd_cfg
+from fgbg_kd.detectors.dense import view
+from fgbg_kd.detectors.load import build_detector
+from fgbg_kd.matching import same_anchors, shared_levels
+from fgbg_kd.one_command import measure
+from fgbg_kd.one_command.measure import Wish, choose, image_size, measured, table
+from fgbg_kd.one_command.students import (
+    CANDIDATES,
+    Candidate,
+    Setting,
+    candidates_for,
+    config_of,
+    model_settings,
+    spoken,
+    yaml_of,
+)
+from fgbg_kd.one_command.teacher_facts import facts_of
+from fgbg_kd.utils.config_files import merge_yaml
+from fgbg_kd.utils.errors import ConfigError
+
+SMALL = Candidate("test_resnet", 32, 1)
+
+
+def facts(tmp_path, cfg, model):
+    path = tmp_path / "teacher.yaml"
+    path.write_text(cfg.dump())
+    return facts_of(str(path), Teacher(model.eval()))
+
+
+def student_of(found):
+    return view(build_detector(config_of(model_settings(found, SMALL, 2))))
+
+
+def test_a_retinanet_gets_a_retinanet_with_its_levels_anchors_and_sizes(tmp_path):
+    cfg, teacher = tiny_cfg(), detector()
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST, cfg.INPUT.RANDOM_FLIP = 0.3, "none"
+    found = facts(tmp_path, cfg, teacher)
+    student = student_of(found)
+    assert student.name == "RetinaNet" and [x.stride for x in student.levels] == [8, 16, 32]
+    levels = shared_levels(student, view(teacher))
+    assert len(levels) == 3 and same_anchors(student, view(teacher), levels)
+    assert student.suppression["score"] == 0.3
+    made = config_of(model_settings(found, SMALL, 2))
+    assert made.INPUT.MIN_SIZE_TEST == 64 and made.INPUT.RANDOM_FLIP == "none"
+
+
+def test_anchors_that_the_config_does_not_name_are_read_from_the_detector(tmp_path):
+    teacher = detector()
+    found = facts(tmp_path, get_fgbg_kd_cfg(), teacher)  # Detectron2's default anchors
+    assert found.own_anchors
+    for mine, theirs in zip(student_of(found).cell_anchors, view(teacher).cell_anchors):
+        assert mine.allclose(theirs, atol=1e-2)
+
+
+def test_an_fcos_gets_an_fcos_without_anchor_keys(tmp_path):
+    found = facts(tmp_path, tiny_cfg(), detector("FCOS"))
+    assert found.anchors == {}
+    settings = {s.key: s.value for s in model_settings(found, SMALL, 2)}
+    assert settings["MODEL.FCOS.INITIAL_DISTANCE"] == 1.0
+    assert student_of(found).name == "FCOS"
+
+
+@pytest.mark.parametrize(
+    "cfg, build, size", [(tiny_ssd_cfg, tiny_ssd, 96), (faster_rcnn_cfg, faster_rcnn, 64)]
+)
+def test_other_teachers_get_a_retinanet_with_common_levels(cfg, build, size, tmp_path):
+    teacher = build()
+    found = facts(tmp_path, cfg(), teacher)
+    student = student_of(found)
+    assert student.name == "RetinaNet" and found.test_size == size
+    assert len(shared_levels(student, view(teacher))) >= 1
+    assert not found.own_anchors and {len(a) for a in student.cell_anchors} == {9}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet_R_50_FPN_1x.yaml", "retinanet_R_50_FPN_1x.py"])
+def test_teachers_of_the_zoo_give_p3_to_p7_and_equal_anchors(name):
+    from fgbg_kd.detectors.load import read_detector_config
+
+    config = f"COCO-Detection/{name}"
+    teacher = build_detector(read_detector_config(config)).eval()
+    found = facts_of(config, Teacher(teacher))
+    assert (found.test_size, found.test_limit, found.iterations) == (800, 1333, 90000)
+    assert found.train_sizes == [640, 672, 704, 736, 768, 800]
+    student = view(build_detector(config_of(model_settings(found, SMALL, 80))))
+    levels = shared_levels(student, view(teacher))
+    assert len(levels) == 5 and same_anchors(student, view(teacher), levels)
+
+
+def test_every_candidate_is_a_timm_model_with_weights_and_the_list_grows():
+    import timm
+
+    for candidate in CANDIDATES:
+        assert timm.models.is_model_pretrained(candidate.backbone)
+        assert candidate.width % 32 == 0  # groups of FCOS's GroupNorm
+    assert [c.width for c in CANDIDATES] == sorted(c.width for c in CANDIDATES)
+
+
+def test_a_timm_model_of_the_user_has_several_shapes_and_a_wrong_name_is_refused():
+    assert {c.backbone for c in candidates_for("resnet18")} == {"resnet18"}
+    with pytest.raises(ConfigError, match="--student resnet1888: .*similar names: .*resnet"):
+        candidates_for("resnet1888")
+
+
+def test_the_yaml_holds_every_setting_and_each_reason_as_a_comment(tmp_path):
+    settings = [
+        Setting("MODEL.TIMM.NAME", "resnet18", "a reason"),
+        Setting("MODEL.MASK_ON", False),
+        Setting("INPUT.MIN_SIZE_TRAIN", (64, 72), "the teacher's"),
+    ]
+    text = yaml_of(["A title."], settings)
+    assert text.startswith("# A title.\n") and "NAME: resnet18  # a reason" in text
+    assert yaml.safe_load(text)["INPUT"] == {"MIN_SIZE_TRAIN": [64, 72]}
+    (tmp_path / "s.yaml").write_text(text)
+    cfg = get_fgbg_kd_cfg()
+    merge_yaml(cfg, str(tmp_path / "s.yaml"))
+    assert cfg.MODEL.TIMM.NAME == "resnet18" and isinstance(cfg, CfgNode)
+    assert spoken(settings)[0] == "MODEL.TIMM.NAME resnet18: a reason"
+
+
+def rows(onnx=True):
+    names = ("teacher", "small", "middle", "large")
+    values = ((30, 40.0, 90.0, 60.0), (1, 1.0, 10.0, 4.0), (4, 5.0, 25.0, 12.0), (12, 9, 44, 30.0))
+    return [
+        {
+            "name": name,
+            "parameters_m": float(p),
+            "gflops": float(g),
+            "ms": ms,
+            "onnx_ms": o if onnx else None,
+            "speedup": round(90.0 / ms, 2),
+        }
+        for name, (p, g, ms, o) in zip(names, values)
+    ]
+
+
+@pytest.mark.parametrize(
+    "wish, taken",
+    [
+        ({"speedup": 3}, "middle"),
+        ({"speedup": 3.7}, "small"),
+        ({"latency": 50}, "large"),
+        ({"latency": 25}, "middle"),
+        ({"parameters": 5}, "middle"),
+        ({"speedup": 2, "parameters": 3}, "small"),
+        ({"latency": 12, "runtime": "onnx"}, "middle"),
+        ({"speedup": 6, "runtime": "onnx"}, "small"),
+        ({}, "large"),
+    ],
+)
+def test_the_largest_that_meets_the_wish_is_taken(wish, taken):
+    assert choose(rows(), Wish(**wish))["name"] == taken
+
+
+@pytest.mark.parametrize(
+    "wish, message",
+    [
+        (
+            {"speedup": 20},
+            "No candidate meets --speedup 20: the fastest, small, takes 10.0 ms, 9.0 times as fast",
+        ),
+        ({"latency": 5}, "No candidate meets --latency 5: the fastest, small, takes 10.0 ms"),
+        ({"parameters": 0.5}, "at most 0.5 M parameters: the smallest, small, has 1.0 M"),
+        (
+            {"latency": 1, "parameters": 5},
+            "No candidate meets --latency 1 --parameters 5: the f",
+        ),
+    ],
+)
+def test_a_wish_that_nothing_meets_names_the_nearest(wish, message):
+    with pytest.raises(ConfigError, match=message):
+        choose(rows(), Wish(**wish))
+
+
+def test_onnx_as_the_runtime_needs_onnx_and_a_teacher_with_a_file():
+    with pytest.raises(ConfigError, match=r"--runtime onnx: .* pip install -e '.\[export\]'"):
+        choose(rows(onnx=False), Wish(latency=10, runtime="onnx"))
+    of_two_stages = [rows()[0] | {"onnx_ms": None}, *rows()[1:]]
+    with pytest.raises(ConfigError, match="the teacher has no ONNX file.*--latency"):
+        choose(of_two_stages, Wish(speedup=2, runtime="onnx"))
+    assert choose(of_two_stages, Wish(latency=12, runtime="onnx"))["name"] == "middle"
+    with pytest.raises(ConfigError, match="the fastest, small, takes 4.0 ms. Ask for less"):
+        choose(of_two_stages, Wish(latency=1, runtime="onnx"))
+
+
+@pytest.mark.parametrize(
+    "wish, message",
+    [
+        ({"speedup": 0}, "--speedup is 0: give a number over 0"),
+        ({"latency": -1}, "--latency is -1"),
+        ({"parameters": float("nan")}, "--parameters is nan"),
+        ({"runtime": "tflite"}, "--runtime is 'tflite': choose from"),
+    ],
+)
+def test_a_wish_that_is_no_wish_is_refused(wish, message):
+    with pytest.raises(ConfigError, match=message):
+        Wish(**wish).check()
+
+
+def test_the_table_marks_what_is_taken():
+    lines = table([r | {"onnx_ms": None} for r in rows()], "middle").splitlines()
+    assert [x for x in lines if "<- taken" in x] == [x for x in lines if "middle" in x]
+    assert "ms, ONNX Runtime" in lines[0] and "–" in lines[2]
+
+
+def test_the_image_has_the_median_proportions_of_the_set():
+    images = [{"height": h, "width": 100} for h in (50, 50, 100, 200, 200)]
+    assert image_size({"images": images}, 64, 1000) == (64, 64)
+    assert image_size({"images": images[:2]}, 64, 100) == (50, 100)
+
+
+def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "measure", lambda *a, **k: calls.append(a) or rows())
+    said = []
+
+    def get(size=(64, 64), classes=2):
+        about = {"classes": classes}
+        return measured(tmp_path / "m.json", about, {"teacher": None}, size, "cpu", said.append)
+
+    assert get() == rows() == get() and len(calls) == 1
+    assert "measured before" in said[-1]
+    get(size=(64, 96))
+    get(classes=3)
+    monkeypatch.setattr(measure, "surroundings", lambda *a, **k: {"hardware": "another machine"})
+    get()
+    assert len(calls) == 4
+    assert len(json.loads((tmp_path / "m.json").read_text())) == 4
+
+
+def test_a_disturbed_measurement_is_said(monkeypatch):
+    monkeypatch.setattr(measure, "has_onnx", lambda: False)
+    for slow, said in ((10.0, 0), (20.0, 1)):
+        times = {("teacher", "ms"): [10.0] * 5 + [slow] * 5, ("student", "ms"): [5.0] * 10}
+        monkeypatch.setattr(measure, "times_in_turn", lambda *a, times=times, **k: times)
+        lines = []
+        built = {"teacher": detector, "student": detector}
+        found = measure.measure(built, (64, 64), "cpu", lines.append)
+        assert [r["ms"] for r in found] == [10.0, 5.0] and found[1]["speedup"] == 2.0
+        assert sum("other work disturbs the measurement" in x for x in lines) == said
+
+
+@pytest.mark.slow
+def test_a_detector_is_measured_in_both_runtimes_and_a_two_stage_teacher_in_one(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(measure, "_RUNS", 1)
+    built = {"teacher": faster_rcnn, "student": detector, "ssd": tiny_ssd}
+    teacher, student, ssd = measure.measure(built, (64, 96), "cpu")
+    assert teacher["onnx_ms"] is None and student["onnx_ms"] > 0 and ssd["onnx_ms"] > 0
+    assert student["speedup"] == pytest.approx(teacher["ms"] / student["ms"], abs=0.02)

@@ -1,0 +1,283 @@
+"""From a teacher's files to a fast detector, in one call."""
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import faster_rcnn_cfg, save_teacher, tiny_cfg, weights
+from detectron2.modeling import build_model
+
+import fgbg_kd
+from fgbg_kd.deploy import open_detector
+from fgbg_kd.engine import read_config
+from fgbg_kd.one_command import measure, students
+from fgbg_kd.one_command.backbone import backbone_settings
+from fgbg_kd.one_command.teacher_facts import facts_of
+from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
+from fgbg_kd.teacher import build_teacher
+from fgbg_kd.utils.errors import CheckpointError, ConfigError, DataError, RunError, TeacherError
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch):
+    """Two candidates and few runs, so that a table takes a second."""
+    two = (students.Candidate("test_resnet", 32, 1), students.Candidate("test_resnet", 64, 1))
+    monkeypatch.setattr(students, "CANDIDATES", two)
+    monkeypatch.setattr(measure, "_RUNS", 1)
+
+
+@pytest.fixture
+def without_onnx(monkeypatch):
+    """The table has PyTorch only. student.onnx is written all the same."""
+    monkeypatch.setattr(measure, "has_onnx", lambda: False)
+
+
+@pytest.fixture
+def arguments(teacher_files, coco, tmp_path):
+    """The smallest call that trains."""
+    return {
+        "teacher": teacher_files,
+        "train": coco,
+        "test": coco,
+        "parameters": 0.5,
+        "iterations": 20,
+        "backbone_weights": "random",
+        "output": tmp_path / "out",
+        "say": lambda text: None,
+    }
+
+
+@pytest.mark.slow
+def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    real, ran = BarRunner.run, []
+
+    def run(self, name, config, *rest):  # the plain student is the same run with another config
+        ran.append((name, config.name))
+        if name == "plain":
+            return {"AP": 12.345, "AP50": 20.0}
+        return real(self, name, config, *rest)
+
+    monkeypatch.setattr(BarRunner, "run", run)
+
+    def sure_of_nothing(cfg):  # so that a student of 20 iterations has detections
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST, cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 0.0, 10
+
+    said, output = [], tmp_path / "out"
+    teacher = save_teacher(tmp_path, edit=sure_of_nothing)
+    call = arguments | {"teacher": teacher, "compare": True, "say": said.append}
+    done = fgbg_kd.distill(**call)
+    assert done.taken == "test_resnet, FPN 32, head 1"
+    assert [row["name"] for row in done.rows] == ["teacher", "plain", "distilled"]
+    assert ran == [("plain", "student.yaml"), ("distilled", "distilled.yaml")]
+    assert done.rows[1]["AP"] == pytest.approx(12.345, abs=0.01)
+    for row in done.rows:
+        assert 0 <= row["AP"] <= row["AP50"] <= 100
+        assert min(row["parameters_m"], row["gflops"], row["ms"]) > 0
+    assert done.report.is_file() and done.weights.is_file()
+    _, about = open_detector(str(done.onnx))
+    assert [c["name"] for c in about["categories"]] == ["square", "stripe"]
+    assert "tools/predict.py" in done.predict and str(done.onnx) in done.predict
+    for name, role in (("student", "RetinaNet"), ("distilled", "FgBgDistiller")):
+        cfg = read_config(str(output / f"{name}.yaml"))
+        assert cfg.MODEL.META_ARCHITECTURE == role and cfg.SOLVER.MAX_ITER == 20
+    text = "\n".join(map(str, said))
+    assert "MODEL.TIMM.NAME test_resnet: the largest candidate that meets --parameters 0.5" in text
+    assert "random weights" in text and "| distilled" in text
+
+    before = weights(output / "distilled")
+    again = fgbg_kd.distill(**call)  # nothing is trained again
+    assert [row["AP"] for row in again.rows] == [row["AP"] for row in done.rows]
+    assert all(torch.equal(v, weights(output / "distilled")[k]) for k, v in before.items())
+    with pytest.raises(RunError, match="a training of another command .*iterations was 20, is 30"):
+        fgbg_kd.distill(**call | {"iterations": 30})
+
+
+def test_a_dry_run_writes_only_the_table(arguments, without_onnx, tmp_path):
+    said = []
+    changes = {"dry_run": True, "test": (), "say": said.append}
+    done = fgbg_kd.distill(**arguments | changes)
+    assert done.taken == "test_resnet, FPN 32, head 1" and done.rows == []
+    assert [p.name for p in tmp_path.iterdir()] == ["measured_students.json"]
+    assert "2 of 12 training images were split off" in done.test_set
+    assert "--parameters 0.5 takes test_resnet, FPN 32, head 1." in said
+    fgbg_kd.distill(**arguments | changes | {"parameters": None})
+    assert any("was measured before" in x for x in said) and "Give --speedup" in said[-2]
+
+
+def test_hours_become_iterations_and_the_users_changes_stay(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
+    """Everything before the training; the training itself is left out."""
+    monkeypatch.setattr("fgbg_kd.one_command.plan.seconds_per_step", lambda config: 0.5)
+    seen = []
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: seen.append(a))
+    call = arguments | {"iterations": 0, "hours": 0.1, "compare": True}
+    fgbg_kd.distill(**call)
+    student = tmp_path / "out" / "student.yaml"
+    iterations = read_config(str(student)).SOLVER.MAX_ITER
+    assert 330 <= iterations <= 341  # 0.95 * 360 s / (0.5 s + 0.5 s), less the evaluations
+    student.write_text(student.read_text().replace("SEED: 0", "SEED: 5"))
+    said = []
+    fgbg_kd.distill(**call | {"say": said.append})
+    assert "SEED: 5" in student.read_text() and "are used as they are" in said[-1]
+    student.unlink()
+    fgbg_kd.distill(**call)
+    assert "SEED: 0" in student.read_text()  # a missing file is written again
+    fgbg_kd.distill(**call | {"hours": 0.2})  # nothing is trained yet: a new plan
+    assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
+
+
+@pytest.mark.parametrize("classes", [2, 80])
+def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
+    classes, arguments, without_onnx, tmp_path, monkeypatch
+):
+    cfg, said = faster_rcnn_cfg(), []
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+    (tmp_path / "rcnn.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "rcnn.pth")
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
+    files = str(tmp_path / "rcnn.yaml"), str(tmp_path / "rcnn.pth")
+    fgbg_kd.distill(**arguments | {"teacher": files})
+    found = teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append)
+    assert found.keys() == ({"AP", "AP50"} if classes == 2 else set())
+    assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_with_the_configs_that_are_trained(
+    arguments, without_onnx, monkeypatch, capfd
+):
+    from fgbg_kd.one_command.training import seconds_per_step
+
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
+    fgbg_kd.distill(**arguments)
+    assert 0 < seconds_per_step(arguments["output"] / "distilled.yaml") < 60
+    out = capfd.readouterr().out
+    assert "Conv2d" not in out and "d2." not in out
+
+
+def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
+    cfg = tiny_cfg()
+    cfg.MODEL.FPN.OUT_CHANNELS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 24, 77, ()
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    call = {"student": str(tmp_path / "mine.yaml"), "parameters": None, "iterations": 0}
+    fgbg_kd.distill(**arguments | call)
+    found = read_config(str(tmp_path / "out" / "distilled.yaml"))
+    assert found.MODEL.FPN.OUT_CHANNELS == 24 and found.SOLVER.MAX_ITER == 77
+    assert found.MODEL.KD.STUDENT == "RetinaNet" and found.DATASETS.TRAIN_JSON
+
+
+@pytest.mark.parametrize(
+    "changes, kind, message",
+    [
+        ({"parameters": None}, ConfigError, "How fast shall the student be"),
+        ({"parameters": 0.1}, ConfigError, "No candidate has at most 0.1 M parameters: the small"),
+        ({"latency": 1e-6}, ConfigError, "No candidate meets .*: the fastest, test_resnet, FPN"),
+        ({"hours": 1.0}, ConfigError, "--iterations and --hours both give the length"),
+        ({"iterations": -1}, ConfigError, "--iterations is -1: give a number over 0"),
+        ({"student": "gone.yaml"}, ConfigError, "--student gone.yaml: there is no such file"),
+        ({"student": "resnet1x"}, ConfigError, "--student resnet1x: neither a YAML config here"),
+        ({"backbone_weights": "gone.pth"}, ConfigError, "gone.pth: there is no such file"),
+        ({"teacher": "gone.yaml"}, TeacherError, "gone.yaml is neither a file here nor a name"),
+        ({"train": "gone.json"}, DataError, "there is no gone.json"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_trained(
+    changes, kind, message, arguments, without_onnx, tmp_path
+):
+    with pytest.raises(kind, match=message):
+        fgbg_kd.distill(**arguments | changes)
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_other_classes_than_the_teachers_are_refused_before_the_measurement(
+    arguments, coco, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measure, "measure", None)  # would raise if it were called
+    content = json.loads(open(coco[0]).read())
+    content["categories"].append({"id": 3, "name": "ring"})
+    (tmp_path / "three.json").write_text(json.dumps(content))
+    three = str(tmp_path / "three.json"), coco[1]
+    with pytest.raises(DataError, match="different classes"):
+        fgbg_kd.distill(**arguments | {"train": three})
+    with pytest.raises(TeacherError, match="3 classes, but the teacher has 2"):
+        fgbg_kd.distill(**arguments | {"train": three, "test": three})
+
+
+def test_configs_of_somebody_else_are_not_overwritten(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "student.yaml").write_text("MODEL: {}\n")
+    with pytest.raises(RunError, match="student.yaml was not written by this command"):
+        fgbg_kd.distill(**arguments)
+
+
+def test_weights_of_the_backbone_come_from_a_file_from_timm_or_from_nowhere(
+    teacher_files, tmp_path, monkeypatch
+):
+    facts, said = facts_of(teacher_files[0], build_teacher(*teacher_files)), []
+    file = tmp_path / "backbone.pth"
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save(state, tmp_path / "given.pth")
+
+    def get(given):
+        settings, pretrained = backbone_settings("test_resnet", given, facts, file, said.append)
+        return {s.key: s.value for s in settings}, pretrained
+
+    settings, pretrained = get(str(tmp_path / "given.pth"))
+    assert pretrained and settings["INPUT.FORMAT"] == "RGB"
+    assert settings["MODEL.TIMM.WEIGHTS"] == str(tmp_path / "given.pth")
+    create = timm.create_model
+
+    def download(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no network\nand more")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", download)
+    settings, pretrained = get("")
+    assert not pretrained and settings["MODEL.TIMM.WEIGHTS"] == ""
+    assert settings["MODEL.PIXEL_STD"] == facts.std and not file.exists()
+    assert said[-2] == "timm's weights of test_resnet cannot be had here (no network)."
+    assert "random weights, so the training is longer" in said[-1]
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=0, **o: create(name, **o))
+    settings, pretrained = get("")
+    assert pretrained and settings["MODEL.TIMM.WEIGHTS"] == str(file) and file.is_file()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "given.pth")
+    with pytest.raises(CheckpointError, match="lacks"):
+        get(str(tmp_path / "given.pth"))
+
+
+def test_the_bar_shows_loss_gate_and_the_last_ap():
+    rows = [{"kd/fg_gate": 0.5, "bbox/AP": 10.0}, {"kd/fg_gate": 0.75}]
+    assert shown_values("1.23", rows) == "loss 1.23, gate 0.75, AP 10.00"
+    assert shown_values("1.23", []) == "loss 1.23"
+
+
+def test_without_the_repository_the_training_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("fgbg_kd.one_command.training._TRAIN_NET", tmp_path / "train_net.py")
+    with pytest.raises(RunError, match="install this package from its repository"):
+        BarRunner()
+
+
+def test_the_tool_passes_its_arguments_on(monkeypatch, capsys):
+    import distill
+
+    seen = {}
+    monkeypatch.setattr(distill, "distill", lambda **arguments: seen.update(arguments))
+    words = ["--teacher", "t.yaml", "t.pth", "--train", "a.json", "a", "--speedup", "3"]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *words, "--compare"])
+    distill.main()
+    assert seen["teacher"] == ["t.yaml", "t.pth"] and seen["test"] == ()
+    assert seen["speedup"] == 3 and seen["compare"] and not seen["dry_run"]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *words, "--test", "a", "b", "c"])
+    with pytest.raises(SystemExit):
+        distill.main()
+    assert "--test: give one or two values" in capsys.readouterr().err
