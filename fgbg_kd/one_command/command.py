@@ -14,9 +14,9 @@ from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
 from .data import Data, prepare
-from .measure import Wish, choose, table
+from .measure import Wish, table
 from .outcome import result_rows, result_table, write_onnx, write_page
-from .plan import MARK, Plan, student_table, write_configs
+from .plan import MARK, Plan, show_choice, student_table, write_configs
 from .teacher_facts import facts_of
 from .training import BarRunner, teacher_ap
 
@@ -217,8 +217,11 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
 
 def _dry(plan: Plan, rows: list[dict]) -> Distilled:
     """Shows the table, and what the wish would take."""
-    taken = choose(rows, plan.wish)["name"] if str(plan.wish) else ""
-    plan.say(f"\n{table(rows, taken)}\n")
+    taken = ""
+    if str(plan.wish):
+        taken = show_choice(plan, rows)["name"]
+    else:
+        plan.say(f"\n{table(rows)}\n")
     plan.say(f"{plan.wish} takes {taken}." if taken else "Give --speedup, --latency or "
              "--parameters to choose.")  # fmt: skip
     _say_two_stages(plan)

@@ -15,6 +15,7 @@ from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
 from ..matching import dense_student, match_classes, shared_levels
 from ..teacher import Teacher
+from ..utils.errors import ConfigError
 from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .backbone import backbone_settings
 from .data import Data
@@ -133,6 +134,21 @@ def data_settings(data: Data) -> list[Setting]:
     return settings
 
 
+def show_choice(plan: Plan, rows: list[dict]) -> dict:
+    """Shows the table, also if no candidate meets the wish, and returns the row that is taken.
+
+    Raises:
+        ConfigError: no candidate meets the wish.
+    """
+    try:
+        row = choose(rows, plan.wish)
+    except ConfigError:
+        plan.say(f"\n{table(rows)}\n")
+        raise
+    plan.say(f"\n{table(rows, row['name'])}\n")
+    return row
+
+
 def write_configs(plan: Plan, rows: list[dict]) -> str:
     """Chooses the student and writes both configs.
 
@@ -143,9 +159,8 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
         ConfigError: no candidate meets the wish.
     """
     facts = facts_of(plan.config, plan.teacher)
-    row = choose(rows, plan.wish)
+    row = show_choice(plan, rows)
     taken = row["name"]
-    plan.say(f"\n{table(rows, taken)}\n")
     plan.output.mkdir(parents=True, exist_ok=True)
     model, pretrained = _model(plan, facts, taken)
     fixed = [*model, *data_settings(plan.data)]

@@ -193,8 +193,10 @@ def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
 def test_a_mistake_is_named_before_anything_is_trained(
     changes, kind, message, arguments, without_onnx, tmp_path
 ):
+    said = []
     with pytest.raises(kind, match=message):
-        fgbg_kd.distill(**arguments | changes)
+        fgbg_kd.distill(**arguments | changes | {"say": said.append})
+    assert any("GFLOPs" in x for x in said) or "No candidate" not in message
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
