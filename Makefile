@@ -11,7 +11,7 @@ PIP   := PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pi
 STAMP := $(VENV)/.fgbg_kd
 LINTED := fgbg_kd tools tests docs setup.py
 
-.PHONY: help setup analysis test test-fast lint docs quickstart trees clean
+.PHONY: help setup analysis yolox test test-fast lint docs quickstart trees clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -22,10 +22,12 @@ setup: $(STAMP)-package  ## create .venv with torch, Detectron2 and this package
 
 analysis: $(STAMP)-analysis  ## run setup, and install tidecv for the kinds of errors (tools/compare.py --errors)
 
-test: analysis  ## run all tests (TESTS=tests/test_x.py runs some)
+yolox: $(STAMP)-yolox  ## run setup, and install pixeltable-yolox for the detector YOLOX
+
+test: analysis yolox  ## run all tests (TESTS=tests/test_x.py runs some)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
 
-test-fast: analysis  ## run the fast tests (under one minute)
+test-fast: analysis yolox  ## run the fast tests (under one minute)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow" $(TESTS)
 
 lint: setup  ## check style (ruff) and the types of the core (mypy)
@@ -78,4 +80,9 @@ $(STAMP)-docs: $(STAMP)-package
 # --no-deps: tidecv requires opencv-python, which would overwrite the installed OpenCV.
 $(STAMP)-analysis: $(STAMP)-package
 	@$(PIP) -q --no-build-isolation -e ".[analysis]" && $(PIP) -q --no-deps tidecv==1.0.1
+	@touch $@
+
+# --no-deps: pixeltable-yolox requires opencv-python, which would overwrite the installed OpenCV.
+$(STAMP)-yolox: $(STAMP)-package
+	@$(PIP) -q --no-build-isolation -e ".[yolox]" && $(PIP) -q --no-deps pixeltable-yolox==0.4.3
 	@touch $@

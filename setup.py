@@ -43,6 +43,9 @@ setup(
         # For the kinds of errors in tools/compare.py. They also need tidecv==1.0.1. Install tidecv
         # with --no-deps: it requires opencv-python, which would overwrite the installed OpenCV.
         "analysis": ["appdirs", "pandas", "seaborn"],
+        # For YOLOX. It also needs pixeltable-yolox==0.4.3. Install it with --no-deps: it requires
+        # opencv-python, which would overwrite the installed OpenCV.
+        "yolox": ["loguru", "psutil"],
         # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
         # For `make docs`.

@@ -15,6 +15,7 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     _add_methods(cfg)
     _add_detectors(cfg)
     _add_ssd(cfg)
+    _add_yolox(cfg)
     _add_training(cfg)
     for extend in _extensions:
         extend(cfg)
@@ -36,8 +37,8 @@ def add_keys(extend: Callable[[CN], None]) -> Callable[[CN], None]:
 def _add_distillation(cfg: CN) -> None:
     # MODEL.META_ARCHITECTURE "FgBgDistiller" switches distillation on.
     kd = cfg.MODEL.KD = CN()
-    # Meta-architecture of the student, "RetinaNet" or "FCOS". All other MODEL.* keys describe the
-    # student as in training without a teacher.
+    # Meta-architecture of the student: "RetinaNet", "FCOS", "SSD" or "YOLOX". All other MODEL.*
+    # keys describe the student as in training without a teacher.
     kd.STUDENT = "RetinaNet"
 
     kd.TEACHER = CN()
@@ -176,6 +177,8 @@ def _add_ssd(cfg: CN) -> None:
     ssd.STEPS = [8, 16, 32, 64, 100, 300]
     # Number of squares per cell: 2, or 1 without the square of scale sqrt(s_l * s_(l+1)).
     ssd.SQUARES = [2, 2, 2, 2, 2, 2]
+    # True = a box is at most as wide and high as the image.
+    ssd.CLIP_SHAPES = True
     # Factor for the channels of the MobileNetV1 and MobileNetV3 backbones.
     ssd.WIDTH = 1.0
     # Channels of the blocks after a timm model ("build_ssd_timm_backbone").
@@ -188,6 +191,39 @@ def _add_ssd(cfg: CN) -> None:
     # Number of predictions per class, by highest score, that enter NMS.
     ssd.TOPK_CANDIDATES_TEST = 400
     ssd.NMS_THRESH_TEST = 0.45
+
+
+def _add_yolox(cfg: CN) -> None:
+    # YOLOX, for MODEL.META_ARCHITECTURE "YOLOX". It has its own backbone: MODEL.BACKBONE and
+    # MODEL.FPN are not read. It needs the package pixeltable-yolox (make yolox). The defaults are
+    # YOLOX-s.
+    yolox = cfg.MODEL.YOLOX = CN()
+    # Factor for the number of blocks: nano, tiny and s 0.33, m 0.67, l 1.0, x 1.33.
+    yolox.DEPTH = 0.33
+    # Factor for the number of channels: nano 0.25, tiny 0.375, s 0.5, m 0.75, l 1.0, x 1.25.
+    yolox.WIDTH = 0.5
+    # "silu", "relu" or "lrelu".
+    yolox.ACT = "silu"
+    # True = depthwise 3x3 convolutions, as in nano.
+    yolox.DEPTHWISE = False
+    yolox.NUM_CLASSES = 80
+    # Levels of the head, of strides 8, 16 and 32.
+    yolox.IN_FEATURES = ["p3", "p4", "p5"]
+    # Initial objectness, and initial score of every class. It sets their biases.
+    yolox.PRIOR_PROB = 0.01
+    # True = add the L1 loss of the boxes. Megvii adds it in the last 15 epochs.
+    yolox.USE_L1 = False
+    # Padding of images at the right and at the bottom, after normalisation. Official weights were
+    # trained with 114, PIXEL_MEAN 0 and PIXEL_STD 1.
+    yolox.PAD_VALUE = 114.0
+    # Threshold of objectness times class score.
+    yolox.SCORE_THRESH_TEST = 0.01
+    yolox.NMS_THRESH_TEST = 0.65
+    # Number of predictions per level that enter NMS. Megvii's code takes all.
+    yolox.TOPK_CANDIDATES_TEST = 1000
+    # True = a box has its best class only, as in Megvii's code. False = a box may have several
+    # classes, as in Detectron2.
+    yolox.ONE_CLASS_PER_BOX = True
 
 
 def _add_training(cfg: CN) -> None:

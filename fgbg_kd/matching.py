@@ -244,7 +244,7 @@ def inherited_weights(
             raise ConfigError(f"MODEL.KD.INHERIT names {part!r}: choose from {tuple(_PARTS)}.")
         prefix = _PARTS[part]
         owners = [type(getattr(d, prefix[:-1], None)) for d in (student, teacher)]
-        mine, theirs = (_part(d, prefix) for d in (student, teacher))
+        mine, theirs = (_part(view(d), prefix) for d in (student, teacher))
         fits = {
             k: theirs[k].clone()
             for k, v in mine.items()
@@ -261,10 +261,6 @@ def inherited_weights(
     return found
 
 
-def _part(detector: nn.Module, prefix: str) -> dict[str, Tensor]:
-    state = detector.state_dict()
-    return {
-        k: v
-        for k, v in state.items()
-        if k.startswith(prefix) and not k.startswith("backbone.bottom_up.")
-    }
+def _part(of: DetectorView, prefix: str) -> dict[str, Tensor]:
+    state, bottom_up = of.detector.state_dict(), f"backbone.{of.bottom_up}."
+    return {k: v for k, v in state.items() if k.startswith(prefix) and not k.startswith(bottom_up)}

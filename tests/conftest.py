@@ -130,6 +130,40 @@ def tiny_fcos_cfg(coco=None, name="tiny"):
     return cfg
 
 
+def tiny_ssd_cfg(coco=None, name="tiny", size=96):
+    """The smallest SSD: four levels whose cells have 3, 4, 4 and 4 default boxes."""
+    cfg = tiny_cfg(coco, name)
+    cfg.MODEL.META_ARCHITECTURE = "SSD"
+    cfg.MODEL.BACKBONE.NAME = "build_ssd_timm_backbone"
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res4", "res5"]
+    ssd = cfg.MODEL.SSD
+    ssd.NUM_CLASSES, ssd.SIZE, ssd.HEAD = len(CLASSES), size, "lite"
+    ssd.EXTRA_CHANNELS, ssd.STEPS = [16, 16], []
+    ssd.ASPECT_RATIOS, ssd.SQUARES = [[2]] * 4, [1, 2, 2, 2]
+    ssd.SCALES = [0.2, 0.4, 0.6, 0.8, 1.0]
+    return cfg
+
+
+def tiny_ssd(seed=1, **options):
+    """An SSD with clear predictions."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(tiny_ssd_cfg(**options))
+        for convolutions in model.head.classification_head.module_list:
+            torch.nn.init.normal_(convolutions[1].weight, std=0.5)
+    return model
+
+
+def tiny_yolox_cfg(coco=None, name="tiny"):
+    """The smallest YOLOX: the levels of tiny_cfg, 16 to 64 channels."""
+    cfg = tiny_cfg(coco, name)
+    cfg.MODEL.META_ARCHITECTURE = "YOLOX"
+    cfg.MODEL.YOLOX.WIDTH = 0.0625
+    cfg.MODEL.YOLOX.NUM_CLASSES = len(CLASSES)
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    return cfg
+
+
 def save_teacher(folder, channels=24, seed=1, edit=None):
     """Writes a teacher's config and random weights; returns their paths."""
     from detectron2.modeling import build_model
@@ -209,6 +243,31 @@ def detector(kind="RetinaNet", edit=None, seed=1):
         torch.manual_seed(seed)
         model = build_model(cfg)
         torch.nn.init.normal_(model.head.cls_score.weight, std=0.2)
+    return model
+
+
+_SIZES = ((64, 80), (72, 56), (130, 70), (40, 140))
+
+
+def yolox_detector(edit=None, seed=1):
+    """A small YOLOX with clear predictions. Its batch norms have statistics of random images."""
+    cfg = tiny_yolox_cfg()
+    if edit:
+        edit(cfg)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        for conv in (*model.head.cls_preds, *model.head.obj_preds):
+            torch.nn.init.normal_(conv.weight, std=0.5)
+            torch.nn.init.zeros_(conv.bias)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            batch = make_batch(_SIZES, ((),) * len(_SIZES))
+            model.head(list(model.backbone(model.preprocess_image(batch).tensor).values()))
+        for norm in norms:
+            norm.momentum = 0.03
     return model
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import _quiet  # noqa: F401
 
-KINDS = ("digits", "scenes", "trees", "pretrained")
+KINDS = ("digits", "scenes", "trees", "pretrained", "mobilenet_ssd")
 REAL = ("voc", "aquarium")  # from the user's files
 
 
@@ -69,6 +69,11 @@ def make(kind, args, cache):
         real = VOC07 if kind == "voc" else AQUARIUM
         folder = args.out / real.name
         built = build_real(folder, real, args.source, progress=progress)
+    elif kind == "mobilenet_ssd":
+        from fgbg_kd.experiments.datasets.mobilenet_ssd import build_mobilenet_ssd
+
+        folder = args.out / kind
+        built = build_mobilenet_ssd(folder, cache=cache)
     else:
         from fgbg_kd.experiments.datasets.pretrained import build_pretrained
 

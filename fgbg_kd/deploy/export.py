@@ -120,7 +120,8 @@ def export(
     Args:
         detector, about: results of :func:`load_for_deployment`.
         output: name.onnx, or name.pt for TorchScript.
-        image: an example, (H, W, 3) uint8. The file also takes other sizes.
+        image: an example, (H, W, 3) uint8. The file also takes other sizes, unless the detector
+            has an "input_size".
         nms_inside: False: the file returns candidates.
 
     Raises:
@@ -150,11 +151,17 @@ def export(
             opset_version=17,
             input_names=["image"],
             output_names=OUTPUTS,
-            dynamic_axes={"image": {0: "height", 1: "width"}, **{k: {0: "M"} for k in OUTPUTS}},
+            dynamic_axes=_dynamic_axes(about),
         )
         written = onnx.load(output)
         onnx.helper.set_model_props(written, {METADATA: json.dumps(about)})
         onnx.save(written, output)
+
+
+def _dynamic_axes(about: dict) -> dict:
+    """The sizes that may differ from the example's. A detector of one input size refuses others."""
+    axes = {name: {0: "M"} for name in OUTPUTS}
+    return axes if about["input_size"] else {"image": {0: "height", 1: "width"}, **axes}
 
 
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:

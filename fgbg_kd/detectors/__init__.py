@@ -10,6 +10,7 @@ from .timm_backbone import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
+from .yolox import YOLOX, YOLOXView
 
 __all__ = [
     "FCOS",
@@ -17,6 +18,8 @@ __all__ = [
     "RetinaNetView",
     "SSD",
     "SSDView",
+    "YOLOX",
+    "YOLOXView",
     "DenseOutput",
     "DenseView",
     "DetectorView",

@@ -52,6 +52,8 @@ class DetectorView:
     pad_value = 0.0
     # (height, width) if the detector warps all images to one size.
     input_size: tuple[int, int] | None = None
+    # Attribute of the backbone that computes the maps which its FPN merges.
+    bottom_up = "bottom_up"
 
     def __init__(self, detector: nn.Module):
         self.detector = detector

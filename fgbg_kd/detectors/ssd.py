@@ -17,14 +17,15 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSD as _SSD
 from torchvision.models.detection.ssd import SSDHead, SSDScoringHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import box_iou
 
-from ..utils.distributed import world_mean
 from ..utils.errors import ConfigError
+from ..utils.processes import world_mean
 from .dense import warped
 from .ssd_backbones import norm_layer
 
@@ -53,6 +54,7 @@ class SSD(_SSD):
         scales: Sequence[float],
         steps: Sequence[int] = (),
         squares: Sequence[int] = (2, 2, 2, 2, 2, 2),
+        clip_shapes: bool = True,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str = "RGB",
@@ -65,7 +67,7 @@ class SSD(_SSD):
             size: height and width of the network's input in pixels.
             head: "conv": 3x3 convolutions (SSD). "lite": depthwise separable (SSDlite). "linear":
                 1x1 (MobileNet-SSD).
-            aspect_ratios, scales, steps, squares: see :func:`default_boxes`.
+            aspect_ratios, scales, steps, squares, clip_shapes: see :func:`default_boxes`.
             pixel_mean, pixel_std: for pixel values from 0 to 255, in ``input_format``.
             input_format: channel order of the images, "BGR" or "RGB".
             kwargs: score_thresh, nms_thresh, detections_per_img, iou_thresh, topk_candidates and
@@ -75,15 +77,15 @@ class SSD(_SSD):
             ConfigError: the number of levels differs between backbone and default boxes, or
                 ``head`` is unknown.
         """
-        shapes = backbone.output_shape()
-        channels = [shape.channels for shape in shapes.values()]
+        channels = [shape.channels for shape in backbone.output_shape().values()]
         _check_levels(len(channels), ASPECT_RATIOS=aspect_ratios, SQUARES=squares, STEPS=steps)
         if len(scales) != len(channels) + 1:
             raise ConfigError(
                 f"MODEL.SSD.SCALES has {len(scales)} values, but the backbone has {len(channels)} "
                 "maps: give one value for each map, and one more."
             )
-        boxes = default_boxes(size, backbone.grids, aspect_ratios, scales, steps, squares)
+        shapes = aspect_ratios, scales, steps, squares, clip_shapes
+        boxes = default_boxes(size, backbone.grids, *shapes)
         anchors = [len(b) // (h * w) for b, (h, w) in zip(boxes, backbone.grids)]
         super().__init__(
             backbone,
@@ -113,6 +115,7 @@ class SSD(_SSD):
             "scales": ssd.SCALES,
             "steps": ssd.STEPS,
             "squares": ssd.SQUARES,
+            "clip_shapes": ssd.CLIP_SHAPES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
@@ -179,9 +182,11 @@ class SSD(_SSD):
         boxes = self.default_boxes
         matched = [self._match(t["boxes"]) for t in targets]
         found = self.compute_loss(targets, self.flat(raw), [boxes] * len(gt), matched)
-        # torchvision divides by the matched boxes of this process.
+        # torchvision divides by the matched boxes of this process, at least 1. Here each process
+        # divides by the mean of these numbers; their sum over all processes is at least 1.
         count = sum((m >= 0).sum() for m in matched).to(boxes.dtype)
-        share = count.clamp(min=1) / world_mean(count.clone()).clamp(min=1)
+        mean = world_mean(count.clone()).clamp(min=1 / comm.get_world_size())
+        share = count.clamp(min=1) / mean
         return {
             "loss_cls": share * found["classification"],
             "loss_box_reg": share * found["bbox_regression"],
@@ -211,9 +216,9 @@ class SSD(_SSD):
         own = self.state_dict()
         state = dict(state)
         for name, value in state.items():
-            if not name.startswith("head.classification_head.") or name not in own:
+            if not name.startswith("head.classification_head.") or value.dim() == 0:
                 continue
-            if len(value) * 81 == len(own[name]) * 91:
+            if len(value) * 81 == len(own.get(name, ())) * 91:
                 state[name] = value.unflatten(0, (-1, 91))[:, keep].flatten(0, 1)
         return state
 
@@ -224,7 +229,8 @@ def default_boxes(
     aspect_ratios: Sequence[Sequence[float]],
     scales: Sequence[float],
     steps: Sequence[int] = (),
-    squares: Sequence[int] = (),
+    squares: Sequence[int] = (2, 2, 2, 2, 2, 2),
+    clip_shapes: bool = True,
 ) -> list[Tensor]:
     """The default boxes of Liu et al. 2016, section 2.2, equal to torchvision's bit for bit.
 
@@ -235,6 +241,7 @@ def default_boxes(
         scales: side of a level's square box as a share of ``size``; one more for the last level.
         steps: distance of cells in pixels per level; (): ``size / W_l``.
         squares: number of squares per level; the second one has the scale sqrt(s_l s_l+1).
+        clip_shapes: whether widths and heights are at most ``size``.
 
     Returns:
         Per level (H_l * W_l * A_l, 4), XYXY in pixels, in the order of cells, then boxes.
@@ -246,7 +253,9 @@ def default_boxes(
         for ratio in aspect_ratios[level]:
             w, h = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
             sides += [[w, h], [h, w]]
-        shape = torch.tensor(sides).clamp(max=1)  # (A, 2)
+        shape = torch.tensor(sides)  # (A, 2)
+        if clip_shapes:
+            shape = shape.clamp(max=1)
         cells = (size / steps[level],) * 2 if steps else (height, width)
         y, x = ((torch.arange(n) + 0.5) / c for n, c in zip((height, width), cells))
         y, x = torch.meshgrid(y, x, indexing="ij")

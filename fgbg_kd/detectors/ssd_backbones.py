@@ -92,7 +92,8 @@ class SSDMobileNetV1(Backbone):
         """
         super().__init__()
         channels = round(32 * width)
-        stem, body = [_conv(3, channels, 3, 2)], []
+        stem: list[nn.Module] = [_conv(3, channels, 3, 2)]
+        body: list[nn.Module] = []
         for part, blocks in ((stem, self._BODY), (body, self._END)):
             for out, stride in blocks:
                 out = round(out * width)

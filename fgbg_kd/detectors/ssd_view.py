@@ -19,9 +19,9 @@ class SSDView(DenseView):
     classifier whose sigmoid gives the same score: log p - log(1 - p).
     """
 
-    @property
-    def input_size(self) -> tuple[int, int]:
-        return self.detector.size, self.detector.size
+    def __init__(self, detector: SSD):
+        super().__init__(detector)
+        self.input_size = detector.size, detector.size
 
     @property
     def num_classes(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..detectors.dense import channel_order
 from ..distiller import FgBgDistiller
+from ..matching import dense_student
 from ..ops import BACKGROUND
 from ..utils.fonts import readable
 from .cell_maps import CellMaps, cell_maps, evaluating
@@ -54,6 +55,7 @@ def draw_distillation(distiller: FgBgDistiller, inputs: dict) -> np.ndarray:
         (3, H, W) uint8 RGB, the format of Detectron2's EventStorage.
     """
     order = channel_order(distiller.student)
+    (inputs,) = dense_student(distiller.student).as_seen([inputs])
     detectors = {"teacher": distiller.teacher.detector, "student": distiller.student}
     found = {name: confident(d, inputs, order) for name, d in detectors.items()}
     maps = {"student": cell_maps(distiller, inputs)}

@@ -17,6 +17,7 @@ from ..data.images import pick
 from ..detectors.load import without_pretrained
 from ..distiller import FgBgDistiller
 from ..engine import build_lazy, load_config, load_lazy_config
+from ..matching import dense_student
 from ..utils.errors import ConfigError, DataError, FgBgError
 from .angle_and_kl import collect, draw_angle_and_kl
 from .cell_maps import cell_maps, load_student
@@ -105,7 +106,7 @@ def draw_images(
     """Draws the panels of each image. Yields its file name and (H, W, 3) uint8 RGB."""
     distiller, order = opened.distiller, opened.mapper.image_format
     for record in records:
-        inputs = opened.mapper(record)
+        (inputs,) = dense_student(distiller.student).as_seen([opened.mapper(record)])
         maps, found = {}, {"teacher": confident(distiller.teacher.detector, inputs, order)}
         for name, adapters in students:
             maps[name] = cell_maps(distiller, inputs, adapters)
@@ -120,7 +121,8 @@ def draw_angle(opened: Opened, students: Students, records: Sequence[dict], bar:
     images = (opened.mapper(r) for r in bar(records, "collecting vectors"))
     vectors = collect(opened.distiller, images, adapters)
     number = vectors.place[vectors.most_telling()][0]
-    return draw_angle_and_kl(opened.distiller, vectors, opened.mapper(records[number]))
+    inputs = dense_student(opened.distiller.student).as_seen([opened.mapper(records[number])])
+    return draw_angle_and_kl(opened.distiller, vectors, inputs[0])
 
 
 def visualize(

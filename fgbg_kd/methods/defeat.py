@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.common import per_level
-from ..utils.distributed import world_mean
+from ..utils.processes import world_mean
 from .adapters import aligned
 from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops import Comparison, Split, cosine_loss, teacher_gate
 from ..ops.gate import MODES
-from ..utils.distributed import world_mean
+from ..utils.processes import world_mean
 from .adapters import build_adapters
 from .base import (
     METHOD_REGISTRY,

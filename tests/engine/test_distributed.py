@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, make_batch, tiny_cfg, weights
+from conftest import ROOT, losses_of, make_batch, tiny_cfg, weights, yolox_detector
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -49,6 +50,21 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     sum(v if k.startswith("loss_kd") else 0 * v for k, v in losses.items()).backward()
     parameters = getattr(model, "module", model).named_parameters()
     return {k: p.grad.clone() for k, p in parameters if p.requires_grad}
+
+
+def yolox() -> torch.nn.Module:
+    """A plain YOLOX in fp64, whose batch norms have fixed statistics."""
+    model = yolox_detector(lambda cfg: cfg.MODEL.YOLOX.update(USE_L1=True)).train().double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def detection_gradients(model, batch) -> dict[str, torch.Tensor]:
+    sum(losses_of(model, batch).values()).backward()
+    parameters = getattr(model, "module", model).named_parameters()
+    return {k: p.grad.clone() for k, p in parameters}
 
 
 def teachers_stay_apart(rank, yaml) -> bool:
@@ -87,6 +103,9 @@ def train_and_save_gradients(args):
         for case, boxes in BOXES.items():
             model = distributed(build(yaml, method))
             found[method, case] = gradients(model, make_batch(SIZES, boxes)[4 * rank :][:4])
+    for case, boxes in BOXES.items() if find_spec("yolox") else ():
+        batch = make_batch(SIZES, boxes)[4 * rank :][:4]
+        found["YOLOX", case] = detection_gradients(distributed(yolox()), batch)
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
 
@@ -146,7 +165,18 @@ def test_two_processes_of_four_images_give_the_gradients_of_one_with_eight(
     yaml, of_two, method, case
 ):
     one = gradients(build(yaml, method), make_batch(SIZES, BOXES[case]))
-    two = of_two[method, case]
+    assert_same(one, of_two[method, case])
+
+
+@pytest.mark.parametrize("case", BOXES)
+@pytest.mark.slow
+def test_the_losses_of_a_yolox_do_not_depend_on_the_number_of_processes(of_two, case):
+    pytest.importorskip("yolox")
+    one = detection_gradients(yolox(), make_batch(SIZES, BOXES[case]))
+    assert_same(one, of_two["YOLOX", case])
+
+
+def assert_same(one, two):
     assert one.keys() == two.keys()
     assert max(g.abs().max() for g in one.values()) > 1e-4
     for name, gradient in one.items():
