@@ -12,6 +12,7 @@ setup(
     package_data={
         # Type checkers read the annotations of a package only if it has this file (PEP 561).
         "fgbg_kd": ["py.typed"],
+        "fgbg_kd.detectors": ["networks/*"],
         "fgbg_kd.experiments": ["report.html"],
         "fgbg_kd.experiments.datasets": ["splits/*.txt"],
     },

@@ -1,7 +1,7 @@
 """fgbg_kd distils one-stage Detectron2 detectors, with separate foreground and background losses.
 
-Importing this package registers the meta-architectures ``FgBgDistiller``, ``FCOS`` and ``YOLOX``,
-and the timm backbones.
+Importing this package registers the meta-architectures ``FgBgDistiller``, ``FCOS``, ``SSD``,
+``YOLOX`` and ``YOLO``, and the timm backbones.
 """
 
 from .config import add_fgbg_kd_config, add_keys, get_fgbg_kd_cfg, student_config

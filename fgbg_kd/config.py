@@ -16,6 +16,7 @@ def add_fgbg_kd_config(cfg: CN) -> None:
     _add_detectors(cfg)
     _add_ssd(cfg)
     _add_yolox(cfg)
+    _add_yolo(cfg)
     _add_training(cfg)
     for extend in _extensions:
         extend(cfg)
@@ -37,8 +38,8 @@ def add_keys(extend: Callable[[CN], None]) -> Callable[[CN], None]:
 def _add_distillation(cfg: CN) -> None:
     # MODEL.META_ARCHITECTURE "FgBgDistiller" switches distillation on.
     kd = cfg.MODEL.KD = CN()
-    # Meta-architecture of the student: "RetinaNet", "FCOS", "SSD" or "YOLOX". All other MODEL.*
-    # keys describe the student as in training without a teacher.
+    # Meta-architecture of the student: "RetinaNet", "FCOS", "SSD", "YOLOX" or "YOLO". All other
+    # MODEL.* keys describe the student as in training without a teacher.
     kd.STUDENT = "RetinaNet"
 
     kd.TEACHER = CN()
@@ -224,6 +225,30 @@ def _add_yolox(cfg: CN) -> None:
     # True = a box has its best class only, as in Megvii's code. False = a box may have several
     # classes, as in Detectron2.
     yolox.ONE_CLASS_PER_BOX = True
+
+
+def _add_yolo(cfg: CN) -> None:
+    # YOLOv3 and YOLOv4, for MODEL.META_ARCHITECTURE "YOLO". They do not read MODEL.BACKBONE.
+    yolo = cfg.MODEL.YOLO = CN()
+    # "yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny", or the path of a Darknet .cfg file. Only the
+    # network, the anchors and the thresholds are read from the file, not the schedule.
+    yolo.CFG = "yolov3"
+    # Replaces the number in the .cfg file.
+    yolo.NUM_CLASSES = 80
+    # Factor for the number of channels of all layers, such as 0.5 for a narrower network. 1 = as in
+    # the file. Darknet's weights fit 1 only.
+    yolo.WIDTH = 1.0
+    # Norm of the convolutions: "BN", "SyncBN" or "FrozenBN".
+    yolo.NORM = "BN"
+    # Initial objectness. It sets the bias of the last convolutions. Darknet starts with 0.5.
+    yolo.PRIOR_PROB = 0.01
+    # Scales 1 - CIoU, the loss of boxes in networks with iou_loss=ciou (YOLOv4). It replaces
+    # iou_normalizer of the .cfg file: Darknet's gradient leaves out a factor.
+    yolo.IOU_WEIGHT = 2.5
+    # Threshold of objectness * class score.
+    yolo.SCORE_THRESH_TEST = 0.005
+    yolo.TOPK_CANDIDATES_TEST = 1000
+    yolo.NMS_THRESH_TEST = 0.45
 
 
 def _add_training(cfg: CN) -> None:

@@ -66,6 +66,7 @@ def shrink(cfg):
     cfg.MODEL.FPN.OUT_CHANNELS //= 8
     cfg.MODEL.SSD.WIDTH /= 8
     cfg.MODEL.YOLOX.WIDTH /= 8
+    cfg.MODEL.YOLO.WIDTH /= 16
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     return cfg
 
@@ -107,6 +108,8 @@ def classifier(detector):
     if hasattr(head, "classification_head"):  # SSD
         modules = head.classification_head.module_list[0].modules()
         return [x for x in modules if isinstance(x, torch.nn.Conv2d)][-1]
+    if hasattr(head, "classifiers"):  # YOLO
+        return head.classifiers()[0]
     return head.cls_score if hasattr(head, "cls_score") else head.cls_preds[0]
 
 

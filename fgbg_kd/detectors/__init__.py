@@ -10,6 +10,7 @@ from .timm_backbone import (
     build_timm_backbone,
     build_timm_fpn_backbone,
 )
+from .yolo import YOLO, YOLOView
 from .yolox import YOLOX, YOLOXView
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "SSDView",
     "YOLOX",
     "YOLOXView",
+    "YOLO",
+    "YOLOView",
     "DenseOutput",
     "DenseView",
     "DetectorView",

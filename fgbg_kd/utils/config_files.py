@@ -25,6 +25,7 @@ _PATHS = (
     "MODEL.KD.TEACHER.CONFIG",
     "MODEL.KD.TEACHER.WEIGHTS",
     "MODEL.TIMM.WEIGHTS",
+    "MODEL.YOLO.CFG",
 )
 _PYTHON_PATHS = (
     "train.output_dir",

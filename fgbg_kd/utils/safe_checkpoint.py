@@ -123,6 +123,7 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
     - .pth files: only tensors and plain containers are read (torch's ``weights_only``).
     - .pkl files, as in Detectron2's and Caffe2's model zoos: only numeric arrays and plain
       containers are read.
+    - Files of Darknet (name.weights, name.conv.74): the detector itself reads them.
     - If ``sha256`` is given, the file is checked against it. A download is also checked if its name
       contains the first digits (``name-<8 or more hex digits>.pth``, the convention of torch.hub).
     """
@@ -158,6 +159,13 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
                     "damaged or not the expected file: delete it and run again, or correct the "
                     "sha256."
                 )
+        if re.search(r"\.weights$|\.conv\.\d+$", filename):
+            if not hasattr(self.model, "read_darknet"):
+                raise CheckpointError(
+                    f"{filename} is a file of Darknet, but the detector is a "
+                    f"{type(self.model).__name__}. Only MODEL.META_ARCHITECTURE YOLO reads it."
+                )
+            return {"model": self.model.read_darknet(filename)}
         if filename.endswith(".pyth"):  # Detectron2 reads these with torch.load's default options
             _TensorsOnly._load_file(self, filename)
         if not filename.endswith(".pkl"):

@@ -1,0 +1,225 @@
+"""YOLOv3 and YOLOv4, with their tiny variants: the detector and its view for distillation."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from .darknet import Darknet, DarknetHead
+from .darknet_cfg import read_cfg
+from .darknet_weights import read_weights
+from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
+from .yolo_loss import decode_boxes, per_anchor, yolo_losses
+
+# Darknet fills the rest of its square input with this grey. Its pixels are in 0..1.
+_GREY = 0.5
+
+
+@META_ARCH_REGISTRY.register()
+class YOLO(DenseDetector):
+    """A network of Darknet with YOLOv3's or YOLOv4's losses, for training and inference.
+
+    Its losses are those of :func:`~fgbg_kd.detectors.yolo_loss.yolo_losses`. Its checkpoints can be
+    Detectron2's, or Darknet's .weights files.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        network: str = "yolov3",
+        num_classes: int = 80,
+        width: float = 1.0,
+        norm: str = "BN",
+        prior_prob: float = 0.01,
+        iou_weight: float = 2.5,
+        test_score_thresh: float = 0.005,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.45,
+        max_detections_per_image: int = 100,
+        pixel_mean: Sequence[float] = (0.0, 0.0, 0.0),
+        pixel_std: Sequence[float] = (255.0, 255.0, 255.0),
+        input_format: str = "RGB",
+    ):
+        """
+        Args:
+            network: see :func:`~fgbg_kd.detectors.darknet_cfg.read_cfg`.
+            num_classes, width, norm: see :class:`~fgbg_kd.detectors.darknet.Darknet`.
+            prior_prob: initial objectness.
+            iou_weight: scales YOLOv4's loss of boxes.
+            test_score_thresh: detections with a lower product of objectness and class score are
+                left out.
+            test_topk_candidates: number of predictions per level that enter NMS.
+            test_nms_thresh: IoU of NMS.
+            max_detections_per_image: largest number of detections.
+            pixel_mean, pixel_std: of pixels in 0..255.
+            input_format: "RGB" or "BGR".
+
+        Raises:
+            ConfigError: the network is unknown or has a layer that is not supported.
+        """
+        backbone = Darknet(read_cfg(network), num_classes, width, norm)
+        super().__init__(
+            backbone,
+            DarknetHead(backbone),
+            list(backbone.outputs),
+            pixel_mean=[float(x) for x in pixel_mean],
+            pixel_std=[float(x) for x in pixel_std],
+        )
+        self.num_classes, self.iou_weight, self.input_format = num_classes, iou_weight, input_format
+        self.test_score_thresh, self.test_nms_thresh = test_score_thresh, test_nms_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.max_detections_per_image = max_detections_per_image
+        for conv in self.head.classifiers():
+            bias = conv.bias.detach().view(-1, 5 + num_classes)
+            bias[:, 4] = -math.log((1 - prior_prob) / prior_prob)
+
+    @classmethod
+    def from_config(cls, cfg):
+        yolo = cfg.MODEL.YOLO
+        return {
+            "network": yolo.CFG,
+            "num_classes": yolo.NUM_CLASSES,
+            "width": yolo.WIDTH,
+            "norm": yolo.NORM,
+            "prior_prob": yolo.PRIOR_PROB,
+            "iou_weight": yolo.IOU_WEIGHT,
+            "test_score_thresh": yolo.SCORE_THRESH_TEST,
+            "test_topk_candidates": yolo.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": yolo.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility, pad_value=_GREY)
+
+    def forward_training(self, images, features, predictions, gt_instances) -> dict[str, Tensor]:
+        # DistributedDataParallel averages over processes, and Detectron2 gives each process the
+        # same number of images. So the gradient is that of the mean over all images.
+        self.loss_normalizer = float(len(gt_instances))
+        return yolo_losses(
+            predictions,
+            list(self.backbone.outputs.values()),
+            [x.gt_boxes.tensor for x in gt_instances],
+            [x.gt_classes for x in gt_instances],
+            images.image_sizes,
+            self.iou_weight,
+        )
+
+    def forward_inference(self, images, features, predictions) -> list[Instances]:
+        of = YOLOView(self)
+        scores = [permute_to_N_HWA_K(x, self.num_classes) for x in of.scores(predictions)]
+        boxes = [permute_to_N_HWA_K(x, 4) for x in of.decode(features, predictions)]
+        return [
+            self._detections([x[i] for x in boxes], [x[i] for x in scores], size)
+            for i, size in enumerate(images.image_sizes)
+        ]
+
+    def _detections(self, boxes: list[Tensor], scores: list[Tensor], size) -> Instances:
+        """Detections of one image from its boxes (H*W*A, 4) and scores (H*W*A, K) per level."""
+        found = self._decode_multi_level_predictions(
+            [Boxes(x) for x in boxes],
+            scores,
+            boxes,
+            self.test_score_thresh,
+            self.test_topk_candidates,
+            size,
+        )
+        keep = batched_nms(
+            found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
+        )
+        return found[keep[: self.max_detections_per_image]]
+
+    class box2box_transform:
+        """What Detectron2's selection of candidates calls: the boxes are decoded already."""
+
+        @staticmethod
+        def apply_deltas(boxes: Tensor, anchors: Tensor) -> Tensor:
+            return boxes
+
+    def read_darknet(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a .weights file, for a checkpointer."""
+        return read_weights(path, self)
+
+
+@register_view(YOLO)
+class YOLOView(DenseView):
+    """View of a YOLO. The score of a class is objectness times the class's own score."""
+
+    pad_value = _GREY
+
+    @property
+    def levels(self) -> list[FeatureLevel]:
+        shapes = self.detector.backbone.output_shape()
+        return [FeatureLevel(n, s.stride, s.channels) for n, s in shapes.items()]
+
+    @property
+    def cell_anchors(self) -> list[Tensor]:
+        sizes = [torch.tensor(layer.own_anchors) / 2 for layer in self._layers]
+        return [torch.cat([-size, size], dim=1) for size in sizes]
+
+    @property
+    def _layers(self) -> list:
+        return list(self.detector.backbone.outputs.values())
+
+    def head(self, features: Maps) -> Maps:
+        return self.detector.head(features)
+
+    def logits(self, raw: Maps) -> Maps:
+        return [self._joint(per_anchor(x, layer)) for x, layer in zip(raw, self._layers)]
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """(N, A, 5 + K, H, W) -> (N, A*K, H, W), the logit of a product of two sigmoids.
+
+        1 / (sigmoid(o) sigmoid(c)) - 1 = exp(-o) + exp(-c) + exp(-o-c). This form is finite for
+        large values, too. ONNX has no logaddexp.
+        """
+        classes = x[:, :, 5:]
+        objectness = x[:, :, 4:5].expand_as(classes)
+        parts = [-objectness, -classes, -objectness - classes]
+        return -torch.stack(parts).logsumexp(0).flatten(1, 2)
+
+    def decode(self, features: Maps, raw: Maps) -> Maps:
+        pairs = zip(raw, self._layers)
+        return [decode_boxes(per_anchor(x, layer), layer).flatten(1, 2) for x, layer in pairs]
+
+    def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
+        parts = [per_anchor(x, layer) for x, layer in zip(output.raw, self._layers)]
+        return {
+            "box predictions": [x[:, :, :4] for x in parts],
+            "objectness": [x[:, :, 4] for x in parts],
+            "class logits": [x[:, :, 5:] for x in parts],
+        }
+
+    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
+        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
+
+    @property
+    def suppression(self) -> dict[str, Any]:
+        return {
+            "score": self.detector.test_score_thresh,
+            "iou": self.detector.test_nms_thresh,
+            "limit": self.detector.max_detections_per_image,
+        }
+
+    def keep_classes(self, keep: list[int]) -> None:
+        kept = [*range(5), *(5 + k for k in keep)]
+        for conv in self.detector.head.classifiers():
+            for name in ("weight", "bias"):
+                per_anchor = getattr(conv, name).detach().unflatten(0, (-1, 5 + self.num_classes))
+                part = per_anchor[:, kept].flatten(0, 1)
+                setattr(conv, name, nn.Parameter(part, requires_grad=False))
+            conv.out_channels = len(conv.weight)
+        self.detector.num_classes = len(keep)
