@@ -10,6 +10,7 @@ Example:
   trees       aerial photos with boxes of tree crowns      -> datasets/trees (or trees_tuning)
   pretrained  MobileNetV2 and EfficientNet-Lite0, trained on ImageNet, for timm
                                                            -> datasets/pretrained
+  mobilenet_ssd  MobileNet-SSD, trained on PASCAL VOC      -> datasets/mobilenet_ssd
   all         all of these
 
   voc         VOC 2007, photos of at most 320 pixels       -> datasets/voc07
