@@ -125,8 +125,8 @@ class DenseView(DetectorView):
     """View of a one-stage detector, which predicts classes and boxes in every cell.
 
     A subclass for a new detector defines :attr:`levels`, :attr:`cell_anchors`, :meth:`head`,
-    :meth:`logits`, :meth:`decode`, :meth:`losses` and :attr:`suppression`. It also defines the
-    attributes of :class:`DetectorView` that differ from Detectron2's conventions.
+    :meth:`logits`, :meth:`decode` and :meth:`losses`. It also defines the attributes that differ
+    from Detectron2's conventions, such as :attr:`suppression`.
     """
 
     dense = True
@@ -177,8 +177,15 @@ class DenseView(DetectorView):
 
     @property
     def suppression(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`fgbg_kd.deploy.suppress`: "score", "iou", "limit"."""
-        raise NotImplementedError
+        """Keyword arguments of :func:`fgbg_kd.deploy.suppress`: "score", "iou", "limit".
+
+        They are read from the attributes of Detectron2's dense detectors.
+        """
+        return {
+            "score": self.detector.test_score_thresh,
+            "iou": self.detector.test_nms_thresh,
+            "limit": self.detector.max_detections_per_image,
+        }
 
     @property
     def candidates_per_level(self) -> int:

@@ -48,14 +48,6 @@ class _Detectron2View(DenseView):
     def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
         return self.detector.forward_training(images, output.features, output.raw, gt_instances)
 
-    @property
-    def suppression(self) -> dict[str, Any]:
-        return {
-            "score": self.detector.test_score_thresh,
-            "iou": self.detector.test_nms_thresh,
-            "limit": self.detector.max_detections_per_image,
-        }
-
     def keep_classes(self, keep: list[int]) -> None:
         conv = getattr(self.detector.head, "cls_score", None)
         if not isinstance(conv, nn.Conv2d):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -205,14 +204,6 @@ class YOLOView(DenseView):
 
     def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
         return self.detector.forward_training(images, output.features, output.raw, gt_instances)
-
-    @property
-    def suppression(self) -> dict[str, Any]:
-        return {
-            "score": self.detector.test_score_thresh,
-            "iou": self.detector.test_nms_thresh,
-            "limit": self.detector.max_detections_per_image,
-        }
 
     def keep_classes(self, keep: list[int]) -> None:
         kept = [*range(5), *(5 + k for k in keep)]

@@ -11,7 +11,6 @@ is (N, 4 + 1 + K, H_l, W_l): box, objectness and classes, before their activatio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -283,14 +282,6 @@ class YOLOXView(DenseView):
             "class logits": slice(5, None),
         }
         return {name: [x[:, part] for x in output.raw] for name, part in parts.items()}
-
-    @property
-    def suppression(self) -> dict[str, Any]:
-        return {
-            "score": self.detector.test_score_thresh,
-            "iou": self.detector.test_nms_thresh,
-            "limit": self.detector.max_detections_per_image,
-        }
 
     def keep_classes(self, keep: list[int]) -> None:
         head = self.detector.head
