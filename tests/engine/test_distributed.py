@@ -184,6 +184,7 @@ def assert_same(one, two):
         torch.testing.assert_close(two[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
+@pytest.mark.slow
 def test_ddp_leaves_each_process_its_own_teacher(of_two):
     assert of_two["teachers stay apart"]
 
