@@ -133,11 +133,11 @@ class SSD(_SSD):
 
     def forward(self, batched_inputs: list[dict]):
         """Detectron2's model interface: a dict of losses in training, detections in inference."""
-        images = self.preprocess_image(batched_inputs)
+        seen = self.warped(batched_inputs)
+        images = self.preprocess_image(seen)
         raw = self.predict(list(self.backbone(images.tensor).values()))
         if self.training:
-            gt = [x["instances"].to(self.device) for x in self.warped(batched_inputs)]
-            return self.losses(raw, gt)
+            return self.losses(raw, [x["instances"].to(self.device) for x in seen])
         found = self.postprocess_detections(
             self.flat(raw), [self.default_boxes] * len(images), images.image_sizes
         )
@@ -145,14 +145,17 @@ class SSD(_SSD):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Detectron2's inputs -> a normalised batch (N, 3, size, size)."""
-        pixels = torch.stack([x["image"] for x in self.warped(batched_inputs)])
-        pixels = (pixels.to(self.device) - self.pixel_mean) / self.pixel_std
+        pixels = torch.stack([x["image"].to(self.device) for x in self.warped(batched_inputs)])
+        pixels = (pixels - self.pixel_mean) / self.pixel_std
         return ImageList(pixels, [(self.size, self.size)] * len(pixels))
 
     def warped(self, batched_inputs: list[dict]) -> list[dict]:
         """Detectron2's inputs with images and boxes warped to the size of the network's input."""
         size = self.size, self.size
-        return [_warped(x, size) if x["image"].shape[1:] != size else x for x in batched_inputs]
+        return [
+            _warped(x, size, self.device) if x["image"].shape[1:] != size else x
+            for x in batched_inputs
+        ]
 
     def predict(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps (N, C, H_l, W_l) -> class logits (N, A_l*(K+1), H_l, W_l) with the background first,
@@ -265,8 +268,8 @@ def default_boxes(
     return found
 
 
-def _warped(inputs: dict, size: tuple[int, int]) -> dict:
-    image = warped(inputs["image"][None].float(), size)[0]
+def _warped(inputs: dict, size: tuple[int, int], device: torch.device) -> dict:
+    image = warped(inputs["image"][None].to(device).float(), size)[0]
     new = {**inputs, "image": image}
     if "instances" in inputs:
         (height, width), (old_height, old_width) = size, inputs["image"].shape[1:]
