@@ -3,17 +3,15 @@
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..config import method_defaults
 from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
 from ..matching import dense_student
-from ..methods import Batch, FgBg
+from ..methods import Batch, FgBg, build_method
 from ..ops import Split, cosine_similarity, teacher_gate
 from ..utils.errors import CheckpointError
 
@@ -88,14 +86,14 @@ def cell_maps(
     """
     fgbg = distiller.method
     if not isinstance(fgbg, FgBg):
-        fgbg = SimpleNamespace(**method_defaults("FgBg"))
+        fgbg = build_method("FgBg", (), ())
     batch = run_both(distiller, inputs)
-    cells = batch.split(fgbg.assign)
+    cells = fgbg.split(batch)
     student, teacher = batch.student, batch.teacher
     cosine, adapters = None, adapters or own_adapters(distiller)
     if adapters is not None:
         adapted = [phi(f) for phi, f in zip(adapters, student.features)]
-        levels = zip(adapted, teacher.features)
+        levels = zip(*fgbg.directions(adapted, teacher.features, cells))
         cosine = torch.cat([cosine_similarity(s, t).flatten(1) for s, t in levels], dim=1)
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)

@@ -94,6 +94,15 @@ class Method(nn.Module):
         """The options for a teacher that predicts nothing per cell (Faster R-CNN)."""
         return options
 
+    @classmethod
+    def for_pair(cls, options: dict[str, Any], same_family: bool) -> dict[str, Any]:
+        """The options with what "auto" means for this student and teacher.
+
+        Args:
+            same_family: whether both are the same kind of detector, such as two RetinaNets.
+        """
+        return options
+
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Comparison, Split, cosine_loss, teacher_gate
+from ..ops import Comparison, Split, cosine_loss, standardise, teacher_gate
 from ..ops.gate import MODES
 from ..utils.processes import world_mean
 from .adapters import build_adapters
@@ -25,12 +25,13 @@ from .base import (
 class FgBg(Method):
     """The method of this package, after the thesis (README).
 
-    L_fg = fg_weight * sum over foreground cells of w g (1 - cos(phi(S), T)) / sum of w
+    L_fg = fg_weight * sum over foreground cells of w g (1 - cos(z(phi(S)), z(T))) / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
 
-    S, T: features of student and teacher. w: weight of a cell (:func:`fgbg_kd.ops.split`). g: the
-    gate (:func:`fgbg_kd.ops.teacher_gate`). phi: a 1x1 convolution where channels differ. F: number
-    of foreground cells. tau: temperature.
+    S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: each
+    channel with mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`), if STANDARDISE says so. w:
+    weight of a cell (:func:`fgbg_kd.ops.split`, :meth:`fgbg_kd.ops.Split.weighed`). g: the gate
+    (:func:`fgbg_kd.ops.teacher_gate`). F: number of foreground cells. tau: temperature.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Cells with a closed gate still count in the divisors, so
@@ -47,6 +48,7 @@ class FgBg(Method):
         fg_weight: float,
         bg_weight: float,
         assign: str,
+        standardise: str,
         kl: str,
         temperature: float,
         gate: str,
@@ -56,16 +58,20 @@ class FgBg(Method):
         super().__init__()
         check_not_negative("FGBG", fg_weight=fg_weight, bg_weight=bg_weight)
         check_positive("FGBG", temperature=temperature)
-        check_choice("FGBG.ASSIGN", assign, ("all", "scale"))
+        check_choice("FGBG.ASSIGN", assign, ("auto", "teacher", "scale", "all"))
+        check_choice("FGBG.STANDARDISE", standardise, ("auto", "always", "never"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, ("off", *MODES))
         check_choice("FGBG.GATE_QUALITY", gate_quality, ("score", "box"))
-        self.fg_weight, self.bg_weight, self.assign = fg_weight, bg_weight, assign
+        self.fg_weight, self.bg_weight = fg_weight, bg_weight
+        self.assign = "scale" if assign == "auto" else assign
+        self.standardises = standardise == "always"
         self.kl, self.temperature = kl, temperature
         self.gate, self.gate_margin, self.gate_quality = gate, gate_margin, gate_quality
         weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
         self.losses = [name for name, weight in weights.items() if weight > 0]
-        self.needs_logits = bg_weight > 0 or gate != "off"
+        self.needs_quality = gate != "off" or (fg_weight > 0 and self.assign == "teacher")
+        self.needs_logits = bg_weight > 0 or self.needs_quality
         self.needs_boxes = gate != "off" and gate_quality == "box"
         # Only a foreground term needs adapters. DistributedDataParallel fails on unused parameters.
         channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
@@ -77,24 +83,54 @@ class FgBg(Method):
 
     @classmethod
     def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return {**options, "bg_weight": 0.0, "gate": "off"}
+        assign = "scale" if options["assign"] in ("auto", "teacher") else options["assign"]
+        return {**options, "bg_weight": 0.0, "gate": "off", "assign": assign}
+
+    @classmethod
+    def for_pair(cls, options: dict[str, Any], same_family: bool) -> dict[str, Any]:
+        auto = ("scale", "never") if same_family else ("teacher", "always")
+        found = {name: options[name] for name in ("assign", "standardise")}
+        return {
+            **options,
+            **{n: a if found[n] == "auto" else found[n] for n, a in zip(found, auto)},
+        }
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        cells = batch.split(self.assign)
+        cells = self.split(batch)
         found = self.compare(batch, cells)
+        if self.fg_weight > 0 and self.assign == "teacher":
+            cells = cells.weighed(found.teacher_quality)
         gate = self.open_gate(cells, found)
         counts = [cells.foreground.float(), cells.background.float(), cells.weight]
         num_fg, num_bg, weight = world_mean(torch.stack([x.sum() for x in counts]))
         losses = {}
         if self.fg_weight > 0:
             adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
-            total = cosine_loss(adapted, batch.teacher.features, cells.weight * gate)
+            maps = self.directions(adapted, batch.teacher.features, cells)
+            total = cosine_loss(*maps, cells.weight * gate)
             losses["loss_kd_fg"] = self.fg_weight * total / or_one(weight)
         if self.bg_weight > 0:
             total = (gate * found.kl).sum()
             divisor = torch.where(num_fg > 0, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * total / or_one(divisor)
         return losses, shares(cells, gate, found)
+
+    def split(self, batch: Batch) -> Split:
+        """The split of a batch, with weights that do not depend on the teacher yet."""
+        return batch.split("scale" if self.assign == "scale" else "all")
+
+    def directions(
+        self, adapted: list[Tensor], teacher: Sequence[Tensor], cells: Split
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Per level (N, C, H_l, W_l): z(phi(S)) and z(T).
+
+        Args:
+            adapted: phi(S).
+        """
+        if not self.standardises:
+            return adapted, teacher
+        real = cells.foreground | cells.background
+        return standardise(adapted, real), standardise(teacher, real)
 
     def compare(self, batch: Batch, cells: Split) -> Comparison:
         """Computes the KL and qualities that the terms and the gate need."""
@@ -105,7 +141,7 @@ class FgBg(Method):
             boxes=self.needs_boxes,
             kl=self.kl if self.bg_weight > 0 else None,
             temperature=self.temperature,
-            quality=self.gate != "off",
+            quality=self.needs_quality,
         )
 
     def open_gate(self, cells: Split, found: Comparison) -> Tensor:

@@ -8,6 +8,7 @@ from .cosine import cosine_loss, cosine_similarity
 from .gate import teacher_gate
 from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
 from .split import Split, pack, split
+from .standardise import standardise
 
 __all__ = [
     "BACKGROUND",
@@ -21,5 +22,6 @@ __all__ = [
     "pack",
     "prediction_quality",
     "split",
+    "standardise",
     "teacher_gate",
 ]

@@ -53,6 +53,21 @@ class Split(NamedTuple):
         index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
         return per_box.gather(1, index.expand(-1, -1, *per_box.shape[2:]))
 
+    def weighed(self, quality: Tensor) -> "Split":
+        """The same cells with other weights: an object's weight of 1 is shared by its cells.
+
+        Each cell gets a part in proportion to its quality. If the quality is 0 in all cells of an
+        object, the parts are equal.
+
+        Args:
+            quality: (N, R) in [0, 1].
+        """
+        # Integers, because a sum of floats depends on the order of its terms, and a GPU has none.
+        part = ((quality * 2**30).long() + 1) * self.foreground
+        owner = self.box_index.clamp(min=0).long()
+        total = part.new_zeros(len(part), self.boxes.shape[1]).scatter_add(1, owner, part)
+        return self._replace(weight=(part / total.gather(1, owner).clamp(min=1)).float())
+
 
 @torch.no_grad()
 def split(

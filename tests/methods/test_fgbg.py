@@ -19,6 +19,7 @@ from fgbg_kd.ops import (
     cosine_loss,
     kl_divergence,
     split,
+    standardise,
     teacher_gate,
 )
 
@@ -136,6 +137,7 @@ ALL_OPTIONS = {
     "fg_weight": 2.0,
     "bg_weight": 3.0,
     "assign": "scale",
+    "standardise": "never",
     "kl": "softmax",
     "temperature": 2.0,
     "gate": "object",
@@ -148,6 +150,8 @@ ALL_OPTIONS = {
     "option, value",
     [
         ("assign", "all"),
+        ("assign", "teacher"),
+        ("standardise", "always"),
         ("kl", "sigmoid"),
         ("temperature", 1.0),
         ("gate", "cell"),
@@ -162,7 +166,8 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
     batch = random_batch()
 
     def composed(o):
-        cells = split(batch.gt_boxes, [(32, 32)], [(4, 4), (2, 2)], [8, 16], assign=o["assign"])
+        assign = "scale" if o["assign"] == "scale" else "all"
+        cells = split(batch.gt_boxes, [(32, 32)], [(4, 4), (2, 2)], [8, 16], assign=assign)
         s, t = batch.student, batch.teacher
         boxes = (s.boxes, t.boxes) if o["gate_quality"] == "box" else None
         found = compare_predictions(
@@ -177,7 +182,12 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         )
         quality = found.student_quality, found.teacher_quality
         gate = teacher_gate(*quality, cells, mode=o["gate"], margin=o["gate_margin"])
-        fg = cosine_loss(s.features, t.features, cells.weight * gate) / cells.weight.sum()
+        if o["assign"] == "teacher":
+            cells = cells.weighed(found.teacher_quality)
+        maps = s.features, t.features
+        if o["standardise"] == "always":
+            maps = [standardise(x, torch.ones(1, 20, dtype=torch.bool)) for x in maps]
+        fg = cosine_loss(*maps, cells.weight * gate) / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
         return {"loss_kd_fg": o["fg_weight"] * fg, "loss_kd_bg": o["bg_weight"] * bg}
 
@@ -211,6 +221,30 @@ def test_for_features_alone_the_background_term_and_the_gate_are_off():
     assert FgBg.for_features_only(ALL_OPTIONS) == ALL_OPTIONS | changed
 
 
+@pytest.mark.parametrize("assign", ["auto", "teacher"])
+def test_for_features_alone_no_weight_asks_for_the_teachers_scores(assign):
+    options = method_defaults("FgBg") | {"assign": assign}
+    options = FgBg.for_features_only(options)
+    assert options["assign"] == "scale"
+    method = build_method("FgBg", [4], [4], **FgBg.for_pair(options, same_family=False))
+    assert not method.needs_logits and method.standardises
+
+
+def test_auto_depends_on_the_pair_and_other_values_do_not():
+    defaults = method_defaults("FgBg")
+    one, two = (FgBg.for_pair(defaults, same_family=x) for x in (True, False))
+    assert (one["assign"], one["standardise"]) == ("scale", "never")
+    assert (two["assign"], two["standardise"]) == ("teacher", "always")
+    set_by_user = defaults | {"assign": "all", "standardise": "never"}
+    assert FgBg.for_pair(set_by_user, same_family=False) == set_by_user
+
+
+def test_weights_by_the_teachers_scores_need_no_gate():
+    method = build_method("FgBg", [4, 4], [4, 4], assign="teacher", gate="off", bg_weight=0.0)
+    assert method.needs_logits
+    assert list(method(random_batch())[0]) == ["loss_kd_fg"]
+
+
 def test_better_is_the_share_of_cells_where_the_teacher_is_better_than_the_student():
     cells = split([torch.tensor([[0.0, 0, 16, 16]])], [(16, 16)], [(2, 2)], [8], assign="all")
     student, teacher = torch.full((1, 4), 0.5), torch.tensor([[0.9, 0.5, 0.4, 0.4]])
@@ -240,6 +274,7 @@ def test_a_normaliser_under_1_divides_too():
         ({"fg_weight": -1}, "FG_WEIGHT is -1"),
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
+        ({"standardise": True}, "MODEL.KD.FGBG.STANDARDISE is True"),
         ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
         ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),
     ],

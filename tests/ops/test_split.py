@@ -249,3 +249,35 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         split(**{**good, **change})
+
+
+def test_an_objects_weight_of_1_is_shared_by_its_cells_in_proportion_to_their_quality():
+    boxes = [torch.tensor([[0.0, 0, 16, 8], [16.0, 16, 24, 24]])]
+    cells = split(boxes, [(32, 32)], [(4, 4), (2, 2)], [8, 16], assign="all")
+    quality = torch.full((1, 20), 0.9)  # of background too, which gets no weight
+    # Box 0 owns two cells of the fine level and one of the coarse level.
+    assert cells.box_index[0].tolist() == [0, 0] + [-1] * 8 + [1] + [-1] * 5 + [0, -1, -1, 1]
+    quality[0, [0, 1, 16]] = torch.tensor([0.1, 0.0, 0.3])
+    quality[0, [10, 19]] = 0.0  # the teacher does not see box 1
+    weight = cells.weighed(quality).weight
+    expected = torch.zeros(1, 20)
+    expected[0, [0, 1, 16, 10, 19]] = torch.tensor([0.25, 0.0, 0.75, 0.5, 0.5])
+    torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
+
+
+def test_weights_by_quality_do_not_depend_on_the_order_of_a_sum():
+    torch.manual_seed(0)
+    corner = torch.rand(2, 30, 2) * 400
+    boxes = list(torch.cat([corner, corner + 20 + torch.rand(2, 30, 2) * 100], 2))
+    shapes = [(64, 64), (32, 32), (16, 16)]
+    cells = split(boxes, [(512, 512)] * 2, shapes, [8, 16, 32], assign="all")
+    quality = torch.rand(cells.box_index.shape) ** 4
+    weighed = cells.weighed(quality)
+    owners = cells.box_index.unique().clamp(min=0).unique()
+    total = torch.zeros(2, 30).scatter_add(
+        1, cells.box_index.clamp(min=0).long(), weighed.weight * cells.foreground
+    )
+    assert len(owners) == 30
+    torch.testing.assert_close(total[total > 0], torch.ones(int((total > 0).sum())))
+    turned = cells._replace(box_index=cells.box_index.flip(1)).weighed(quality.flip(1))
+    assert torch.equal(turned.weight.flip(1), weighed.weight)
