@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 # Valid keys of ``train`` that Detectron2's configs may lack.
-_OWN_KEYS = "train.seed", "train.ema_decay", "train.teacher_min_ap"
+_OWN_KEYS = "train.seed", "train.ema_decay", "train.channels_last", "train.teacher_min_ap"
 
 
 def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = False) -> DictConfig:
@@ -118,6 +118,8 @@ def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[Hook
     train, output_dir = cfg.train, cfg.train.output_dir
     seed = run_seed(train.get("seed", -1), output_dir, resume)
     model = build_lazy(cfg).to(train.device)
+    if train.get("channels_last", False):
+        model.to(memory_format=torch.channels_last)
     teacher = getattr(model, "teacher", None)
     if teacher is not None:
         check_teacher_file(teacher.weights, train.init_checkpoint, output_dir)

@@ -143,6 +143,8 @@ class FgBgTrainer(DefaultTrainer):
         number = num_classes_of(detector_of(model))
         if number is not None:
             check_num_classes(cfg, number)
+        if cfg.SOLVER.CHANNELS_LAST:  # activations follow the format of the weights
+            model.to(memory_format=torch.channels_last)
         return model
 
     @classmethod

@@ -156,3 +156,27 @@ def test_a_decay_that_is_none_is_named(cfg, tmp_path):
     cfg.SOLVER.EMA_DECAY = 1.0
     with pytest.raises(ValueError, match="EMA_DECAY .* is 1.0"):
         make_trainer(FgBgTrainer, cfg, tmp_path / "run", 1)
+
+
+@pytest.mark.slow
+def test_channels_last_changes_the_layout_and_not_the_weights(distil_cfg, tmp_path):
+    train(FgBgTrainer, distil_cfg, tmp_path / "usual", 3)
+    distil_cfg.SOLVER.CHANNELS_LAST = True
+    trainer = train(FgBgTrainer, distil_cfg, tmp_path / "last", 3)
+    weight = [x.weight for x in trainer.model.student.modules() if isinstance(x, torch.nn.Conv2d)]
+    wide = [x for x in weight if not x.is_contiguous()]
+    assert wide and all(x.is_contiguous(memory_format=torch.channels_last) for x in wide)
+    other = weights(tmp_path / "last")
+    for k, v in weights(tmp_path / "usual").items():
+        torch.testing.assert_close(other[k], v, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_with_channels_last_resumes_exactly(distil_cfg, tmp_path):
+    distil_cfg.SOLVER.CHANNELS_LAST, distil_cfg.SOLVER.CHECKPOINT_PERIOD = True, 2
+    train(FgBgTrainer, distil_cfg, tmp_path / "whole", 4)
+    train(FgBgTrainer, distil_cfg, tmp_path / "parts", 2)
+    trainer = train(FgBgTrainer, distil_cfg, tmp_path / "parts", 4, resume=True)
+    assert not trainer.model.student.head.cls_score.weight.is_contiguous()
+    resumed = weights(tmp_path / "parts")
+    assert all(torch.equal(v, resumed[k]) for k, v in weights(tmp_path / "whole").items())
