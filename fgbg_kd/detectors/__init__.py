@@ -1,6 +1,14 @@
 """Detectors: the interface that distillation needs, and parts that Detectron2 lacks."""
 
-from .dense import DenseOutput, DenseView, DetectorView, FeatureLevel, register_view, view
+from .dense import (
+    DenseOutput,
+    DenseView,
+    DetectorView,
+    FeatureLevel,
+    joint_logits,
+    register_view,
+    view,
+)
 from .fcos import FCOS, build_fcos_resnet_fpn_backbone
 from .retinanet_fcos import FCOSView, RetinaNetView  # registers both
 from .ssd import SSD
@@ -31,6 +39,7 @@ __all__ = [
     "build_retinanet_timm_fpn_backbone",
     "build_timm_backbone",
     "build_timm_fpn_backbone",
+    "joint_logits",
     "register_view",
     "view",
 ]

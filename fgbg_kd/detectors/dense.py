@@ -124,12 +124,18 @@ class DetectorView:
 class DenseView(DetectorView):
     """View of a one-stage detector, which predicts classes and boxes in every cell.
 
-    A subclass for a new detector defines :attr:`levels`, :attr:`cell_anchors`, :meth:`head`,
-    :meth:`logits`, :meth:`decode` and :meth:`losses`. It also defines the attributes that differ
-    from Detectron2's conventions, such as :attr:`suppression`.
+    A subclass for a new detector defines :attr:`cell_anchors`, :meth:`head`, :meth:`logits`,
+    :meth:`decode` and :meth:`losses`. It also defines the attributes that differ from Detectron2's
+    conventions, such as :attr:`levels` and :attr:`suppression`.
     """
 
     dense = True
+
+    @property
+    def levels(self) -> list[FeatureLevel]:
+        shapes = self.detector.backbone.output_shape()
+        names = self.detector.head_in_features
+        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
 
     @property
     def num_classes(self) -> int:
@@ -239,6 +245,16 @@ def decoded(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:
     flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
     boxes = coder.apply_deltas(flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1))
     return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
+
+
+def joint_logits(objectness: Tensor, classes: Tensor) -> Tensor:
+    """The logits of sigmoid(objectness) * sigmoid(classes), whose shapes broadcast.
+
+    1 / (sigmoid(o) sigmoid(c)) - 1 = exp(-o) + exp(-c) + exp(-o-c). The logarithm of this form is
+    finite where the product rounds to 0 or 1. ONNX has no logaddexp.
+    """
+    o, c = torch.broadcast_tensors(objectness, classes)
+    return -torch.stack([-o, -c, -o - c]).logsumexp(0)
 
 
 def warped(images: Tensor, size: tuple[int, int]) -> Tensor:

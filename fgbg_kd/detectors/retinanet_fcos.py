@@ -9,17 +9,11 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..utils.errors import DetectorError
-from .dense import DenseOutput, DenseView, FeatureLevel, Maps, decoded, register_view
+from .dense import DenseOutput, DenseView, Maps, decoded, register_view
 
 
 class _Detectron2View(DenseView):
     """View of Detectron2's DenseDetector. It predicts class logits first, then box deltas."""
-
-    @property
-    def levels(self) -> list[FeatureLevel]:
-        shapes = self.detector.backbone.output_shape()
-        names = self.detector.head_in_features
-        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
 
     @property
     def cell_anchors(self) -> list[Tensor]:

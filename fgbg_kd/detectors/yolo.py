@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .darknet import Darknet, DarknetHead
 from .darknet_cfg import read_cfg
 from .darknet_weights import read_weights
-from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
+from .dense import DenseOutput, DenseView, FeatureLevel, Maps, joint_logits, register_view
 from .yolo_loss import decode_boxes, per_anchor, yolo_losses
 
 # Darknet fills the rest of its square input with this grey. Its pixels are in 0..1.
@@ -177,18 +177,8 @@ class YOLOView(DenseView):
         return self.detector.head(features)
 
     def logits(self, raw: Maps) -> Maps:
-        return [self._joint(per_anchor(x, layer)) for x, layer in zip(raw, self._layers)]
-
-    def _joint(self, x: Tensor) -> Tensor:
-        """(N, A, 5 + K, H, W) -> (N, A*K, H, W), the logit of a product of two sigmoids.
-
-        1 / (sigmoid(o) sigmoid(c)) - 1 = exp(-o) + exp(-c) + exp(-o-c). This form is finite for
-        large values, too. ONNX has no logaddexp.
-        """
-        classes = x[:, :, 5:]
-        objectness = x[:, :, 4:5].expand_as(classes)
-        parts = [-objectness, -classes, -objectness - classes]
-        return -torch.stack(parts).logsumexp(0).flatten(1, 2)
+        parts = [per_anchor(x, layer) for x, layer in zip(raw, self._layers)]  # (N, A, 5 + K, H, W)
+        return [joint_logits(x[:, :, 4:5], x[:, :, 5:]).flatten(1, 2) for x in parts]
 
     def decode(self, features: Maps, raw: Maps) -> Maps:
         pairs = zip(raw, self._layers)

@@ -25,7 +25,7 @@ from torchvision.ops import box_convert
 
 from ..utils.errors import ConfigError
 from ..utils.processes import world_mean
-from .dense import DenseOutput, DenseView, FeatureLevel, Maps, register_view
+from .dense import DenseOutput, DenseView, Maps, joint_logits, register_view
 
 logger = logging.getLogger(__name__)
 
@@ -250,12 +250,6 @@ class YOLOXView(DenseView):
         self.pad_value = detector.pad_value
 
     @property
-    def levels(self) -> list[FeatureLevel]:
-        shapes = self.detector.backbone.output_shape()
-        names = self.detector.head_in_features
-        return [FeatureLevel(n, shapes[n].stride, shapes[n].channels) for n in names]
-
-    @property
     def cell_anchors(self) -> list[Tensor]:
         unit = torch.tensor([[-0.5, -0.5, 0.5, 0.5]])
         return [stride * unit for stride in self.detector.head.strides]
@@ -264,7 +258,7 @@ class YOLOXView(DenseView):
         return self.detector.head(features)
 
     def logits(self, raw: Maps) -> Maps:
-        return [_joint_logits(x[:, 4:5], x[:, 5:]) for x in map(_full, raw)]
+        return [joint_logits(x[:, 4:5], x[:, 5:]) for x in map(_full, raw)]
 
     def decode(self, features: Maps, raw: Maps) -> Maps:
         return self.detector.boxes(raw)
@@ -291,12 +285,3 @@ class YOLOXView(DenseView):
                 setattr(conv, name, nn.Parameter(kept, requires_grad=False))
             conv.out_channels = len(keep)
         self.detector.num_classes = head.num_classes = len(keep)
-
-
-def _joint_logits(objectness: Tensor, classes: Tensor) -> Tensor:
-    """(N, 1, H, W), (N, K, H, W) -> the logits of sigmoid(objectness) * sigmoid(classes).
-
-    The form -log(e^-o + e^-c + e^(-o-c)) is finite where the product rounds to 0 or 1.
-    """
-    o, c = torch.broadcast_tensors(objectness, classes)
-    return -torch.stack([-o, -c, -o - c]).logsumexp(0)
