@@ -88,11 +88,10 @@ def _add_methods(cfg: CN) -> None:
     # Which cells of a box are foreground, and their weights. "scale": its cells on the one level
     # that fits its size, with equal weights. "teacher": its cells on all levels, weighed by the
     # teacher's score of its class. "all": its cells on all levels, with equal weights on each
-    # level. "auto": "scale" if student and teacher are of one family, such as two RetinaNets;
-    # otherwise "teacher", because other families predict an object on other levels.
+    # level. "auto": "scale" for two RetinaNets or two FCOS, otherwise "teacher".
     fgbg.ASSIGN = "auto"
     # Whether each channel of the features is scaled to mean 0 and variance 1 before the cosine:
-    # "always", "never", or "auto": only if student and teacher are of different families.
+    # "always", "never", or "auto": except for two RetinaNets or two FCOS.
     fgbg.STANDARDISE = "auto"
     # "sigmoid": KL of a Bernoulli distribution for each class. "softmax": one KL over all classes
     # and a background class with logit 0.

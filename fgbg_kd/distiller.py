@@ -123,8 +123,8 @@ class FgBgDistiller(nn.Module):
             self.same_anchors = same_anchors(student, teacher.view, levels)
         else:
             options = features_only(name, options, teacher.view)
-        same_family = type(student) is type(teacher.view)
-        options = get_method(name).for_pair(options, same_family)
+        alike = type(student) is type(teacher.view) and not student.behind_activation
+        options = get_method(name).for_pair(options, alike)
         # The global random state stays unchanged, so that the student and the order of the data
         # are the same as in plain training.
         with torch.random.fork_rng(devices=[]):

@@ -158,6 +158,7 @@ class YOLOView(DenseView):
     """View of a YOLO. The score of a class is objectness times the class's own score."""
 
     pad_value = _GREY
+    behind_activation = True
 
     @property
     def levels(self) -> list[FeatureLevel]:

@@ -95,11 +95,12 @@ class Method(nn.Module):
         return options
 
     @classmethod
-    def for_pair(cls, options: dict[str, Any], same_family: bool) -> dict[str, Any]:
+    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
         """The options with what "auto" means for this student and teacher.
 
         Args:
-            same_family: whether both are the same kind of detector, such as two RetinaNets.
+            alike: whether both are the same kind of detector, and their features do not come
+                behind an activation: two RetinaNets, or two FCOS.
         """
         return options
 

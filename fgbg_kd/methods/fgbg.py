@@ -87,8 +87,8 @@ class FgBg(Method):
         return {**options, "bg_weight": 0.0, "gate": "off", "assign": assign}
 
     @classmethod
-    def for_pair(cls, options: dict[str, Any], same_family: bool) -> dict[str, Any]:
-        auto = ("scale", "never") if same_family else ("teacher", "always")
+    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
+        auto = ("scale", "never") if alike else ("teacher", "always")
         found = {name: options[name] for name in ("assign", "standardise")}
         return {
             **options,

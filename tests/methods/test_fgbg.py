@@ -226,17 +226,17 @@ def test_for_features_alone_no_weight_asks_for_the_teachers_scores(assign):
     options = method_defaults("FgBg") | {"assign": assign}
     options = FgBg.for_features_only(options)
     assert options["assign"] == "scale"
-    method = build_method("FgBg", [4], [4], **FgBg.for_pair(options, same_family=False))
+    method = build_method("FgBg", [4], [4], **FgBg.for_pair(options, alike=False))
     assert not method.needs_logits and method.standardises
 
 
 def test_auto_depends_on_the_pair_and_other_values_do_not():
     defaults = method_defaults("FgBg")
-    one, two = (FgBg.for_pair(defaults, same_family=x) for x in (True, False))
+    one, two = (FgBg.for_pair(defaults, alike=x) for x in (True, False))
     assert (one["assign"], one["standardise"]) == ("scale", "never")
     assert (two["assign"], two["standardise"]) == ("teacher", "always")
     set_by_user = defaults | {"assign": "all", "standardise": "never"}
-    assert FgBg.for_pair(set_by_user, same_family=False) == set_by_user
+    assert FgBg.for_pair(set_by_user, alike=False) == set_by_user
 
 
 def test_weights_by_the_teachers_scores_need_no_gate():
