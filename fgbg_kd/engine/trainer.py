@@ -6,7 +6,11 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -14,7 +18,13 @@ from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg
-from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datasets
+from ..data import (
+    BoxEvaluator,
+    NamingMapper,
+    check_num_classes,
+    register_datasets,
+    training_classes,
+)
 from ..detectors.dense import channel_order, num_classes_of
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
@@ -26,6 +36,7 @@ from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
+from .unlabeled import add_unlabeled
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +112,8 @@ class FgBgTrainer(DefaultTrainer):
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
         with explained(cfg, "training data"):
             loader = self.build_train_loader(cfg)
+        if cfg.DATASETS.UNLABELED:
+            add_unlabeled(loader, model, cfg.DATASETS.UNLABELED, **self.unlabeled_options(model))
         self._trainer = trainer(
             distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
         )
@@ -180,6 +193,25 @@ class FgBgTrainer(DefaultTrainer):
         with random_numbers(cfg.SEED):  # Detectron2 v0.6 draws the sampler's seed
             parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         return ResumableLoader(**parts, seed=cfg.SEED)
+
+    def unlabeled_options(self, model) -> dict:
+        """The arguments of :func:`~fgbg_kd.engine.unlabeled.add_unlabeled` of the config."""
+        cfg, options = self.cfg, self.cfg.MODEL.KD.UNLABELED
+        reading = cfg.clone()
+        reading.defrost()
+        if getattr(model, "teacher", None) is not None:
+            reading.INPUT.FORMAT = channel_order(model.teacher.detector)
+        return {
+            "share": options.SHARE,
+            "precision": options.PRECISION,
+            "training": [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)],
+            "tests": cfg.DATASETS.TEST,
+            "classes": training_classes(cfg),
+            "mapper": NamingMapper(reading, False),
+            "longest": cfg.INPUT.MAX_SIZE_TRAIN,
+            "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            "output_dir": cfg.OUTPUT_DIR,
+        }
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
