@@ -87,6 +87,9 @@ def _add_distillation(cfg: CN) -> None:
     kd.UNLABELED.PRECISION = 0.8
     # Scales the student's own losses on these photos. 0 = they have no part in them.
     kd.UNLABELED.LOSS_WEIGHT = 0.0
+    # Path of the COCO file of these detections. It is made, or read if it was made from the same
+    # teacher and photos. So several runs can share it. "" = unlabeled.json in OUTPUT_DIR.
+    kd.UNLABELED.FILE = ""
 
 
 def _add_methods(cfg: CN) -> None:

@@ -205,8 +205,9 @@ class FgBgDistiller(nn.Module):
         """The student's own losses.
 
         L = L(labelled images) + unlabeled_weight * L(photos without labels), each the detector's
-        own loss with its own normaliser, as in Sohn et al. 2020 (STAC), equation 1. The terms of
-        the second part have names with the suffix "_unlabeled". With weight 0 they are absent.
+        own loss with its own normaliser, as in Sohn et al. 2020 (STAC, arXiv 2005.04757),
+        section 3. The terms of the second part have names with the suffix "_unlabeled". With
+        weight 0 they are absent.
 
         Args:
             images, output: the student's batch, and its output.

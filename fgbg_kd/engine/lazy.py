@@ -36,6 +36,7 @@ from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
 from .trainer import distributed
+from .unlabeled import FILE as UNLABELED_FILE
 from .unlabeled import add_unlabeled
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ _OWN_KEYS = (
     "train.unlabeled",
     "train.unlabeled_share",
     "train.unlabeled_precision",
+    "train.unlabeled_file",
 )
 
 
@@ -267,7 +269,8 @@ def _unlabeled_options(cfg: DictConfig, teacher: Teacher | None) -> dict:
         "mapper": instantiate(mapper),
         "longest": 0,
         "filter_empty": data.train.dataset.get("filter_empty", True),
-        "output_dir": cfg.train.output_dir,
+        "file": cfg.train.get("unlabeled_file")
+        or os.path.join(cfg.train.output_dir, UNLABELED_FILE),
     }
 
 

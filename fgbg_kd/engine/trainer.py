@@ -36,6 +36,7 @@ from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
+from .unlabeled import FILE as UNLABELED_FILE
 from .unlabeled import add_unlabeled
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class FgBgTrainer(DefaultTrainer):
             "mapper": NamingMapper(reading, False),
             "longest": cfg.INPUT.MAX_SIZE_TRAIN,
             "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            "output_dir": cfg.OUTPUT_DIR,
+            "file": options.FILE or os.path.join(cfg.OUTPUT_DIR, UNLABELED_FILE),
         }
 
     @classmethod

@@ -1,8 +1,8 @@
 """Photos without labels in training: the teacher's confident detections stand for their boxes.
 
 The teacher runs once before the training: over labelled training images, which tell from which
-score on its detections are right often enough, and over the photos. The result is a COCO file in
-OUTPUT_DIR. The same teacher and the same photos give the same file, so a resumed run reads it.
+score on its detections are right often enough, and over the photos. The result is a COCO file. A
+resumed run reads it, because its teacher and its photos are the same.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from .loader import ResumableLoader
 
 logger = logging.getLogger(__name__)
 
-FILE = "unlabeled.json"  # in OUTPUT_DIR
+FILE = "unlabeled.json"  # in OUTPUT_DIR, unless a key names another file
 _MEASURED = 300  # labelled images at most, on which the precision is measured
 _IOU = 0.5  # of a right detection with its object
 
@@ -53,7 +53,7 @@ def add_unlabeled(
     mapper: Callable[[dict], dict],
     longest: int,
     filter_empty: bool,
-    output_dir: str,
+    file: str | Path,
 ) -> None:
     """Mixes photos without labels into the batches of a loader.
 
@@ -69,10 +69,12 @@ def add_unlabeled(
         mapper: reads images for the teacher, as in a test.
         longest: largest side of an image in training, in pixels; 0: not known.
         filter_empty: whether photos without a confident detection are left out.
-        output_dir: of the run.
+        file: COCO file of the detections. It is made, or read if it was made from the same teacher,
+            photos and labelled images.
 
     Raises:
-        ConfigError: there is no teacher, or an argument has a value that is not valid.
+        ConfigError: there is no teacher, an argument has a value that is not valid, or the file is
+            another one.
         DataError: a photo cannot be used, or there is none.
         TeacherError: the teacher has no detections of these classes that are right often enough.
     """
@@ -96,7 +98,7 @@ def add_unlabeled(
     photos = find_photos(folders, training, test_records, longest)
     names = classes or [f"class {i}" for i in range(teacher.view.num_classes)]
     ask = _Asking(teacher, mapper, loader.num_workers)
-    records = _with_detections(ask, photos, precision, training, names, Path(output_dir, FILE))
+    records = _with_detections(ask, photos, precision, training, names, Path(file))
     kept = [r for r in records if r["annotations"]] if filter_empty else records
     if not kept:
         raise TeacherError(
@@ -175,7 +177,7 @@ def _with_detections(
         "precision": precision,
     }
     key = sha256_of_text(json.dumps(about))
-    content = read_json(file) if file.is_file() else {}
+    content = _read(file)
     if content.get("info", {}).get("key") != key:
         logger.info(f"The teacher runs over {len(labeled)} labelled images of the training set.")
         threshold = score_threshold(ask(labeled), labeled, precision)
@@ -191,6 +193,21 @@ def _with_detections(
     )
     records = box_records(content, "", {c["id"]: c["id"] for c in content["categories"]})
     return [{**record, "unlabeled": True} for record in records]
+
+
+def _read(file: Path) -> dict:
+    """The content of a file of detections; {} if there is none.
+
+    Raises:
+        ConfigError: it is another file, which is not overwritten.
+    """
+    content = read_json(file) if file.is_file() else {}
+    if content and "score_threshold" not in content.get("info", {}):
+        raise ConfigError(
+            f"MODEL.KD.UNLABELED.FILE {file} was not written by a training with photos without "
+            "labels: name another file."
+        )
+    return content
 
 
 class _Detections(DatasetEvaluator):

@@ -16,6 +16,7 @@ from conftest import (
     make_batch,
     make_trainer,
     seen_by,
+    tiny_cfg,
     tiny_ssd,
     tiny_yolo_cfg,
     train,
@@ -35,6 +36,7 @@ from fgbg_kd.engine import FgBgTrainer, unlabeled
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.engine.unlabeled import check_teacher, score_threshold
 from fgbg_kd.experiments.method_specs import method_overrides
+from fgbg_kd.utils.config_files import expand_paths, merge_overrides
 from fgbg_kd.utils.errors import ConfigError, DataError, TeacherError
 
 # --- which detections are believed ---
@@ -239,6 +241,18 @@ def test_the_file_holds_the_teachers_confident_detections(photo_cfg, believing, 
     assert believing == [12, 6, 12, 5]
 
 
+def test_runs_can_share_a_file_and_never_overwrite_another(photo_cfg, believing, coco, tmp_path):
+    photo_cfg.MODEL.KD.UNLABELED.FILE = str(tmp_path / "shared" / "detections.json")
+    for name in ("a", "b"):
+        make_trainer(FgBgTrainer, photo_cfg, tmp_path / name, 1)
+    assert believing == [12, 6]
+    photo_cfg.MODEL.KD.UNLABELED.FILE = coco[0]
+    before = open(coco[0]).read()
+    with pytest.raises(ConfigError, match="FILE .* was not written by a training with photos"):
+        make_trainer(FgBgTrainer, photo_cfg, tmp_path / "c", 1)
+    assert open(coco[0]).read() == before
+
+
 class Kill(HookBase):
     def after_step(self):
         if self.trainer.iter == 3:
@@ -302,6 +316,21 @@ def test_a_comparison_trains_the_plain_student_without_the_photos(photo_cfg):
     assert method_overrides(photo_cfg, "plain")[-2:] == ["DATASETS.UNLABELED", "()"]
     photo_cfg.DATASETS.UNLABELED = ()
     assert "DATASETS.UNLABELED" not in method_overrides(photo_cfg, "plain")
+
+
+def test_the_photos_of_a_comparison_can_be_switched_off_for_one_method(photo_cfg):
+    found = method_overrides(photo_cfg, "FgBg DATASETS.UNLABELED=() UNLABELED.LOSS_WEIGHT=1")
+    merge_overrides(photo_cfg, found)
+    assert photo_cfg.DATASETS.UNLABELED == () and photo_cfg.MODEL.KD.UNLABELED.LOSS_WEIGHT == 1
+
+
+def test_folders_of_photos_expand_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    cfg = tiny_cfg()
+    cfg.DATASETS.UNLABELED, cfg.MODEL.KD.UNLABELED.FILE = ("~/a", "b"), "~/c.json"
+    expand_paths(cfg)
+    assert cfg.DATASETS.UNLABELED == ("/home/ann/a", "b")
+    assert cfg.MODEL.KD.UNLABELED.FILE == "/home/ann/c.json"
 
 
 # --- the losses ---
