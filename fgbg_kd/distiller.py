@@ -94,13 +94,9 @@ class FgBgDistiller(nn.Module):
             ValueError: an unknown option, or a value out of range.
         """
         super().__init__()
-        for name, value in (
-            ("WARMUP_ITERS", warmup_iters),
-            ("STOP_ITER", stop_iter),
-            ("UNLABELED.LOSS_WEIGHT", unlabeled_weight),
-        ):
-            if not value >= 0:
-                raise ConfigError(f"MODEL.KD.{name} is {value}: it must be >= 0.")
+        _check_not_negative("WARMUP_ITERS", warmup_iters)
+        _check_not_negative("STOP_ITER", stop_iter)
+        _check_not_negative("UNLABELED.LOSS_WEIGHT", unlabeled_weight)
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
         self.unlabeled_weight = unlabeled_weight
@@ -293,6 +289,11 @@ class FgBgDistiller(nn.Module):
 
 
 _TEACHER_KEYS = ("CONFIG", "WEIGHTS", "SHA256", "CLASSES", "PRECISION", "CACHE")
+
+
+def _check_not_negative(key: str, value: float) -> None:
+    if not value >= 0:
+        raise ConfigError(f"MODEL.KD.{key} is {value}: it must be >= 0.")
 
 
 def _labeled_first(batched_inputs: list[dict]) -> tuple[list[dict], int]:

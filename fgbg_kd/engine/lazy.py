@@ -36,8 +36,7 @@ from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
 from .trainer import distributed
-from .unlabeled import FILE as UNLABELED_FILE
-from .unlabeled import add_unlabeled
+from .unlabeled import Unlabeled, add_unlabeled
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[Hook
         cfg.dataloader.train, seed, teacher is not None and teacher.cache is not None
     )
     if train.get("unlabeled"):
-        add_unlabeled(loader, model, train.unlabeled, **_unlabeled_options(cfg, teacher))
+        add_unlabeled(loader, teacher, _unlabeled(cfg, teacher))
     trainer = (FiniteAMPTrainer if train.amp.enabled else FiniteTrainer)(
         distributed(model, **train.ddp), loader, optimizer, output_dir=output_dir, seed=seed
     )
@@ -254,24 +253,24 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
     return ResumableLoader(**parts, sampler=sampler, seed=seed)
 
 
-def _unlabeled_options(cfg: DictConfig, teacher: Teacher | None) -> dict:
-    """The arguments of :func:`~fgbg_kd.engine.unlabeled.add_unlabeled` of the config."""
-    data, defaults = cfg.dataloader, get_fgbg_kd_cfg().MODEL.KD.UNLABELED
+def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
+    """The photos without labels of a config, and how they are used."""
+    train, data = cfg.train, cfg.dataloader
+    defaults = get_fgbg_kd_cfg().MODEL.KD.UNLABELED
     mapper = copy.deepcopy(data.test.mapper)
     if teacher is not None:
         mapper.image_format = channel_order(teacher.detector)
-    return {
-        "share": cfg.train.get("unlabeled_share", defaults.SHARE),
-        "precision": cfg.train.get("unlabeled_precision", defaults.PRECISION),
-        "training": instantiate(data.train.dataset),
-        "tests": _names_of(cfg, "test"),
-        "classes": training_classes(cfg),
-        "mapper": instantiate(mapper),
-        "longest": 0,
-        "filter_empty": data.train.dataset.get("filter_empty", True),
-        "file": cfg.train.get("unlabeled_file")
-        or os.path.join(cfg.train.output_dir, UNLABELED_FILE),
-    }
+    return Unlabeled(
+        folders=train.unlabeled,
+        share=train.get("unlabeled_share", defaults.SHARE),
+        precision=train.get("unlabeled_precision", defaults.PRECISION),
+        file=train.get("unlabeled_file") or os.path.join(train.output_dir, "unlabeled.json"),
+        training=instantiate(data.train.dataset),
+        tests=_names_of(cfg, "test"),
+        classes=training_classes(cfg),
+        mapper=instantiate(mapper),
+        filter_empty=data.train.dataset.get("filter_empty", True),
+    )
 
 
 def build_lazy(cfg: DictConfig) -> nn.Module:

@@ -108,6 +108,22 @@ class ResumableLoader:
                 is in a batch.
 
         Raises:
+            ConfigError: see :meth:`number_of`.
+        """
+        number = self.number_of(share)
+        first = len(self.dataset)
+        own = MapDataset(DatasetFromList(photos, copy=False), self.mapper)
+        self.dataset.dataset = ConcatDataset([self.dataset.dataset, own])
+        sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 1))
+        self.streams = [
+            self.streams[0]._replace(batch_size=self.batch_size - number),
+            _Stream(sampler, number, self._wide(photos), first, key=(1,)),
+        ]
+
+    def number_of(self, share: float) -> int:
+        """The number of other images in a batch of one process, for :meth:`mix`.
+
+        Raises:
             ConfigError: the share is not between 0 and 1, or a process gets one image per batch.
         """
         if not 0 < share < 1:
@@ -120,15 +136,7 @@ class ResumableLoader:
                 "Each process gets one image per batch, but DATASETS.UNLABELED needs one with and "
                 f"one without labels: set SOLVER.IMS_PER_BATCH {2 * self.world_size} or more."
             )
-        number = min(max(round(share * self.batch_size), 1), self.batch_size - 1)
-        first = len(self.dataset)
-        own = MapDataset(DatasetFromList(photos, copy=False), self.mapper)
-        self.dataset.dataset = ConcatDataset([self.dataset.dataset, own])
-        sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 1))
-        self.streams = [
-            self.streams[0]._replace(batch_size=self.batch_size - number),
-            _Stream(sampler, number, self._wide(photos), first, key=(1,)),
-        ]
+        return min(max(round(share * self.batch_size), 1), self.batch_size - 1)
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator function: this code runs when the first batch is requested, not before.

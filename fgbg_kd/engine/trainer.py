@@ -26,6 +26,7 @@ from ..data import (
     training_classes,
 )
 from ..detectors.dense import channel_order, num_classes_of
+from ..teacher import Teacher
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
@@ -36,8 +37,7 @@ from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
-from .unlabeled import FILE as UNLABELED_FILE
-from .unlabeled import add_unlabeled
+from .unlabeled import Unlabeled, add_unlabeled
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ class FgBgTrainer(DefaultTrainer):
         with explained(cfg, "training data"):
             loader = self.build_train_loader(cfg)
         if cfg.DATASETS.UNLABELED:
-            add_unlabeled(loader, model, cfg.DATASETS.UNLABELED, **self.unlabeled_options(model))
+            teacher = getattr(model, "teacher", None)
+            add_unlabeled(loader, teacher, self.unlabeled(cfg, teacher))
         self._trainer = trainer(
             distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
         )
@@ -195,24 +196,25 @@ class FgBgTrainer(DefaultTrainer):
             parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         return ResumableLoader(**parts, seed=cfg.SEED)
 
-    def unlabeled_options(self, model) -> dict:
-        """The arguments of :func:`~fgbg_kd.engine.unlabeled.add_unlabeled` of the config."""
-        cfg, options = self.cfg, self.cfg.MODEL.KD.UNLABELED
-        reading = cfg.clone()
+    @classmethod
+    def unlabeled(cls, cfg, teacher: Teacher | None) -> Unlabeled:
+        """The photos without labels of a config, and how they are used."""
+        options, reading = cfg.MODEL.KD.UNLABELED, cfg.clone()
         reading.defrost()
-        if getattr(model, "teacher", None) is not None:
-            reading.INPUT.FORMAT = channel_order(model.teacher.detector)
-        return {
-            "share": options.SHARE,
-            "precision": options.PRECISION,
-            "training": [x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)],
-            "tests": cfg.DATASETS.TEST,
-            "classes": training_classes(cfg),
-            "mapper": NamingMapper(reading, False),
-            "longest": cfg.INPUT.MAX_SIZE_TRAIN,
-            "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            "file": options.FILE or os.path.join(cfg.OUTPUT_DIR, UNLABELED_FILE),
-        }
+        if teacher is not None:
+            reading.INPUT.FORMAT = channel_order(teacher.detector)
+        return Unlabeled(
+            folders=cfg.DATASETS.UNLABELED,
+            share=options.SHARE,
+            precision=options.PRECISION,
+            file=options.FILE or os.path.join(cfg.OUTPUT_DIR, "unlabeled.json"),
+            training=[x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)],
+            tests=cfg.DATASETS.TEST,
+            classes=training_classes(cfg),
+            mapper=NamingMapper(reading, False),
+            longest=cfg.INPUT.MAX_SIZE_TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,50 +35,47 @@ from .loader import ResumableLoader
 
 logger = logging.getLogger(__name__)
 
-FILE = "unlabeled.json"  # in OUTPUT_DIR, unless a key names another file
 _MEASURED = 300  # labelled images at most, on which the precision is measured
 _IOU = 0.5  # of a right detection with its object
 
 
-def add_unlabeled(
-    loader,
-    model: nn.Module,
-    folders: Sequence[str],
-    *,
-    share: float,
-    precision: float,
-    training: Sequence[dict],
-    tests: Iterable[str],
-    classes: Sequence[str] | None,
-    mapper: Callable[[dict], dict],
-    longest: int,
-    filter_empty: bool,
-    file: str | Path,
-) -> None:
-    """Mixes photos without labels into the batches of a loader.
+class Unlabeled(NamedTuple):
+    """Photos without labels, and how a training uses them.
 
-    Args:
-        loader: of the labelled set.
-        model: a distiller.
-        folders: of photos.
+    Attributes:
+        folders: of the photos.
         share: of the photos in a batch, between 0 and 1.
         precision: see :func:`score_threshold`.
+        file: COCO file of the detections. It is made, or read if it was made from the same teacher,
+            photos and labelled images.
         training: dataset dicts of the labelled set.
         tests: names of test sets. Their images are left out.
         classes: names of the student's classes; None: not known.
         mapper: reads images for the teacher, as in a test.
         longest: largest side of an image in training, in pixels; 0: not known.
         filter_empty: whether photos without a confident detection are left out.
-        file: COCO file of the detections. It is made, or read if it was made from the same teacher,
-            photos and labelled images.
+    """
+
+    folders: Sequence[str]
+    share: float
+    precision: float
+    file: str
+    training: Sequence[dict]
+    tests: Sequence[str]
+    classes: Sequence[str] | None
+    mapper: Callable[[dict], dict]
+    longest: int = 0
+    filter_empty: bool = True
+
+
+def add_unlabeled(loader, teacher: Teacher | None, wanted: Unlabeled) -> None:
+    """Mixes photos without labels into the batches of a loader.
 
     Raises:
-        ConfigError: there is no teacher, an argument has a value that is not valid, or the file is
-            another one.
+        ConfigError: there is no teacher, a value is not valid, or ``wanted.file`` is another file.
         DataError: a photo cannot be used, or there is none.
         TeacherError: the teacher has no detections of these classes that are right often enough.
     """
-    teacher = getattr(model, "teacher", None)
     if teacher is None:
         raise ConfigError(
             "DATASETS.UNLABELED needs a teacher, but this is plain training: distil (MODEL."
@@ -90,26 +87,25 @@ def add_unlabeled(
             f"Photos without labels need a ResumableLoader, not a {type(loader).__name__}: use "
             "Detectron2's build_detection_train_loader without other options."
         )
-    if not 0 < precision <= 1:
+    without = loader.number_of(wanted.share)  # before the teacher runs, because it can refuse
+    if not 0 < wanted.precision <= 1:
         raise ConfigError(
-            f"MODEL.KD.UNLABELED.PRECISION is {precision}: give a number over 0, at most 1."
+            f"MODEL.KD.UNLABELED.PRECISION is {wanted.precision}: give a number over 0, at most 1."
         )
-    test_records = [record for name in tests for record in DatasetCatalog.get(name)]
-    photos = find_photos(folders, training, test_records, longest)
-    names = classes or [f"class {i}" for i in range(teacher.view.num_classes)]
-    ask = _Asking(teacher, mapper, loader.num_workers)
-    records = _with_detections(ask, photos, precision, training, names, Path(file))
-    kept = [r for r in records if r["annotations"]] if filter_empty else records
+    tests = (record for name in wanted.tests for record in DatasetCatalog.get(name))
+    photos = find_photos(wanted.folders, wanted.training, tests, wanted.longest)
+    records = _with_detections(teacher, photos, wanted, loader.num_workers)
+    kept = [r for r in records if r["annotations"]] if wanted.filter_empty else records
     if not kept:
         raise TeacherError(
             f"The teacher detects nothing with confidence on {len(photos)} photos of "
             "DATASETS.UNLABELED: lower MODEL.KD.UNLABELED.PRECISION, or set DATASETS.UNLABELED ()."
         )
-    loader.mix(kept, share)
-    with_labels, without = (s.batch_size * loader.world_size for s in loader.streams)
+    loader.mix(kept, wanted.share)
     logger.info(
-        f"A batch has {with_labels} images with labels and {without} of {len(kept)} photos without "
-        f"({len(records) - len(kept)} without a confident detection are left out)."
+        f"Of the {loader.batch_size} images that each process has in a batch, {without} are photos "
+        f"without labels. There are {len(kept)}; {len(records) - len(kept)} without a confident "
+        "detection are left out."
     )
 
 
@@ -126,64 +122,35 @@ def check_teacher(teacher: Teacher) -> None:
         )
 
 
-class _Asking(NamedTuple):
-    """How the teacher is asked: the teacher, its mapper, and the number of loading processes."""
-
-    teacher: Teacher
-    mapper: Callable[[dict], dict]
-    num_workers: int
-
-    def __call__(self, records: Sequence[dict], threshold: float = 0.0) -> list[dict]:
-        """The detections on the images of dataset dicts: :func:`detections`."""
-        return detections(
-            self.teacher.detector, records, self.mapper, threshold, num_workers=self.num_workers
-        )
-
-    def key(self) -> dict:
-        """Everything on which the detections depend, except the images."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.teacher.detector.state_dict().items()):
-            data = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest.update(name.encode())
-            digest.update(data)
-        return {
-            "weights": digest.hexdigest(),
-            "input": [x.tolist() for x in self.teacher.view.normalization],
-            "suppression": self.teacher.view.suppression,
-            "reading": [
-                str(getattr(self.mapper, k, "")) for k in ("image_format", "augmentations")
-            ],
-        }
-
-
 def _with_detections(
-    ask: _Asking,
-    photos: list[dict],
-    precision: float,
-    training: Sequence[dict],
-    classes: Sequence[str],
-    file: Path,
+    teacher: Teacher, photos: list[dict], wanted: Unlabeled, num_workers: int
 ) -> list[dict]:
     """Dataset dicts of the photos with "unlabeled": True and confident detections as annotations.
 
     They are read from the file if it was made from the same teacher, photos and images.
     """
-    places = np.linspace(0, len(training) - 1, min(len(training), _MEASURED)).astype(int)
-    labeled = [training[i] for i in places]
+
+    def ask(records: Sequence[dict], threshold: float = 0.0) -> list[dict]:
+        return detections(teacher.detector, records, wanted.mapper, threshold, num_workers)
+
+    places = np.linspace(0, len(wanted.training) - 1, min(len(wanted.training), _MEASURED))
+    labeled = [wanted.training[i] for i in places.astype(int)]
     about = {
-        "teacher": ask.key(),
+        "teacher": _identity(teacher),
+        "reading": [str(getattr(wanted.mapper, k, "")) for k in ("image_format", "augmentations")],
         "photos": [[*p.values(), os.path.getsize(p["file_name"])] for p in photos],
         "labeled": [[r["file_name"], _boxes(r)] for r in labeled],
-        "precision": precision,
+        "precision": wanted.precision,
     }
-    key = sha256_of_text(json.dumps(about))
+    key, file = sha256_of_text(json.dumps(about)), Path(wanted.file)
     content = _read(file)
     if content.get("info", {}).get("key") != key:
         logger.info(f"The teacher runs over {len(labeled)} labelled images of the training set.")
-        threshold = score_threshold(ask(labeled), labeled, precision)
+        threshold = score_threshold(ask(labeled), labeled, wanted.precision)
         logger.info(f"The teacher runs over {len(photos)} photos without labels.")
         info = {"key": key, "score_threshold": threshold}
-        content = _coco(photos, ask(photos, threshold), info, classes)
+        names = wanted.classes or [f"class {i}" for i in range(teacher.view.num_classes)]
+        content = _coco(photos, ask(photos, threshold), info, names)
         if comm.is_main_process():  # the others have read the file before they ran the teacher
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(content))
@@ -193,6 +160,16 @@ def _with_detections(
     )
     records = box_records(content, "", {c["id"]: c["id"] for c in content["categories"]})
     return [{**record, "unlabeled": True} for record in records]
+
+
+def _identity(teacher: Teacher) -> list:
+    """Everything about a teacher on which its detections depend: first, a hash of its weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(teacher.detector.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    normalization = [x.tolist() for x in teacher.view.normalization]
+    return [digest.hexdigest(), normalization, teacher.view.suppression]
 
 
 def _read(file: Path) -> dict:

@@ -224,10 +224,8 @@ def test_the_file_holds_the_teachers_confident_detections(photo_cfg, believing, 
     scores = [a["score"] for a in content["annotations"]]
     assert len(scores) > 3 and min(scores) >= 0.3
     teacher = trainer.model.teacher.detector
-    options = trainer.unlabeled_options(trainer.model)
-    image = options["mapper"](
-        {k: content["images"][1][k] for k in ("file_name", "height", "width")}
-    )
+    mapper = trainer.unlabeled(photo_cfg, trainer.model.teacher).mapper
+    image = mapper({k: content["images"][1][k] for k in ("file_name", "height", "width")})
     with torch.no_grad():
         expected = teacher([image])[0]["instances"]
     boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == 1]
