@@ -93,5 +93,9 @@ def _with_content_of(paths: Sequence[str], others: Iterable[str]) -> set[str]:
     others = [x for x in others if os.path.isfile(x)]
     sizes, other_sizes = ({x: os.path.getsize(x) for x in files} for files in (paths, others))
     possible = set(sizes.values()) & set(other_sizes.values())  # only these files are read
-    contents = {sha256_of(x) for x, size in other_sizes.items() if size in possible}
-    return {x for x, size in sizes.items() if size in possible and sha256_of(x) in contents}
+    paths, others = (
+        [x for x, size in files.items() if size in possible] for files in (sizes, other_sizes)
+    )
+    with ThreadPoolExecutor(4) as pool:  # hashing does not hold Python's lock
+        contents = set(pool.map(sha256_of, others))
+        return {x for x, content in zip(paths, pool.map(sha256_of, paths)) if content in contents}

@@ -114,10 +114,10 @@ class ResumableLoader:
         first = len(self.dataset)
         own = MapDataset(DatasetFromList(photos, copy=False), self.mapper)
         self.dataset.dataset = ConcatDataset([self.dataset.dataset, own])
-        sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 1))
+        sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 0, 1))
         self.streams = [
             self.streams[0]._replace(batch_size=self.batch_size - number),
-            _Stream(sampler, number, self._wide(photos), first, key=(1,)),
+            _Stream(sampler, number, self._wide(photos), first, key=(0, 1)),
         ]
 
     def number_of(self, share: float) -> int:

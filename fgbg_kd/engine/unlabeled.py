@@ -144,14 +144,15 @@ def _with_detections(
     }
     key, file = sha256_of_text(json.dumps(about)), Path(wanted.file)
     content = _read(file)
-    if content.get("info", {}).get("key") != key:
+    known = content.get("info", {}).get("key") == key
+    if not all(comm.all_gather(known)):  # all processes run the teacher, or none does
         logger.info(f"The teacher runs over {len(labeled)} labelled images of the training set.")
         threshold = score_threshold(ask(labeled), labeled, wanted.precision)
         logger.info(f"The teacher runs over {len(photos)} photos without labels.")
         info = {"key": key, "score_threshold": threshold}
         names = wanted.classes or [f"class {i}" for i in range(teacher.view.num_classes)]
         content = _coco(photos, ask(photos, threshold), info, names)
-        if comm.is_main_process():  # the others have read the file before they ran the teacher
+        if comm.is_main_process():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(content))
     logger.info(
@@ -178,8 +179,10 @@ def _read(file: Path) -> dict:
     Raises:
         ConfigError: it is another file, which is not overwritten.
     """
-    content = read_json(file) if file.is_file() else {}
-    if content and "score_threshold" not in content.get("info", {}):
+    if not file.is_file():
+        return {}
+    content = read_json(file)
+    if not (isinstance(content, dict) and "score_threshold" in content.get("info", {})):
         raise ConfigError(
             f"MODEL.KD.UNLABELED.FILE {file} was not written by a training with photos without "
             "labels: name another file."
