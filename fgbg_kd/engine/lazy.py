@@ -106,7 +106,8 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     if key in _OWN_KEYS or not isinstance(node, DictConfig):
         return
     if name not in node and "_target_" not in node and where != "model.method":
-        near = difflib.get_close_matches(name, [str(k) for k in node], 1)
+        own = [k.removeprefix("train.") for k in _OWN_KEYS] if where == "train" else []
+        near = difflib.get_close_matches(name, [*map(str, node), *own], 1)
         raise ConfigError(
             f"{key} is not a key of the config{f': did you mean {near[0]}?' if near else '.'} "
             f"{where or 'The config'} has {', '.join(sorted(map(str, node)))}."
