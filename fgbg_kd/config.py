@@ -78,6 +78,19 @@ def _add_distillation(cfg: CN) -> None:
     # From this iteration on, the student trains without the teacher. 0 = never.
     kd.STOP_ITER = 0
 
+    # These keys are read if DATASETS.UNLABELED names folders.
+    kd.UNLABELED = CN()
+    # Share of each batch that photos without labels take, between 0 and 1.
+    kd.UNLABELED.SHARE = 0.5
+    # The teacher's detections stand for the boxes of such photos. Their lowest score is the one at
+    # which this share of the teacher's detections on labelled training images is right.
+    kd.UNLABELED.PRECISION = 0.8
+    # Scales the student's own losses on these photos. 0 = they have no part in them.
+    kd.UNLABELED.LOSS_WEIGHT = 0.0
+    # Path of the COCO file of these detections. It is made, or read if it was made from the same
+    # teacher and photos. So several runs can share it. "" = unlabeled.json in OUTPUT_DIR.
+    kd.UNLABELED.FILE = ""
+
 
 def _add_methods(cfg: CN) -> None:
     """Options of each method. The method's file in fgbg_kd/methods has the formula."""
@@ -275,6 +288,9 @@ def _add_training(cfg: CN) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
+    # Folders of photos without annotations, with their subfolders, from which a student learns what
+    # its teacher sees. () = none.
+    cfg.DATASETS.UNLABELED = ()
 
 
 def get_fgbg_kd_cfg() -> CN:

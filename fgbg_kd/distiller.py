@@ -64,6 +64,7 @@ class FgBgDistiller(nn.Module):
         method: Mapping[str, Any] | None = None,
         warmup_iters: int = 0,
         stop_iter: int = 0,
+        unlabeled_weight: float = 0.0,
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
         image_size: tuple[int, int] | None = None,
@@ -81,6 +82,7 @@ class FgBgDistiller(nn.Module):
                 0; 0: no warm-up. If the config does not set it, it equals the learning rate's
                 warm-up.
             stop_iter: from this iteration on, the distillation losses are 0; 0: never.
+            unlabeled_weight: scales the student's own losses on photos without labels; 0: off.
             classes: names of the student's classes. The teacher's classes are matched by name.
                 None: not known.
             inherit: parts that :meth:`inherit` copies from the teacher: "fpn", "head".
@@ -92,11 +94,12 @@ class FgBgDistiller(nn.Module):
             ValueError: an unknown option, or a value out of range.
         """
         super().__init__()
-        for name, value in (("WARMUP_ITERS", warmup_iters), ("STOP_ITER", stop_iter)):
-            if value < 0:
-                raise ConfigError(f"MODEL.KD.{name} is {value}: it must be >= 0.")
+        _check_not_negative("WARMUP_ITERS", warmup_iters)
+        _check_not_negative("STOP_ITER", stop_iter)
+        _check_not_negative("UNLABELED.LOSS_WEIGHT", unlabeled_weight)
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
+        self.unlabeled_weight = unlabeled_weight
         self.method: Method | None = None
         self.levels: list[SharedLevel] = []
         self.same_anchors = False
@@ -157,6 +160,7 @@ class FgBgDistiller(nn.Module):
             "method": {"name": kd.METHOD, **options},
             "warmup_iters": warmup,
             "stop_iter": kd.STOP_ITER,
+            "unlabeled_weight": kd.UNLABELED.LOSS_WEIGHT,
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
             "image_size": _usual_size(cfg),
@@ -176,19 +180,58 @@ class FgBgDistiller(nn.Module):
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         student = dense_student(self.student)
+        batched_inputs, labeled = _labeled_first(batched_inputs)
         batched_inputs = student.as_seen(batched_inputs)
         images = student.preprocess(batched_inputs)
         gt = [x["instances"].to(self.device) for x in batched_inputs]
         output = student.run(images.tensor)
-        losses = student.losses(images, output, gt)
+        losses = self.own_losses(images, output, gt, labeled)
         scale = self.scale_at(get_event_storage().iter)
         if scale == 0:
             return losses | self._zeros(output)
         needs = {"logits": self.method.needs_logits, "boxes": self.method.needs_boxes}
         target = self.teacher(images, batched_inputs, student, **needs)
-        guidance, statistics = self.method(self.match(output, target, images, gt))
+        batch = self.match(output, target, images, gt)
+        if batch.loss_normalizer is not None and labeled < len(gt):  # it is of the labelled images
+            normalizer = batch.loss_normalizer * len(gt) / labeled
+            batch = batch._replace(loss_normalizer=normalizer)
+        guidance, statistics = self.method(batch)
         _log(statistics)
         return losses | {name: scale * loss for name, loss in guidance.items()}
+
+    def own_losses(self, images: ImageList, output: DenseOutput, gt, labeled: int) -> dict:
+        """The student's own losses.
+
+        L = L(labelled images) + unlabeled_weight * L(photos without labels), each the detector's
+        own loss with its own normaliser, as in Sohn et al. 2020 (STAC, arXiv 2005.04757),
+        section 3. The terms of the second part have names with the suffix "_unlabeled". With
+        weight 0 they are absent.
+
+        Args:
+            images, output: the student's batch, and its output.
+            gt: N Instances. Those of photos without labels hold the teacher's detections.
+            labeled: number of labelled images, which come first.
+        """
+        of = dense_student(self.student)
+        if labeled == len(gt):
+            return of.losses(images, output, gt)
+
+        def losses_on(part: slice) -> dict:
+            pictures = ImageList(images.tensor[part], images.image_sizes[part])
+            return of.losses(pictures, output.of_images(part), gt[part])
+
+        losses = losses_on(slice(labeled))
+        if self.unlabeled_weight > 0:
+            # Detectron2's detectors keep a running mean of their normaliser. It stays that of the
+            # labelled images.
+            normalizer = of.loss_normalizer
+            if normalizer is not None:
+                of.loss_normalizer = normalizer * (len(gt) - labeled) / labeled
+            soft = losses_on(slice(labeled, None))
+            if normalizer is not None:
+                of.loss_normalizer = normalizer
+            losses |= {f"{k}_unlabeled": self.unlabeled_weight * v for k, v in soft.items()}
+        return losses
 
     def match(self, student: DenseOutput, teacher: DenseOutput, images: ImageList, gt) -> Batch:
         """Puts both outputs on the shared levels, with maps of equal size, and adds ground truth.
@@ -248,6 +291,31 @@ class FgBgDistiller(nn.Module):
 
 
 _TEACHER_KEYS = ("CONFIG", "WEIGHTS", "SHA256", "CLASSES", "PRECISION", "CACHE")
+
+
+def _check_not_negative(key: str, value: float) -> None:
+    if not value >= 0:
+        raise ConfigError(f"MODEL.KD.{key} is {value}: it must be >= 0.")
+
+
+def _labeled_first(batched_inputs: list[dict]) -> tuple[list[dict], int]:
+    """The batch with its labelled images first, and their number.
+
+    Photos without labels have the entry "unlabeled": True.
+
+    Raises:
+        ConfigError: there is no labelled image.
+    """
+    photos = [x for x in batched_inputs if x.get("unlabeled")]
+    if not photos:
+        return batched_inputs, len(batched_inputs)
+    labeled = [x for x in batched_inputs if not x.get("unlabeled")]
+    if not labeled:
+        raise ConfigError(
+            'All images of a batch are marked "unlabeled": the loader must put a labelled image '
+            "into each batch, as ResumableLoader.mix does."
+        )
+    return labeled + photos, len(labeled)
 
 
 def _usual_size(cfg) -> tuple[int, int] | None:

@@ -50,6 +50,13 @@ def main() -> None:
         metavar=("FILE", "IMAGES"),
         help="default: a fifth of --train, by groups of images",
     )
+    parser.add_argument(
+        "--unlabeled",
+        nargs="+",
+        default=(),
+        metavar="FOLDER",
+        help="photos without annotations, from which the student learns what the teacher sees",
+    )
     wish = parser.add_argument_group("how fast the student shall be")
     wish.add_argument("--speedup", type=float, metavar="X", help="times as fast as the teacher")
     wish.add_argument("--latency", type=float, metavar="MS", help="at most, per image")

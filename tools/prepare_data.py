@@ -15,9 +15,11 @@ Example:
 
   voc         VOC 2007, photos of at most 320 pixels       -> datasets/voc07
   aquarium    Roboflow Aquarium, of at most 512 pixels     -> datasets/aquarium
+  voc_part    a tenth of the training photos of voc with labels, the others without
+                                                           -> datasets/voc07_10
 
-The last two need your files: --from VOCdevkit (with the 4,952 test photos of 2007), or --from the
-folder of the Aquarium's YOLO export (train, valid, test). Their parts are those of this project.
+voc and aquarium need your files: --from VOCdevkit (with the 4,952 test photos of 2007), or --from
+the folder of the Aquarium's YOLO export (train, valid, test). Their parts are this project's own.
 
 A second run with the same options changes nothing.
 """
@@ -31,6 +33,7 @@ import _quiet  # noqa: F401
 
 KINDS = ("digits", "scenes", "trees", "pretrained", "mobilenet_ssd")
 REAL = ("voc", "aquarium")  # from the user's files
+PART = "voc_part"
 
 
 def progress(label, done, total):
@@ -70,6 +73,11 @@ def make(kind, args, cache):
         real = VOC07 if kind == "voc" else AQUARIUM
         folder = args.out / real.name
         built = build_real(folder, real, args.source, progress=progress)
+    elif kind == PART:
+        from fgbg_kd.experiments.datasets.part import build_part
+
+        folder, whole = args.out / "voc07_10", args.out / "voc07"
+        built = build_part(folder, whole / "train.json", whole / "images", share=0.1)
     elif kind == "mobilenet_ssd":
         from fgbg_kd.experiments.datasets.mobilenet_ssd import build_mobilenet_ssd
 
@@ -87,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=[*KINDS, "all", *REAL])
+    parser.add_argument("kind", choices=[*KINDS, "all", *REAL, PART])
     parser.add_argument("--out", type=Path, default=Path("datasets"), help="default: %(default)s")
     parser.add_argument(
         "--brief", action="store_true", help="print one line per folder, without counts"

@@ -3,6 +3,7 @@
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from PIL import Image, TiffImagePlugin
 
@@ -26,13 +27,12 @@ def check_images(images: list[dict], folder: str) -> None:
     turned = animated = 0
     faults = []
     with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, but many at once
-        for entry, (fault, orientation, frames) in zip(
-            images, pool.map(lambda entry: _image_fault(entry, folder), images)
-        ):
-            turned += orientation != 1
-            animated += frames
-            if fault:
-                faults.append((entry["file_name"], fault))
+        headers = pool.map(lambda entry: _checked(entry, folder), images)
+        for entry, found in zip(images, headers):
+            turned += found.orientation != 1
+            animated += found.frames
+            if found.fault:
+                faults.append((entry["file_name"], found.fault))
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise DataError(
@@ -69,36 +69,52 @@ def _found(folder: str, name: str) -> str:
     return ""
 
 
-def _image_fault(entry: dict, folder: str) -> tuple[str, int, bool]:
-    """What is wrong with an image file ("" = nothing).
+class Header(NamedTuple):
+    """What an image file says about itself.
 
-    Returns:
-        Also its EXIF orientation (1 = upright), and whether it has several frames.
+    Attributes:
+        fault: why it cannot be used; "": nothing. The other values then mean nothing.
+        size: (width, height) in pixels after its orientation is applied.
+        orientation: of EXIF; 1 = upright.
+        frames: whether it has several frames or pages.
     """
+
+    fault: str
+    size: tuple[int, int] = (0, 0)
+    orientation: int = 1
+    frames: bool = False
+
+
+def read_header(path: str) -> Header:
+    """Reads an image file without decoding it. All faults are in the result."""
     try:
-        with Image.open(os.path.join(folder, entry["file_name"])) as image:
+        with Image.open(path) as image:
             size, mode, orientation = _stored_size(image), image.mode, header_orientation(image)
             frames = has_frames(image)
     except FileNotFoundError:
-        return "there is no such file", 1, False
+        return Header("there is no such file")
     except Image.DecompressionBombError as error:
-        return too_large(error), 1, False
+        return Header(too_large(error))
     except Exception as error:  # Pillow raises many types
-        return str(error), 1, False
+        return Header(str(error))
+    upright = size[::-1] if orientation > 4 else size  # over 4: turned by 90 degrees
+    fault = ""
     if mode[0] in "IF":  # Detectron2 would clip values at 255
         fix = "convert it to 8 bits per channel"
         fault = f"it has more than 8 bits per channel (Pillow's mode {mode}): {fix}"
-        return fault, orientation, frames
-    upright = size[::-1] if orientation > 4 else size  # over 4: turned by 90 degrees
+    return Header(fault, upright, orientation, frames)
+
+
+def _checked(entry: dict, folder: str) -> Header:
+    """The header of an entry's file. Another size than the entry says is a fault."""
+    found = read_header(os.path.join(folder, entry["file_name"]))
     recorded = entry["width"], entry["height"]
-    if upright != recorded:
-        how = " after its EXIF orientation is applied" if orientation > 4 else ""
-        return (
-            f"the JSON file says {recorded} (width, height), but the image is {upright}{how}",
-            orientation,
-            frames,
-        )
-    return "", orientation, frames
+    if found.fault or found.size == recorded:
+        return found
+    how = " after its EXIF orientation is applied" if found.orientation > 4 else ""
+    return found._replace(
+        fault=f"the JSON file says {recorded} (width, height), but the image is {found.size}{how}"
+    )
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:

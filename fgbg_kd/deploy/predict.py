@@ -12,12 +12,11 @@ import numpy as np
 from PIL import Image
 
 from ..data.classes import match_categories
-from ..data.images import has_frames, read_image
+from ..data.images import IMAGE_SUFFIXES, has_frames, read_image
 from ..data.validation import read_coco
 from ..utils.errors import DataError, DeployError
 from .run import coco_results, detect, draw, open_detector
 
-_IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _GREY_ONLY = {".pbm", ".pgm"}  # OpenCV writes no colours into these
 
 
@@ -285,7 +284,7 @@ def category_ids_in(file: Path, content: dict, about: dict) -> list[int]:
 
 def is_image(path: Path) -> bool:
     """Whether a file is read as an image. Otherwise it is read as a video."""
-    if path.suffix.lower() in _IMAGES:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
         return True
     try:
         with Image.open(path) as image:

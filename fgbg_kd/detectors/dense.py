@@ -35,13 +35,29 @@ class DenseOutput(NamedTuple):
         features: (N, C_l, H_l, W_l).
         logits: (N, A_l*K, H_l, W_l); sigmoid(logits) is the class score. None: not computed.
         boxes: (N, A_l*4, H_l, W_l) XYXY in pixels; None: not decoded.
-        raw: the head's own output, which only its :class:`DenseView` reads; None: not kept.
+        raw: the head's own output, which only its :class:`DenseView` reads; None: not kept. It is a
+            tensor whose first dimension is N, or a nest of lists, tuples and dicts of such tensors.
     """
 
     features: Maps
     logits: Maps | None = None
     boxes: Maps | None = None
     raw: Any = None
+
+    def of_images(self, images: slice) -> "DenseOutput":
+        """The output for a part of the batch. Its tensors are views."""
+        return DenseOutput(*(_part(x, images) for x in self))
+
+
+def _part(value: Any, images: slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[images]
+    if isinstance(value, dict):
+        return {k: _part(v, images) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_part(v, images) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 class DetectorView:

@@ -20,11 +20,11 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..config import student_model
+from ..config import get_fgbg_kd_cfg, student_model
 from ..data import BoxEvaluator, NamingMapper, check_same_classes, training_classes
 from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
-from ..teacher import check_teacher_file
+from ..teacher import Teacher, check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths
@@ -36,12 +36,22 @@ from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
 from .trainer import distributed
+from .unlabeled import Unlabeled, add_unlabeled
 
 logger = logging.getLogger(__name__)
 
 
 # Valid keys of ``train`` that Detectron2's configs may lack.
-_OWN_KEYS = "train.seed", "train.ema_decay", "train.channels_last", "train.teacher_min_ap"
+_OWN_KEYS = (
+    "train.seed",
+    "train.ema_decay",
+    "train.channels_last",
+    "train.teacher_min_ap",
+    "train.unlabeled",
+    "train.unlabeled_share",
+    "train.unlabeled_precision",
+    "train.unlabeled_file",
+)
 
 
 def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = False) -> DictConfig:
@@ -97,7 +107,8 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     if key in _OWN_KEYS or not isinstance(node, DictConfig):
         return
     if name not in node and "_target_" not in node and where != "model.method":
-        near = difflib.get_close_matches(name, [str(k) for k in node], 1)
+        own = [k.removeprefix("train.") for k in _OWN_KEYS] if where == "train" else []
+        near = difflib.get_close_matches(name, [*map(str, node), *own], 1)
         raise ConfigError(
             f"{key} is not a key of the config{f': did you mean {near[0]}?' if near else '.'} "
             f"{where or 'The config'} has {', '.join(sorted(map(str, node)))}."
@@ -128,6 +139,8 @@ def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[Hook
     loader = _train_loader(
         cfg.dataloader.train, seed, teacher is not None and teacher.cache is not None
     )
+    if train.get("unlabeled"):
+        add_unlabeled(loader, teacher, _unlabeled(cfg, teacher))
     trainer = (FiniteAMPTrainer if train.amp.enabled else FiniteTrainer)(
         distributed(model, **train.ddp), loader, optimizer, output_dir=output_dir, seed=seed
     )
@@ -244,6 +257,26 @@ def _train_loader(cfg: DictConfig, seed: int, cached: bool):
     return ResumableLoader(**parts, sampler=sampler, seed=seed)
 
 
+def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
+    """The photos without labels of a config, and how they are used."""
+    train, data = cfg.train, cfg.dataloader
+    defaults = get_fgbg_kd_cfg().MODEL.KD.UNLABELED
+    mapper = copy.deepcopy(data.test.mapper)
+    if teacher is not None:
+        mapper.image_format = channel_order(teacher.detector)
+    return Unlabeled(
+        folders=train.unlabeled,
+        share=train.get("unlabeled_share", defaults.SHARE),
+        precision=train.get("unlabeled_precision", defaults.PRECISION),
+        file=train.get("unlabeled_file") or os.path.join(train.output_dir, "unlabeled.json"),
+        training=instantiate(data.train.dataset),
+        tests=_names_of(cfg, "test"),
+        classes=training_classes(cfg),
+        mapper=instantiate(mapper),
+        filter_empty=data.train.dataset.get("filter_empty", True),
+    )
+
+
 def build_lazy(cfg: DictConfig) -> nn.Module:
     """Builds ``cfg.model`` and checks its number of classes against the training set.
 
@@ -274,6 +307,9 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
 
 def _sets(cfg: DictConfig) -> list[str]:
     """Names of the training and test sets."""
-    parts = [OmegaConf.select(cfg, f"dataloader.{x}.dataset.names") for x in ("train", "test")]
-    parts = [[names] if isinstance(names, str) else names for names in parts if names]
-    return [name for names in parts for name in names]
+    return [*_names_of(cfg, "train"), *_names_of(cfg, "test")]
+
+
+def _names_of(cfg: DictConfig, part: str) -> list[str]:
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or []
+    return [names] if isinstance(names, str) else list(names)

@@ -10,13 +10,15 @@ import random
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..utils.errors import ConfigError
 
@@ -81,14 +83,60 @@ class ResumableLoader:
                 f"among {self.world_size} processes: choose a multiple of {self.world_size}."
             )
         self.batch_size = total_batch_size // self.world_size
-        self.wide = [x["width"] > x["height"] for x in dataset] if aspect_ratio_grouping else None
+        self.mapper, self.grouping = mapper, aspect_ratio_grouping
         self.dataset = _SeededDataset(
             MapDataset(DatasetFromList(dataset, copy=False), mapper), seed
         )
         self.sampler = sampler
+        self.streams = [_Stream(sampler, self.batch_size, self._wide(dataset))]
         self.num_workers = num_workers
         self.start = 0
         allow_many_open_files()
+
+    def _wide(self, dataset: Sequence[dict]) -> list[bool] | None:
+        return [x["width"] > x["height"] for x in dataset] if self.grouping else None
+
+    def mix(self, photos: list[dict], share: float) -> None:
+        """Gives a share of each batch to other images. The batch keeps its size.
+
+        Each batch then holds images of both sets, the other ones last. Their order is random and
+        depends on the seed only. Call this before the first batch is requested.
+
+        Args:
+            photos: dataset dicts of the other images.
+            share: between 0 and 1. The number of images is rounded. At least one image of each set
+                is in a batch.
+
+        Raises:
+            ConfigError: see :meth:`number_of`.
+        """
+        number = self.number_of(share)
+        first = len(self.dataset)
+        own = MapDataset(DatasetFromList(photos, copy=False), self.mapper)
+        self.dataset.dataset = ConcatDataset([self.dataset.dataset, own])
+        sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 0, 1))
+        self.streams = [
+            self.streams[0]._replace(batch_size=self.batch_size - number),
+            _Stream(sampler, number, self._wide(photos), first, key=(0, 1)),
+        ]
+
+    def number_of(self, share: float) -> int:
+        """The number of other images in a batch of one process, for :meth:`mix`.
+
+        Raises:
+            ConfigError: the share is not between 0 and 1, or a process gets one image per batch.
+        """
+        if not 0 < share < 1:
+            raise ConfigError(
+                f"MODEL.KD.UNLABELED.SHARE is {share}: give a number between 0 and 1. To train "
+                "without these photos, set DATASETS.UNLABELED ()."
+            )
+        if self.batch_size < 2:
+            raise ConfigError(
+                "Each process gets one image per batch, but DATASETS.UNLABELED needs one with and "
+                f"one without labels: set SOLVER.IMS_PER_BATCH {2 * self.world_size} or more."
+            )
+        return min(max(round(share * self.batch_size), 1), self.batch_size - 1)
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator function: this code runs when the first batch is requested, not before.
@@ -101,12 +149,35 @@ class ResumableLoader:
             generator=torch.Generator(),  # the default draws from the training's numbers
         )
 
-    def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Endless batches of (position in the stream of all processes, index of the image)."""
+    def _batches(self) -> Iterator[list[tuple[int, ...]]]:
+        """Endless batches of keys for the dataset."""
+        for parts in zip(*(x.batches(self.rank, self.world_size) for x in self.streams)):
+            yield [key for part in parts for key in part]
+
+
+class _Stream(NamedTuple):
+    """An endless stream of images and the number that each batch takes of it.
+
+    Attributes:
+        sampler: gives endless indices, other ones in each process.
+        batch_size: of one process.
+        wide: whether each image is wider than high; None: images are not grouped.
+        first: index of the stream's first image in the dataset.
+        key: more numbers for the seeds of the augmentation, so that streams differ.
+    """
+
+    sampler: Sampler
+    batch_size: int
+    wide: list[bool] | None
+    first: int = 0
+    key: tuple[int, ...] = ()
+
+    def batches(self, rank: int, world_size: int) -> Iterator[list[tuple[int, ...]]]:
+        """(position in the stream of all processes, ``key``, index of the image) of each image."""
         buckets = [], []  # tall and wide images; only the first if images are not grouped
         for i, index in enumerate(self.sampler):
             bucket = buckets[self.wide[index] if self.wide else 0]
-            bucket.append((i * self.world_size + self.rank, index))
+            bucket.append((i * world_size + rank, *self.key, self.first + index))
             if len(bucket) == self.batch_size:
                 yield bucket[:]
                 bucket.clear()
@@ -150,9 +221,12 @@ class _SeededDataset(Dataset):
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        position, index = key
-        with random_numbers(derived_seed(self.seed, position)):
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        *position, index = key
+        with random_numbers(derived_seed(self.seed, *position)):
             return self.dataset[index]
 
 

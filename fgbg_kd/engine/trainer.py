@@ -6,7 +6,11 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -14,8 +18,15 @@ from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg
-from ..data import BoxEvaluator, NamingMapper, check_num_classes, register_datasets
+from ..data import (
+    BoxEvaluator,
+    NamingMapper,
+    check_num_classes,
+    register_datasets,
+    training_classes,
+)
 from ..detectors.dense import channel_order, num_classes_of
+from ..teacher import Teacher
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
 from ..utils.config_files import expand_paths, merge_overrides, merge_yaml
@@ -26,6 +37,7 @@ from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
+from .unlabeled import Unlabeled, add_unlabeled
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +113,9 @@ class FgBgTrainer(DefaultTrainer):
         trainer = FiniteAMPTrainer if cfg.SOLVER.AMP.ENABLED else FiniteTrainer
         with explained(cfg, "training data"):
             loader = self.build_train_loader(cfg)
+        if cfg.DATASETS.UNLABELED:
+            teacher = getattr(model, "teacher", None)
+            add_unlabeled(loader, teacher, self.unlabeled(cfg, teacher))
         self._trainer = trainer(
             distributed(model), loader, optimizer, output_dir=cfg.OUTPUT_DIR, seed=cfg.SEED
         )
@@ -182,6 +197,26 @@ class FgBgTrainer(DefaultTrainer):
         with random_numbers(cfg.SEED):  # Detectron2 v0.6 draws the sampler's seed
             parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         return ResumableLoader(**parts, seed=cfg.SEED)
+
+    @classmethod
+    def unlabeled(cls, cfg, teacher: Teacher | None) -> Unlabeled:
+        """The photos without labels of a config, and how they are used."""
+        options, reading = cfg.MODEL.KD.UNLABELED, cfg.clone()
+        reading.defrost()
+        if teacher is not None:
+            reading.INPUT.FORMAT = channel_order(teacher.detector)
+        return Unlabeled(
+            folders=cfg.DATASETS.UNLABELED,
+            share=options.SHARE,
+            precision=options.PRECISION,
+            file=options.FILE or os.path.join(cfg.OUTPUT_DIR, "unlabeled.json"),
+            training=[x for name in cfg.DATASETS.TRAIN for x in DatasetCatalog.get(name)],
+            tests=cfg.DATASETS.TEST,
+            classes=training_classes(cfg),
+            mapper=NamingMapper(reading, False),
+            longest=cfg.INPUT.MAX_SIZE_TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        )
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):

@@ -44,6 +44,8 @@ def method_overrides(cfg, spec: str) -> list[str]:
     name, *options = spec.split() or [""]
     if name == PLAIN:
         overrides, prefixes = ["MODEL.META_ARCHITECTURE", cfg.MODEL.KD.STUDENT], [""]
+        if cfg.DATASETS.UNLABELED:  # plain training cannot use them
+            overrides += ["DATASETS.UNLABELED", "()"]
     elif name in METHOD_REGISTRY:
         overrides = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD", name]
         prefixes = [_node(name), "MODEL.KD.", ""]

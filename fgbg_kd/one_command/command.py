@@ -54,6 +54,7 @@ def distill(
     train: str | Sequence[str],
     test: str | Sequence[str] = (),
     *,
+    unlabeled: str | Sequence[str] = (),
     speedup: float | None = None,
     latency: float | None = None,
     parameters: float | None = None,
@@ -77,6 +78,7 @@ def distill(
         teacher: its config, or (config, checkpoint).
         train: (COCO file, folder of images), or the path of PASCAL VOC or YOLO data.
         test: the same. Empty: a part of ``train``, by groups of images.
+        unlabeled: folders of photos without annotations, which the distilled student also sees.
         speedup: how many times as fast as the teacher the student must be.
         latency: milliseconds per image that it may take.
         parameters: millions of parameters that it may have.
@@ -98,7 +100,8 @@ def distill(
     wish = Wish(speedup, latency, parameters, runtime)
     _check(wish, student, iterations, hours, dry_run)
     asked = _Asked(
-        *map(_listed, (teacher, train, test)), wish, student, iterations, hours, backbone_weights
+        *map(_listed, (teacher, train, test, unlabeled)),
+        *(wish, student, iterations, hours, backbone_weights),
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     how = {"compare": compare, "device": device, "say": say, "imports": tuple(imports)}
@@ -111,6 +114,7 @@ class _Asked(NamedTuple):
     teacher: list[str]
     train: list[str]
     test: list[str]
+    unlabeled: list[str]
     wish: Wish
     student: str
     iterations: int
@@ -142,6 +146,7 @@ def _run(asked: _Asked, output: Path, dry_run: bool, how: dict[str, Any]) -> Dis
             config=config,
             teacher=loaded,
             data=Data(*data),
+            unlabeled=tuple(os.path.abspath(os.path.expanduser(x)) for x in asked.unlabeled),
             wish=asked.wish,
             student=asked.student,
             iterations=asked.iterations,

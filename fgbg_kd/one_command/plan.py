@@ -10,9 +10,11 @@ from detectron2.config import CfgNode
 
 from ..data import register_datasets, training_classes
 from ..data.classes import class_names
+from ..data.unlabeled import find_photos
 from ..data.validation import read_coco
 from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
+from ..engine.unlabeled import check_teacher
 from ..matching import dense_student, match_classes, shared_levels
 from ..teacher import Teacher
 from ..utils.errors import ConfigError
@@ -37,6 +39,7 @@ class Plan:
         config: of the teacher.
         teacher: loaded.
         data: training and test set.
+        unlabeled: folders of photos without annotations.
         wish: what the student must meet.
         student: a timm model, a YAML config, or "": any candidate.
         iterations, hours: length of the training; 0: not given.
@@ -52,6 +55,7 @@ class Plan:
     config: str
     teacher: Teacher
     data: Data
+    unlabeled: tuple[str, ...]
     wish: Wish
     student: str
     iterations: int
@@ -76,6 +80,9 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     Raises:
         FgBgError: the data have a fault, or student and teacher do not fit together.
     """
+    if plan.unlabeled:
+        check_teacher(plan.teacher)
+        plan.say(f"{len(find_photos(plan.unlabeled))} photos without labels")
     number = len(class_names(plan.data.train[0]))
     if plan.own_config:
         settings = {plan.student: [Setting("_BASE_", plan.student)]}
@@ -198,6 +205,8 @@ def _schedule(
         ms: time of the student for one image.
     """
     images = len(read_coco(plan.data.train[0], training=True)["images"])
+    if plan.unlabeled:
+        images += len(find_photos(plan.unlabeled))
     batch = batch_of(images, facts.batch)
 
     def settings(iterations: int, why: str, **options) -> list[Setting]:
@@ -241,6 +250,9 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
         Setting("MODEL.KD.TEACHER.WEIGHTS", _in_full(plan.teacher.weights)),
         Setting("OUTPUT_DIR", str(folder / "distilled")),
     ]
+    if plan.unlabeled:
+        why = "photos without labels; MODEL.KD.UNLABELED says how they are used"
+        distilled.insert(-1, Setting("DATASETS.UNLABELED", list(plan.unlabeled), why))
     title = [f"The student with its teacher, {MARK}. Its other keys are those of student.yaml.",
              "Training: tools/train_net.py --config-file distilled.yaml"]  # fmt: skip
     write_whole(plan.output / "distilled.yaml", yaml_of(title, distilled))

@@ -38,16 +38,17 @@ def groups_of(file_names: Sequence[str]) -> tuple[dict[str, str], str]:
     return blocks, f"{len(set(blocks.values()))} blocks of neighbouring file names"
 
 
-def split(content: dict, path: str, seed: int = 0) -> tuple[dict, dict, str]:
+def split(content: dict, path: str, seed: int = 0, share: float = _SHARE) -> tuple[dict, dict, str]:
     """Splits a COCO file that has been checked. A group is never in both parts.
 
     Args:
         content: the parsed file.
         path: its path, for the message.
         seed: the same seed gives the same parts.
+        share: of the images in the test part, about.
 
     Returns:
-        The training part, the test part (about a fifth of the images), and a sentence about them.
+        The training part, the test part, and a sentence about them.
 
     Raises:
         DataError: there are too few images, or no part gets an object.
@@ -65,7 +66,7 @@ def split(content: dict, path: str, seed: int = 0) -> tuple[dict, dict, str]:
         members[group[name]].append(name)
     chosen: set[str] = set()
     for part in members.values():
-        if len(chosen) + len(part) <= max(_SHARE * len(names), 1):
+        if len(chosen) + len(part) <= max(share * len(names), 1):
             chosen.update(part)
     train, test = _part(content, set(names) - chosen), _part(content, chosen)
     if not train["annotations"] or not test["annotations"]:

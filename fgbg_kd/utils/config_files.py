@@ -21,9 +21,11 @@ _PATHS = (
     "DATASETS.TRAIN_IMAGES",
     "DATASETS.TEST_JSON",
     "DATASETS.TEST_IMAGES",
+    "DATASETS.UNLABELED",
     "MODEL.WEIGHTS",
     "MODEL.KD.TEACHER.CONFIG",
     "MODEL.KD.TEACHER.WEIGHTS",
+    "MODEL.KD.UNLABELED.FILE",
     "MODEL.TIMM.WEIGHTS",
     "MODEL.YOLO.CFG",
 )
@@ -96,8 +98,11 @@ def expand_paths(cfg: CN | DictConfig) -> None:
             node = cfg
             for group in groups:
                 node = node.get(group, {})
-            if isinstance(node.get(name), str):
-                node[name] = _expanded(node[name], key)
+            value = node.get(name)
+            if isinstance(value, str):
+                node[name] = _expanded(value, key)
+            elif isinstance(value, (tuple, list)):
+                node[name] = type(value)(_expanded(str(x), key) for x in value)
         else:
             value = OmegaConf.select(cfg, key)
             if isinstance(value, str):

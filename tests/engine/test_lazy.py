@@ -1,12 +1,13 @@
 """Python configs train like YAML: bit-identical losses, checkpoints, resume, and the tool."""
 
+import json
 import re
 import runpy
 import shutil
 
 import pytest
 import torch
-from conftest import CLASSES, ROOT, save_teacher
+from conftest import CLASSES, ROOT, save_teacher, write_coco
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -16,7 +17,13 @@ from detectron2.utils.env import seed_all_rng
 from fgbg_kd import FgBgDistiller, build_teacher
 from fgbg_kd.config import student_model
 from fgbg_kd.data import BoxEvaluator, register_datasets
-from fgbg_kd.engine import FgBgTrainer, load_lazy_config, load_lazy_student, train_lazy
+from fgbg_kd.engine import (
+    FgBgTrainer,
+    load_lazy_config,
+    load_lazy_student,
+    train_lazy,
+    unlabeled,
+)
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, EvaluationError, TeacherError
 
@@ -365,3 +372,20 @@ def test_pictures_are_drawn_by_a_python_config(config, tmp_path, monkeypatch):
     )
     visualize.main()
     assert [p.name for p in (tmp_path / "seen").iterdir()] == ["1.png"]
+
+
+def test_photos_without_labels_are_mixed_into_the_batches(
+    config, recorded, coco, tmp_path, monkeypatch
+):
+    """The options of a YAML config in `train`, and the weight in the model."""
+    monkeypatch.setattr(unlabeled, "score_threshold", lambda *args: 0.3)
+    _, photos = write_coco(tmp_path / "photos", 5, seed=4)
+    keys = [f"train.unlabeled=[{photos}]", "dataloader.train.total_batch_size=3"]
+    run(config, "train.max_iter=1", *keys, "model.unlabeled_weight=0.5")
+    assert {"loss_cls", "loss_cls_unlabeled", "loss_kd_fg"} <= recorded[0].keys()
+    content = json.loads((tmp_path / "lazy" / "unlabeled.json").read_text())
+    assert len(content["images"]) == 5 and content["categories"][1]["name"] == "stripe"
+    with pytest.raises(ConfigError, match="SHARE is 2.0"):
+        run(config, *keys, "train.unlabeled_share=2.0")
+    with pytest.raises(ConfigError, match="did you mean unlabeled"):
+        load_lazy_config(config, ["train.unlabelled=1"])

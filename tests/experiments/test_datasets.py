@@ -9,10 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_coco
 from pycocotools.coco import COCO
 
 from fgbg_kd.experiments.datasets import packages, scenes, tree_crowns
+from fgbg_kd.experiments.datasets.part import build_part
 
 
 @pytest.fixture(scope="module")
@@ -540,3 +541,22 @@ def test_the_tool_names_the_repair_and_makes_nothing(tmp_path):
     assert "choose another --out" in result.stderr
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["digits", "thesis.txt"]
+
+
+def test_a_part_keeps_its_labels_and_the_other_photos_lose_theirs(tmp_path):
+    file, images = write_coco(tmp_path / "whole", 20, seed=1)
+    content = json.loads(Path(file).read_text())
+    meta, made = build_part(tmp_path / "part", file, images, share=0.25)
+    part = json.loads((tmp_path / "part" / "train.json").read_text())
+    rest = {p.name for p in (tmp_path / "part" / "unlabeled").iterdir()}
+    labeled = {i["file_name"] for i in part["images"]}
+    assert made and len(labeled) == 5 and len(rest) == 15
+    assert labeled | rest == {i["file_name"] for i in content["images"]}
+    ids = {i["id"] for i in part["images"]}
+    assert [a["bbox"] for a in part["annotations"]] == [
+        a["bbox"] for a in content["annotations"] if a["image_id"] in ids
+    ]
+    assert meta["summary"]["unlabeled"] == {"images": 15}
+    assert build_part(tmp_path / "part", file, images, share=0.25) == (meta, False)
+    again, _ = build_part(tmp_path / "other", file, images, share=0.25)
+    assert again["content"] == meta["content"]

@@ -6,7 +6,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import faster_rcnn_cfg, save_teacher, tiny_cfg, weights
+from conftest import faster_rcnn_cfg, save_teacher, tiny_cfg, weights, write_coco
 from detectron2.modeling import build_model
 
 import fgbg_kd
@@ -130,6 +130,25 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     assert "SEED: 0" in student.read_text()  # a missing file is written again
     fgbg_kd.distill(**call | {"hours": 0.2})  # nothing is trained yet: a new plan
     assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
+
+
+def test_photos_without_labels_stand_in_the_config_that_distils_only(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
+    _, photos = write_coco(tmp_path / "photos", 5, seed=4)
+    said = []
+    fgbg_kd.distill(**arguments | {"unlabeled": photos, "say": said.append})
+    assert "5 photos without labels" in said
+    text = (tmp_path / "out" / "distilled.yaml").read_text()
+    assert "# photos without labels; MODEL.KD.UNLABELED says how they are used" in text
+    assert read_config(str(tmp_path / "out" / "distilled.yaml")).DATASETS.UNLABELED == (photos,)
+    assert read_config(str(tmp_path / "out" / "student.yaml")).DATASETS.UNLABELED == ()
+    monkeypatch.setattr(measure, "measure", None)  # would raise if it were called
+    for wrong, message in (("gone", "no such folder"), (str(tmp_path / "out"), "has no photos")):
+        changes = {"unlabeled": [wrong], "output": tmp_path / "other"}
+        with pytest.raises((ConfigError, DataError), match=message):
+            fgbg_kd.distill(**arguments | changes)
 
 
 @pytest.mark.parametrize("classes", [2, 80])
