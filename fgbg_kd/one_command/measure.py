@@ -23,6 +23,7 @@ from ..experiments.runner import surroundings
 from ..utils.errors import ConfigError, FgBgError
 from ..utils.files import read_json, sha256_of_text, write_whole
 from ..utils.markdown import table_of
+from ..utils.packages import installed
 from ..utils.timing import times_in_turn
 
 # Column of the table by the name of a runtime.
@@ -76,10 +77,7 @@ class Wish:
 
 def has_onnx() -> bool:
     """Whether ONNX files can be written and run here."""
-    try:
-        return bool(version("onnx") and version("onnxruntime"))
-    except PackageNotFoundError:
-        return False
+    return installed("onnx", "onnxruntime")
 
 
 def image_size(content: dict, test_size: int, limit: int) -> tuple[int, int]:
