@@ -33,6 +33,9 @@ HEADINGS = {
     "gflops": "GFLOPs",
     "ms": "ms, PyTorch",
     "onnx_ms": "ms, ONNX Runtime",
+    "openvino_ms": "ms, OpenVINO",
+    "int8_ms": "ms, int8",
+    "int8_AP": "AP, int8",
     "speedup": "times as fast",
 }
 _RUNS, _SECONDS = 50, 60  # of the measurement of all candidates
@@ -93,6 +96,7 @@ def measure(
     device: str,
     say: Callable[[str], None] = lambda text: None,
     image: np.ndarray | None = None,
+    files: Mapping[tuple[str, str], str] | None = None,
 ) -> list[dict]:
     """Parameters, GFLOPs and milliseconds of detectors for one image. They take turns.
 
@@ -100,13 +104,14 @@ def measure(
         detectors: functions that build them, by name. The first is the teacher.
         size: (height, width) of the image.
         image: (H, W, 3) uint8 of this size; None: random pixels.
+        files: exported files that are timed too, by the name of the detector and the column.
 
     Returns:
         Rows with "name", "parameters_m", "gflops", "ms", "onnx_ms" (None: it has no ONNX file) and
         "speedup", the teacher's time divided by the detector's, in PyTorch. Times are 20 %
         quantiles.
     """
-    rows, calls = [], {}
+    rows, calls, files = [], {}, files or {}
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for name, build in detectors.items():
@@ -123,9 +128,12 @@ def measure(
             model.to(device)
             if run is not None:
                 calls[name, "onnx_ms"] = lambda _, run=run: run()
+        for place, file in files.items():
+            run = ExportedDetector(file).run
+            calls[place] = lambda _, run=run, pixels=pixels: run(pixels)
         times = times_in_turn(calls, _RUNS, seconds=_SECONDS)
     for row in rows:
-        for column in ("ms", "onnx_ms"):
+        for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):
             found = times.get((row["name"], column))
             row[column] = round(float(np.quantile(found, _QUANTILE)), 2) if found else None
         row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)

@@ -47,6 +47,7 @@ class Plan:
         device: on which the detectors are measured.
         say: is called with a line of text.
         imports: the user's modules that trainings import.
+        num_gpus: on which a training runs.
     """
 
     config: str
@@ -63,6 +64,7 @@ class Plan:
     device: str
     say: Callable[[str], None]
     imports: tuple[str, ...] = ()
+    num_gpus: int = 1
 
     @property
     def own_config(self) -> bool:
