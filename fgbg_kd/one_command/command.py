@@ -116,9 +116,8 @@ def distill(
         *map(_listed, (teacher, train, test)), wish, student, iterations, hours, backbone_weights
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    how = {"compare": compare, "device": device, "say": say, "imports": tuple(imports)}
-    how["num_gpus"] = num_gpus
-    return _run(asked, Path(output), dry_run, how)
+    how = {"compare": compare, "device": device, "say": say, "num_gpus": num_gpus}
+    return _run(asked, Path(output), dry_run, how | {"imports": tuple(imports)})
 
 
 class _Asked(NamedTuple):
