@@ -57,6 +57,9 @@ setup(
         "openvino": OPENVINO,
         # For PASCAL VOC and YOLO data in tools/distill.py.
         "formats": FORMATS,
+        # For the config key WRITERS.
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         # For `make docs`.
         "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
         "dev": [

@@ -36,12 +36,13 @@ from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
 from .trainer import distributed
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
 
 # Valid keys of ``train`` that Detectron2's configs may lack.
-_OWN_KEYS = "train.seed", "train.ema_decay", "train.teacher_min_ap"
+_OWN_KEYS = "train.seed", "train.ema_decay", "train.teacher_min_ap", "train.writers"
 
 
 def load_lazy_config(config_file: str, opts: list[str] = (), resume: bool = False) -> DictConfig:
@@ -157,7 +158,10 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
     period, saving, writing = train.checkpointer.period, None, None
     if comm.is_main_process():
         saving = hooks.PeriodicCheckpointer(checkpointer, period)
-        writers = default_writers(train.output_dir, train.max_iter)
+        writers = [
+            *build_writers(train.get("writers", []), train.output_dir),
+            *default_writers(train.output_dir, train.max_iter),
+        ]
         writing = hooks.PeriodicWriter(writers, period=train.log_period)
     own = run_hooks(
         model,

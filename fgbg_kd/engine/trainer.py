@@ -26,6 +26,7 @@ from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,9 @@ class FgBgTrainer(DefaultTrainer):
             evaluations=lambda: trainer.evaluations(),
         )
         return own + self.extra_hooks + super().build_hooks()
+
+    def build_writers(self):
+        return [*build_writers(self.cfg.WRITERS, self.cfg.OUTPUT_DIR), *super().build_writers()]
 
     def evaluations(self):
         """The loader and the evaluators of each test set."""
