@@ -140,8 +140,9 @@ def measure(
     low, high = np.quantile(times[rows[0]["name"], "ms"], [_QUANTILE, 1 - _QUANTILE])
     if high > _STEADY * low:
         say(
-            f"The teacher takes {low:.1f} to {high:.1f} ms: other work disturbs the measurement. "
-            "For steady times, remove measured_students.json and measure on an idle machine."
+            f"{rows[0]['name']} takes {low:.1f} to {high:.1f} ms: other work disturbs the "
+            "measurement. For steady times, remove measured_students.json and measure on an idle "
+            "machine."
         )
     return rows
 
@@ -219,8 +220,62 @@ def measured(
     return tables[key]["rows"]
 
 
+def refined(
+    rows: list[dict],
+    wish: Wish,
+    finer: Callable[[str], list[str]],
+    measure_pair: Callable[[str, str], list[dict]],
+) -> list[dict]:
+    """Adds candidates between the one that is chosen and the next one, by bisection.
+
+    Without them, the student can be much faster than the wish. Each is measured together with the
+    chosen one. So it does not matter if the machine is slower than at the time of ``rows``.
+
+    Args:
+        rows: those of :func:`measure`. The first is the teacher.
+        finer: from the name of a candidate to those of larger ones, from fast to slow.
+        measure_pair: rows of two candidates by name.
+    """
+    try:
+        taken = choose(rows, wish)
+    except ConfigError:  # is raised again when the table is shown
+        return rows
+    known = {row["name"] for row in rows}
+    names = [name for name in finer(taken["name"]) if name not in known]
+    low, high = 0, len(names)
+    while low < high and (wish.speedup or wish.latency):
+        middle = (low + high) // 2
+        again, row = measure_pair(taken["name"], names[middle])
+        row = dict(row)
+        for column in RUNTIMES.values():
+            if row[column] and again[column]:
+                row[column] = round(row[column] * taken[column] / again[column], 2)
+        row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
+        rows = [*rows, row]
+        if _fitting([row], rows[0], wish):
+            low = middle + 1
+        else:
+            high = middle
+    return rows
+
+
+def _fitting(candidates: Sequence[dict], teacher: dict, wish: Wish) -> list[dict]:
+    """The rows that meet a wish."""
+    column, infinity = RUNTIMES[wish.runtime], float("inf")
+    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
+    if not (wish.speedup or wish.latency):
+        return small
+    most = min(
+        wish.latency or infinity, teacher[column] / wish.speedup if wish.speedup else infinity
+    )
+    return [r for r in small if r[column] is not None and r[column] <= most]
+
+
 def choose(rows: Sequence[dict], wish: Wish) -> dict:
-    """The largest candidate that meets a wish: the one with the most parameters.
+    """The largest candidate that meets a wish.
+
+    It has the backbone of the one with the most parameters. Among those with this backbone, it has
+    the most GFLOPs.
 
     Args:
         rows: those of :func:`measure`. The first is the teacher.
@@ -229,25 +284,22 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
         ConfigError: no candidate meets the wish. The message names the nearest one.
     """
     teacher, *candidates = rows
-    column, infinity = RUNTIMES[wish.runtime], float("inf")
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
+    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or float("inf"))]
     if not small:
         least = min(candidates, key=lambda r: r["parameters_m"])
         raise ConfigError(
             f"No candidate has at most {wish.parameters:g} M parameters: the smallest, "
             f"{least['name']}, has {least['parameters_m']} M. Ask for more, or name a --student."
         )
-    fits = small
+    timed = [r for r in small if r[RUNTIMES[wish.runtime]] is not None]
     if wish.speedup or wish.latency:
-        timed = [r for r in small if r[column] is not None]
         _check_timed(timed, teacher, wish)
-        most = min(
-            wish.latency or infinity, teacher[column] / wish.speedup if wish.speedup else infinity
-        )
-        fits = [r for r in timed if r[column] <= most]
-        if not fits:
-            raise _too_slow(min(timed, key=lambda r: r[column]), teacher, wish)
-    return max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
+    fits = _fitting(small, teacher, wish)
+    if not fits:
+        raise _too_slow(min(timed, key=lambda r: r[RUNTIMES[wish.runtime]]), teacher, wish)
+    largest = max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
+    backbone = largest["name"].split(",")[0]
+    return max((r for r in fits if r["name"].split(",")[0] == backbone), key=lambda r: r["gflops"])
 
 
 def _check_timed(timed: list[dict], teacher: dict, wish: Wish) -> None:
