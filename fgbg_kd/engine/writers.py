@@ -123,11 +123,9 @@ class MlflowWriter(RunWriter):
         return self.api.start_run(run_id=run_id, run_name=name).info.run_id
 
     def log(self, scalars: dict[str, float], pictures: dict[str, np.ndarray], step: int) -> None:
-        # Names of classes are part of the names, and MLflow refuses many characters.
-        named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in scalars.items()}
-        self.api.log_metrics(named, step=step)
+        self.api.log_metrics({_plain(k): v for k, v in scalars.items()}, step=step)
         for name, picture in pictures.items():
-            self.api.log_image(picture, key=name, step=step)
+            self.api.log_image(picture, key=_plain(name), step=step)
 
     def finish(self) -> None:
         self.api.end_run()
@@ -148,6 +146,11 @@ def build_writers(names: Sequence[str], output_dir: str) -> list[RunWriter]:
             "TensorBoard and metrics.json are always written."
         )
     return [WRITERS[name](output_dir) for name in names]
+
+
+def _plain(name: str) -> str:
+    """A name with the characters that MLflow takes. Names of classes may have others."""
+    return re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name)
 
 
 def _as_pixels(picture: np.ndarray | torch.Tensor) -> np.ndarray:
