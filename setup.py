@@ -1,6 +1,7 @@
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxruntime"]
+OPENVINO = ["nncf>=3.0", "openvino>=2025.0"]
 # Older ones require opencv-python, which would overwrite the installed OpenCV.
 FORMATS = ["supervision>=0.31"]
 
@@ -52,10 +53,24 @@ setup(
         "yolox": ["loguru", "psutil"],
         # For ONNX files: tools/export.py and tools/predict.py.
         "export": EXPORT,
+        # For OpenVINO files: the same two tools and tools/distill.py.
+        "openvino": OPENVINO,
         # For PASCAL VOC and YOLO data in tools/distill.py.
         "formats": FORMATS,
+        # For the config key WRITERS.
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         # For `make docs`.
         "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT, *FORMATS],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            *EXPORT,
+            *FORMATS,
+            *OPENVINO,
+        ],
     },
 )

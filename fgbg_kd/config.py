@@ -282,6 +282,10 @@ def _add_training(cfg: CN) -> None:
     # older checkpoint remains if the last one is damaged.
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
 
+    # Services that get losses, statistics, AP and pictures beside TensorBoard: "wandb" (Weights &
+    # Biases), "mlflow". Each needs the extra of its name. [] = none.
+    cfg.WRITERS = []
+
     # Annotation files and image folders of data in COCO format. They are registered under the only
     # name in DATASETS.TRAIN or DATASETS.TEST. "" = this name is already registered.
     cfg.DATASETS.TRAIN_JSON = ""

@@ -9,8 +9,8 @@ Examples:
 The student is the largest of a list of light detectors that is fast enough on this machine. All of
 them are measured. --dry-run only shows this table.
 
-The folder of --output then holds student.yaml and distilled.yaml, the trainings, student.onnx and
-report.html. Ctrl-C stops a training. The same command continues it.
+The folder of --output then holds student.yaml and distilled.yaml, the trainings, student.onnx,
+comparison.jpg and report.html. Ctrl-C stops a training. The same command continues it.
 """
 
 import argparse
@@ -79,6 +79,9 @@ def main() -> None:
         help="a state dict of the student's timm model, or random; default: timm's own weights",
     )
     training.add_argument("--compare", action="store_true", help="also train without the teacher")
+    training.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="for a training; default: %(default)s"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only measure and show the table")
     parser.add_argument("--output", type=Path, default=Path("output/distill"), metavar="FOLDER")
     add_import_flag(parser)

@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Exports a trained detector to an ONNX or TorchScript file, checks the file, and times it.
+"""Exports a trained detector to an ONNX, OpenVINO or TorchScript file, checks it, and times it.
 
 Examples:
     tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
         --output student.onnx
     tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
         --output student.onnx --int8 static --evaluate
+    tools/export.py --config-file my_student.yaml --weights output/distilled/model_final.pth \\
+        --output student.xml --fp16 --int8 static --evaluate
 
 The file takes one image, uint8 RGB (H, W, 3) of any size, and returns boxes, scores and classes.
---int8 also writes student.int8.onnx. ONNX needs `pip install -e '.[export]'`.
+--int8 also writes student.int8.onnx or student.int8.xml. ONNX needs `pip install -e '.[export]'`,
+OpenVINO `pip install -e '.[openvino]'`.
 """
 
 import argparse
@@ -34,12 +37,19 @@ def main() -> None:
     parser.add_argument(
         "--weights", required=True, metavar="FILE", help="its checkpoint, such as model_final.pth"
     )
-    parser.add_argument("--output", required=True, help="name.onnx, or name.pt for TorchScript")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="name.onnx, name.xml for OpenVINO (with name.bin), or name.pt for TorchScript",
+    )
     parser.add_argument(
         "--nms",
         choices=("inside", "outside"),
         default="inside",
         help="outside: the file returns candidates, and you apply NMS; default: %(default)s",
+    )
+    parser.add_argument(
+        "--fp16", action="store_true", help="the OpenVINO file holds its weights in fp16"
     )
     parser.add_argument(
         "--int8",
@@ -67,9 +77,13 @@ def main() -> None:
     add_import_flag(parser)
     args = parser.parse_args()
     if Path(args.output).suffix not in deploy.FORMATS:
-        parser.error("--output: give a name that ends in .onnx, or in .pt for TorchScript")
-    if args.int8 and not args.output.endswith(".onnx"):
-        parser.error("--int8 needs an --output that ends in .onnx")
+        parser.error(f"--output: give a name that ends in {', '.join(deploy.FORMATS)}")
+    if args.int8 and args.output.endswith(".pt"):
+        parser.error("--int8 needs an --output that ends in .onnx or .xml")
+    if args.int8 == "dynamic" and args.output.endswith(".xml"):
+        parser.error("--int8 dynamic: OpenVINO has static int8 only: give --int8 static")
+    if args.fp16 and not args.output.endswith(".xml"):
+        parser.error("--fp16 needs an --output that ends in .xml")
     setup_logger(name="fgbg_kd")
     setup_logger()
     rows = deploy.export_config(
@@ -77,6 +91,7 @@ def main() -> None:
         args.weights,
         Path(args.output),
         nms_inside=args.nms == "inside",
+        half=args.fp16,
         int8=args.int8 or "",
         calibration=args.calibration,
         images=args.images,

@@ -3,6 +3,7 @@
 
 Examples:
     tools/predict.py student.onnx photo.jpg folder/ film.mp4 --output predictions
+    tools/predict.py student.int8.xml folder/
     tools/predict.py student.pt val2017/ --json results.json --ids val2017.json --score 0.05
     tools/predict.py my_student.yaml --weights output/distilled/model_final.pth photo.jpg
 
@@ -43,7 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("detector", metavar="DETECTOR", help="name.onnx, name.pt or config.yaml")
+    parser.add_argument(
+        "detector", metavar="DETECTOR", help="name.onnx, name.xml, name.pt or config.yaml"
+    )
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="an image, a video or a folder"
     )

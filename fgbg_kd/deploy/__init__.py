@@ -1,4 +1,4 @@
-"""Exports the student to an ONNX or TorchScript file, and runs such files.
+"""Exports the student to an ONNX, OpenVINO or TorchScript file, and runs such files.
 
 An exported detector takes one image of any size, uint8 RGB of shape (H, W, 3), and returns
 
@@ -16,7 +16,7 @@ from ..utils.errors import DeployError
 from .checks import Agreement, agreement, export_checked
 from .deployable import Deployable, suppress
 from .export import FORMATS, describe, export, load_for_deployment, quantize
-from .export_config import export_config
+from .export_config import average_precision, export_config, export_files
 from .predict import predict
 from .run import ExportedDetector, coco_results, detect, draw, open_detector, resized
 
@@ -27,6 +27,7 @@ __all__ = [
     "Deployable",
     "ExportedDetector",
     "agreement",
+    "average_precision",
     "coco_results",
     "describe",
     "detect",
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "export_checked",
     "export_config",
+    "export_files",
     "load_for_deployment",
     "open_detector",
     "predict",

@@ -12,9 +12,12 @@ from torchvision.ops import box_iou
 from ..utils.errors import DeployError
 from ..utils.files import whole
 from .export import export
+from .openvino_file import whole_pair
 from .run import ExportedDetector, detect
 
-_PARTNERS = 0.99  # smallest share of detections that must have a partner
+# Smallest share of detections that must have a partner. Weights in fp16 have three digits, so that
+# detections with nearly equal scores change their order.
+_PARTNERS, _PARTNERS_IN_FP16 = 0.99, 0.9
 
 
 class Agreement(NamedTuple):
@@ -67,14 +70,19 @@ def agreement(
 
 
 def export_checked(
-    model: nn.Module, about: dict, output: Path, images: list[np.ndarray], nms_inside: bool = True
+    model: nn.Module,
+    about: dict,
+    output: Path,
+    images: list[np.ndarray],
+    nms_inside: bool = True,
+    half: bool = False,
 ) -> tuple[ExportedDetector, Agreement]:
     """Exports a detector to a file and compares the file with PyTorch.
 
     The new file replaces an existing file only after it has passed the comparison.
 
     Args:
-        model, about, nms_inside: see :func:`export`.
+        model, about, nms_inside, half: see :func:`export`.
         images: (H, W, 3) uint8 RGB, for the comparison.
 
     Raises:
@@ -83,9 +91,9 @@ def export_checked(
     if output.is_dir():
         raise DeployError(f"{output} is a folder: give the name of a file.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole(output) as partial:
+    with (whole_pair if output.suffix == ".xml" else whole)(output) as partial:
         partial.touch()  # fails early if it cannot be written
-        export(model, about, str(partial), images[0], nms_inside)
+        export(model, about, str(partial), images[0], nms_inside, half)
         exported = ExportedDetector(str(partial))
         found = agreement(model, exported, about, images)
         if math.isnan(found.partners):
@@ -93,9 +101,10 @@ def export_checked(
                 f"{output} is not written: nothing is detected in the images, so the file "
                 "cannot be checked. Give --images with objects, and trained weights."
             )
-        if found.partners < _PARTNERS:
+        if found.partners < (_PARTNERS_IN_FP16 if half else _PARTNERS):
             raise DeployError(
                 f"{output} is not written: only {found.partners:.2%} of its detections and "
-                f"PyTorch's agree. Please report this, with the versions of torch and onnxruntime."
+                "PyTorch's agree. Please report this, with the versions of torch, onnxruntime and "
+                "openvino."
             )
     return exported, found

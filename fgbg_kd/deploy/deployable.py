@@ -9,6 +9,7 @@ from ..detectors.dense import DenseView, view
 from ..utils.errors import DeployError, DetectorError
 
 OUTPUTS = ["boxes", "scores", "classes"]
+METADATA = "fgbg_kd.json"  # key of the metadata in every file format
 
 # Number of image channels for each channel order that a deployed detector may take.
 _CHANNELS = {"RGB": 3, "BGR": 3, "L": 1}

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,10 +17,11 @@ from torch import nn
 from ..detectors.load import load_detector, read_detector_config, weights_of
 from ..utils.errors import DeployError
 from ..utils.files import whole
-from .deployable import OUTPUTS, Deployable, dense_view
+from ..utils.packages import need
+from .deployable import METADATA, OUTPUTS, Deployable, dense_view
+from .openvino_file import quantize_openvino, write_openvino
 
-FORMATS = (".onnx", ".pt")
-METADATA = "fgbg_kd.json"  # key of the metadata in both file formats
+FORMATS = (".onnx", ".pt", ".xml")
 
 logger = logging.getLogger(__name__)
 
@@ -113,25 +113,37 @@ def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
 
 
 def export(
-    detector: nn.Module, about: dict, output: str, image: np.ndarray, nms_inside: bool = True
+    detector: nn.Module,
+    about: dict,
+    output: str,
+    image: np.ndarray,
+    nms_inside: bool = True,
+    half: bool = False,
 ) -> None:
     """Exports a detector to a file.
 
     Args:
         detector, about: results of :func:`load_for_deployment`.
-        output: name.onnx, or name.pt for TorchScript.
+        output: name.onnx, name.pt for TorchScript, or name.xml for OpenVINO (with name.bin).
         image: an example, (H, W, 3) uint8. The file also takes other sizes, unless the detector
             has an "input_size".
         nms_inside: False: the file returns candidates.
+        half: the OpenVINO file holds its weights in fp16.
 
     Raises:
-        DeployError: ``output`` has another suffix, or the package onnx is missing.
+        DeployError: ``output`` has another suffix, or the package onnx or openvino is missing.
     """
     if Path(output).suffix not in FORMATS:
-        raise DeployError(f"{output}: give a name that ends in .onnx, or in .pt for TorchScript.")
+        raise DeployError(
+            f"{output}: give a name that ends in .onnx, in .xml for OpenVINO, or in .pt for "
+            "TorchScript."
+        )
     about = {**about, "nms_inside": nms_inside}
     model, example = Deployable(detector, nms_inside), torch.from_numpy(image.copy())
     Path(output).parent.mkdir(parents=True, exist_ok=True)
+    if output.endswith(".xml"):
+        write_openvino(model, about, Path(output), image, half)
+        return
     with torch.no_grad(), warnings.catch_warnings():
         # PyTorch warns that sizes are traced, which is intended. It also warns that this exporter
         # is the older one. The newer exporter does not support how Detectron2 uses the number of
@@ -142,7 +154,7 @@ def export(
             traced = torch.jit.trace(model, (example,), check_trace=False)
             torch.jit.save(traced, output, _extra_files=extra)
             return
-        onnx = need("onnx")
+        onnx = need("onnx", "export", DeployError)
         torch.onnx.export(
             model,
             (example,),
@@ -165,19 +177,26 @@ def _dynamic_axes(about: dict) -> dict:
 
 
 def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = None) -> None:
-    """Writes an ONNX file with int8 convolutions, using onnxruntime's quantiser.
+    """Writes a file with int8 convolutions, using the quantiser of onnxruntime or NNCF (OpenVINO).
 
     If it fails or is interrupted, an existing output file is not changed.
 
     Args:
-        source: an ONNX file from :func:`export`.
+        source: an ONNX or OpenVINO file from :func:`export`.
+        output: of the same format.
         images: (H, W, 3) uint8 RGB. They give the ranges of activations (static quantisation).
-            None: the ranges are taken from each image when the file is run (dynamic).
+            None: the ranges are taken from each image when the file is run (dynamic; ONNX only).
 
     Raises:
-        DeployError: the package onnxruntime is missing.
+        DeployError: the package onnxruntime, openvino or nncf is missing, or OpenVINO gets no
+            images.
     """
-    need("onnxruntime")
+    if source.endswith(".xml"):
+        if images is None:
+            raise DeployError("OpenVINO has static int8 only: give images (--int8 static).")
+        quantize_openvino(source, output, images)
+        return
+    need("onnxruntime", "export", DeployError)
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -201,17 +220,3 @@ def quantize(source: str, output: str, images: Iterable[np.ndarray] | None = Non
         q.quantize_static(
             prepared, partial, Reader(), op_types_to_quantize=["Conv"], per_channel=True
         )
-
-
-def need(name: str) -> ModuleType:
-    """Imports a package that only exported files need.
-
-    Raises:
-        DeployError: it is not installed.
-    """
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise DeployError(
-            f"The package {name} is not installed: pip install -e '.[export]'."
-        ) from error

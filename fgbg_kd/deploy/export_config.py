@@ -1,9 +1,9 @@
 """Exports a config's detector, checks the files, and measures size, speed and accuracy."""
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -22,33 +22,65 @@ from .run import ExportedDetector, detect, resized
 _CHECKED_ON = 8  # images
 
 
-def export_config(
+class Exported(NamedTuple):
+    """Files that :func:`export_files` has written, and what they were made from.
+
+    Attributes:
+        detectors: the detector in PyTorch ("PyTorch") and those of the files, by path.
+        about: see :func:`describe`.
+        images: (H, W, 3) uint8 RGB of the detector's size, on which the files were checked.
+        cfg: the config with its data; None: the data were not needed.
+    """
+
+    detectors: dict[str, Callable]
+    about: dict
+    images: list[np.ndarray]
+    cfg: CfgNode | None
+
+
+def export_config(config: str, weights: str, output: Path, **options) -> list[dict]:
+    """Exports the detector of a config, checks the file, and measures the file and PyTorch.
+
+    Args:
+        config, weights, output: see :func:`export_files`.
+        options: the others of :func:`export_files`. "evaluate": AP on DATASETS.TEST is measured.
+
+    Returns:
+        A row for each detector: "detector", "MB", "ms_per_image", and "AP" if it is measured.
+
+    Raises:
+        DeployError: see :func:`export_files`.
+    """
+    found = export_files(config, weights, output, **options)
+    return _measured(*found[:3], found.cfg if options.get("evaluate") else None)
+
+
+def export_files(
     config: str,
     weights: str,
     output: Path,
     *,
     nms_inside: bool = True,
+    half: bool = False,
     int8: str = "",
     calibration: int = 64,
     images: Sequence[str] = (),
     evaluate: bool = False,
     say: Callable[[str], None] = print,
-) -> list[dict]:
-    """Exports the detector of a config, checks the file, and measures the file and PyTorch.
+) -> Exported:
+    """Exports the detector of a config, and checks the file.
 
     Args:
         config: a YAML config.
         weights: its checkpoint.
-        output: name.onnx, or name.pt for TorchScript.
+        output: name.onnx, name.pt for TorchScript, or name.xml for OpenVINO.
         nms_inside: False: the file returns candidates.
-        int8: "static" or "dynamic": also writes name.int8.onnx (:func:`quantize`).
+        half: the OpenVINO file holds its weights in fp16.
+        int8: "static" or "dynamic": also writes name.int8.onnx or name.int8.xml (:func:`quantize`).
         calibration: number of training images for "static".
         images: image files for the check. Empty: 8 images of DATASETS.TEST.
-        evaluate: whether AP on DATASETS.TEST is measured.
+        evaluate: whether the test set must have objects.
         say: is called with a line of text about the check.
-
-    Returns:
-        A row for each detector: "detector", "MB", "ms_per_image", and "AP" if it is measured.
 
     Raises:
         DeployError: the detector cannot be exported, or the file and PyTorch detect different
@@ -61,23 +93,20 @@ def export_config(
     if evaluate:
         _check_annotated(cfg)
     shown = _read(images or _files(cfg, "TEST", _CHECKED_ON), about)
-    exported, found = export_checked(model, about, output, shown, nms_inside)
+    exported, found = export_checked(model, about, output, shown, nms_inside, half)
     say(
         f"{output} agrees with PyTorch: {found.detections} detections in {len(shown)} images, "
         f"{found.partners:.2%} with a partner; scores differ by at most {found.score:.1e}, corners "
         f"by {found.pixels:.1e} pixels."
     )
-    models = {"PyTorch": model, str(output): exported}
+    detectors = {"PyTorch": model, str(output): exported}
     if int8:
-        smaller = str(output.with_suffix(".int8.onnx"))
+        smaller = str(output.with_suffix(f".int8{output.suffix}"))
         static = int8 == "static"
-        quantize(
-            str(output),
-            smaller,
-            _read(_files(cfg, "TRAIN", calibration), about) if static else None,
-        )
-        models[smaller] = ExportedDetector(smaller)
-    return _measured(models, about, shown, cfg if evaluate else None)
+        photos = _read(_files(cfg, "TRAIN", calibration), about) if static else None
+        quantize(str(output), smaller, photos)
+        detectors[smaller] = ExportedDetector(smaller)
+    return Exported(detectors, about, shown, cfg)
 
 
 def _measured(
@@ -90,11 +119,11 @@ def _measured(
     rows, milliseconds = [], latency(calls)
     for name, model in models.items():
         in_memory = isinstance(model, nn.Module)
-        size = _weight_bytes(model) if in_memory else os.path.getsize(name)
+        size = _weight_bytes(model) if in_memory else _file_bytes(Path(name))
         row = {"detector": name, "MB": f"{size / 1e6:.2f}"}
         row["ms_per_image"] = f"{milliseconds[name]:.2f}"
         if cfg is not None:
-            row["AP"] = f"{_average_precision(cfg, model):.2f}"
+            row["AP"] = f"{average_precision(cfg, model):.2f}"
         rows.append(row)
     return rows
 
@@ -115,13 +144,19 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(x.nbytes for x in model.state_dict().values())
 
 
+def _file_bytes(file: Path) -> int:
+    """Size of a file, with the weights beside an OpenVINO file."""
+    files = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+    return sum(f.stat().st_size for f in files)
+
+
 def _check_annotated(cfg: CfgNode) -> None:
     names = cfg.DATASETS.TEST[:1]
     if not any(r.get("annotations") for name in names for r in DatasetCatalog.get(name)):
         raise DeployError(f"--evaluate: the set {' '.join(names)} (DATASETS.TEST) has no objects.")
 
 
-def _average_precision(cfg: CfgNode, model: Callable) -> float:
+def average_precision(cfg: CfgNode, model: Callable) -> float:
     """COCO AP (0 to 100) on the first set of DATASETS.TEST."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = cfg.clone()

@@ -42,7 +42,7 @@ def predict(
     """Runs a detector on files and writes its detections.
 
     Args:
-        detector: name.onnx, name.pt, or a YAML config.
+        detector: name.onnx, name.xml, name.pt, or a YAML config.
         inputs: images, videos, and folders of images.
         weights: checkpoint for a config.
         output: folder for images and videos with drawn detections. None: nothing is drawn.

@@ -18,8 +18,10 @@ from ..data.images import too_narrow
 from ..detectors.dense import channel_order
 from ..utils.errors import DataError, DeployError
 from ..utils.fonts import readable
-from .deployable import OUTPUTS, in_order, suppress
-from .export import FORMATS, METADATA, load_for_deployment, need
+from ..utils.packages import need
+from .deployable import METADATA, OUTPUTS, in_order, suppress
+from .export import FORMATS, load_for_deployment
+from .openvino_file import open_openvino
 
 _DESCRIBED = {"categories", "min_size", "max_size", "input_size", "suppression", "nms_inside"}
 
@@ -39,7 +41,7 @@ class ExportedDetector:
     def __init__(self, file: str):
         """
         Args:
-            file: a .onnx or .pt file from :func:`export` or :func:`quantize`.
+            file: a .onnx, .pt or .xml file from :func:`export` or :func:`quantize`.
 
         Raises:
             DeployError: the file does not exist, is damaged, or was written by another program.
@@ -47,8 +49,7 @@ class ExportedDetector:
         if not os.path.isfile(file):
             raise DeployError(f"{file}: there is no such file.")
         try:
-            read = self._open_onnx if file.endswith(".onnx") else self._open_torchscript
-            about = json.loads(read(file) or "{}")
+            about = json.loads(self._open(file) or "{}")
         except DeployError:
             raise
         except Exception as error:  # a damaged file can raise anything
@@ -60,8 +61,17 @@ class ExportedDetector:
             )
         self.about = about
 
+    def _open(self, file: str) -> str:
+        """Sets :attr:`run`, and returns the metadata."""
+        if file.endswith(".onnx"):
+            return self._open_onnx(file)
+        if file.endswith(".xml"):
+            self.run, about = open_openvino(file)
+            return about
+        return self._open_torchscript(file)
+
     def _open_onnx(self, file: str) -> str:
-        runtime = need("onnxruntime")
+        runtime = need("onnxruntime", "export", DeployError)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors

@@ -205,6 +205,11 @@ class SSD(_SSD):
         instances = Instances((self.size, self.size))
         instances.pred_boxes, instances.scores = Boxes(found["boxes"]), found["scores"]
         instances.pred_classes = found["labels"] - 1
+        if self.kept_classes is not None:
+            numbers = torch.full((self.num_classes,), -1, device=self.device)
+            numbers[self.kept_classes] = torch.arange(len(self.kept_classes), device=self.device)
+            instances.pred_classes = numbers[instances.pred_classes]
+            instances = instances[instances.pred_classes >= 0]
         height, width = inputs["image"].shape[1:]
         return detector_postprocess(
             instances, inputs.get("height", height), inputs.get("width", width)

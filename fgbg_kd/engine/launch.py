@@ -38,12 +38,7 @@ def launch(main: Callable, args) -> None:
         main(args)
         dist.destroy_process_group()
         return
-    available = torch.cuda.device_count()
-    if args.num_gpus > max(available, 1):
-        raise ConfigError(
-            f"--num-gpus is {args.num_gpus}, but PyTorch finds {available} CUDA devices here: give "
-            "--num-gpus 1, or start several processes on CPUs with torchrun."
-        )
+    check_gpus(args.num_gpus)
     engine.launch(
         main,
         args.num_gpus,
@@ -52,6 +47,19 @@ def launch(main: Callable, args) -> None:
         dist_url=args.dist_url,
         args=(args,),
     )
+
+
+def check_gpus(number: int) -> None:
+    """
+    Raises:
+        ConfigError: ``--num-gpus`` is larger than the number of GPUs in the machine.
+    """
+    available = torch.cuda.device_count()
+    if number > max(available, 1):
+        raise ConfigError(
+            f"--num-gpus is {number}, but PyTorch finds {available} CUDA devices here: give "
+            "--num-gpus 1, or start several processes on CPUs with torchrun."
+        )
 
 
 def _join() -> None:

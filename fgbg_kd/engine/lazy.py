@@ -37,6 +37,7 @@ from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
 from .trainer import distributed
 from .unlabeled import Unlabeled, add_unlabeled
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ _OWN_KEYS = (
     "train.unlabeled_share",
     "train.unlabeled_precision",
     "train.unlabeled_file",
+    "train.writers",
 )
 
 
@@ -172,7 +174,10 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
     period, saving, writing = train.checkpointer.period, None, None
     if comm.is_main_process():
         saving = hooks.PeriodicCheckpointer(checkpointer, period)
-        writers = default_writers(train.output_dir, train.max_iter)
+        writers = [
+            *build_writers(train.get("writers", []), train.output_dir),
+            *default_writers(train.output_dir, train.max_iter),
+        ]
         writing = hooks.PeriodicWriter(writers, period=train.log_period)
     own = run_hooks(
         model,

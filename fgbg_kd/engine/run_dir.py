@@ -14,6 +14,7 @@ from ..utils.errors import OutputDirError
 logger = logging.getLogger(__name__)
 
 SEED_FILE = "seed.txt"  # exists once a training has begun in the folder
+WRITERS_FILE = "writers.json"  # ids of the run in Weights & Biases and MLflow
 
 _locks = {}  # open files; the kernel releases a lock when its process ends for any reason
 
@@ -80,10 +81,10 @@ def keep_previous_config(output_dir: str) -> None:
 def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     """Moves the results of the previous run in this folder to previous/1, previous/2, ...
 
-    The results are its checkpoints, metrics.json, TensorBoard's event files, config.previous.yaml
-    and the detections in ``inference``. If they stayed, the metrics of both runs would be mixed.
-    And if the new run were killed before its first checkpoint, --resume would load the previous
-    run's checkpoint.
+    The results are its checkpoints, metrics.json, TensorBoard's event files, config.previous.yaml,
+    the ids in writers.json and the detections in ``inference``. If they stayed, the metrics of both
+    runs would be mixed. And if the new run were killed before its first checkpoint, --resume would
+    load the previous run's checkpoint.
 
     Args:
         output_dir: the run's folder.
@@ -100,7 +101,8 @@ def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     for name in sorted(checkpoints):  # last_checkpoint first: without it, nothing is resumed
         os.replace(os.path.join(output_dir, name), os.path.join(place, name))
     for name in names:
-        if name.startswith("events.out.tfevents.") and f".{os.getpid()}." not in name:
+        events = name.startswith("events.out.tfevents.") and f".{os.getpid()}." not in name
+        if events or name == WRITERS_FILE:
             os.replace(os.path.join(output_dir, name), os.path.join(place, name))
     _move_detections(os.path.join(output_dir, "inference"), os.path.join(place, "inference"))
     if measured:  # the new run's writer has already opened the file to append

@@ -38,6 +38,7 @@ from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
 from .resume import begin, run_seed
 from .unlabeled import Unlabeled, add_unlabeled
+from .writers import build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +239,9 @@ class FgBgTrainer(DefaultTrainer):
             evaluations=lambda: trainer.evaluations(),
         )
         return own + self.extra_hooks + super().build_hooks()
+
+    def build_writers(self):
+        return [*build_writers(self.cfg.WRITERS, self.cfg.OUTPUT_DIR), *super().build_writers()]
 
     def evaluations(self):
         """The loader and the evaluators of each test set."""

@@ -40,10 +40,17 @@ class Runner:
         train_net: path of tools/train_net.py.
         threads: OMP_NUM_THREADS of a child; None: the value in the environment.
         imports: the user's modules that the children import (train_net.py --import).
+        num_gpus: of a child (train_net.py --num-gpus).
     """
 
-    def __init__(self, train_net: Path, threads: int | None = None, imports: Sequence[str] = ()):
-        self.train_net = train_net
+    def __init__(
+        self,
+        train_net: Path,
+        threads: int | None = None,
+        imports: Sequence[str] = (),
+        num_gpus: int = 1,
+    ):
+        self.train_net, self.num_gpus = train_net, num_gpus
         self.imports = imports
         self.environment = dict(os.environ)
         if threads:
@@ -125,6 +132,8 @@ class Runner:
             log.write(f"commit {commit()}\n")  # of the start; the commit can change during the run
             command = [sys.executable, str(self.train_net), "--config-file", str(config)]
             command += [x for module in self.imports for x in ("--import", module)]
+            if self.num_gpus > 1:
+                command += ["--num-gpus", str(self.num_gpus)]
             command += ["--eval-only" if eval_only else "--resume", *opts]
             self._follow(name, command, log)
         result = {**_metrics(output, eval_only), **_costs(output)}

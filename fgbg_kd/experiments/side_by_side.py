@@ -16,9 +16,13 @@ from ..data.images import read_image
 from .drawing import draw_boxes
 
 
-def read_input(cfg: CfgNode, path: str) -> dict:
-    """Reads an image file as Detectron2's model input, resized to INPUT.MIN_SIZE_TEST."""
-    image = read_image(path, cfg.INPUT.FORMAT)
+def read_input(cfg: CfgNode, path: str, order: str = "") -> dict:
+    """Reads an image file as Detectron2's model input, resized to INPUT.MIN_SIZE_TEST.
+
+    Args:
+        order: channel order; "": INPUT.FORMAT.
+    """
+    image = read_image(path, order or cfg.INPUT.FORMAT)
     height, width = image.shape[:2]
     augmented = AugInput(image)
     ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)(augmented)
@@ -36,7 +40,8 @@ def draw_side_by_side(
     their classes differ. Otherwise their labels would cover each other.
 
     Args:
-        cfg: config with the input of the models, and with DATASETS.TEST for the class names.
+        cfg: config with the input of the models, and with DATASETS.TEST for the class names. A
+            model with an ``input_format`` gets the image in this channel order.
         record: the image as Detectron2's dataset dict.
         models: detectors by name.
         score: detections with a lower score are not drawn.
@@ -48,13 +53,13 @@ def draw_side_by_side(
     classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
     image = read_image(record["file_name"], "RGB")
     scale = width / image.shape[1]
-    inputs = read_input(cfg, record["file_name"])
     objects = [a for a in record["annotations"] if not a["iscrowd"]]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
     numbers = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
     truth = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     panels = [("ground truth", draw_boxes(image, truth, numbers, classes, scale=scale))]
     for name, model in models.items():
+        inputs = read_input(cfg, record["file_name"], getattr(model, "input_format", ""))
         found = model([inputs])[0]["instances"].to("cpu")
         found = found[found.scores >= score]
         found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]

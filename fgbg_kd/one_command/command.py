@@ -10,12 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..engine.launch import check_gpus
 from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
 from .data import Data, prepare
 from .measure import Wish, table
-from .outcome import result_rows, result_table, write_onnx, write_page
+from .outcome import (
+    result_rows,
+    result_table,
+    write_onnx,
+    write_openvino,
+    write_page,
+    write_picture,
+)
 from .plan import MARK, Plan, show_choice, student_table, write_configs
 from .teacher_facts import facts_of
 from .training import BarRunner, teacher_ap
@@ -30,11 +38,12 @@ class Distilled:
         candidates: rows of the teacher and the candidates: "name", "parameters_m", "gflops", "ms",
             "onnx_ms", "speedup".
         rows: rows of the teacher, the plain student (``compare``) and the distilled student: also
-            "AP", "AP50". Empty after a dry run.
+            "AP", "AP50", and with the extra openvino "openvino_ms", "int8_ms", "int8_AP". Empty
+            after a dry run.
         test_set: where the test set comes from.
         config: student.yaml, by which the student is used. None after a dry run.
         weights: its checkpoint.
-        onnx, report: files; None: not written.
+        onnx, openvino, int8, picture, report: files; None: not written.
         predict: the command that runs the student.
     """
 
@@ -45,6 +54,9 @@ class Distilled:
     config: Path | None = None
     weights: Path | None = None
     onnx: Path | None = None
+    openvino: Path | None = None
+    int8: Path | None = None
+    picture: Path | None = None
     report: Path | None = None
     predict: str = ""
 
@@ -68,6 +80,7 @@ def distill(
     runtime: str = "pytorch",
     device: str = "",
     imports: Sequence[str] = (),
+    num_gpus: int = 1,
     say: Callable[[str], None] = print,
 ) -> Distilled:
     """Finds a student that is fast enough on this machine, and trains it with its teacher.
@@ -91,6 +104,7 @@ def distill(
         runtime: on which speed-up and latency are judged, "pytorch" or "onnx".
         device: on which the detectors are measured. "": "cuda" if there is one, otherwise "cpu".
         imports: modules of yours that trainings import, as --import of tools/train_net.py.
+        num_gpus: on which a training runs, as --num-gpus of tools/train_net.py.
         say: is called with each line of text.
 
     Raises:
@@ -99,13 +113,14 @@ def distill(
     """
     wish = Wish(speedup, latency, parameters, runtime)
     _check(wish, student, iterations, hours, dry_run)
+    check_gpus(num_gpus)
     asked = _Asked(
         *map(_listed, (teacher, train, test, unlabeled)),
         *(wish, student, iterations, hours, backbone_weights),
     )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    how = {"compare": compare, "device": device, "say": say, "imports": tuple(imports)}
-    return _run(asked, Path(output), dry_run, how)
+    how = {"compare": compare, "device": device, "say": say, "num_gpus": num_gpus}
+    return _run(asked, Path(output), dry_run, how | {"imports": tuple(imports)})
 
 
 class _Asked(NamedTuple):
@@ -247,22 +262,27 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     aps = {"teacher": teacher_ap(output / "distilled.yaml", output / "teacher", say=say)}
     file = Path(plan.teacher.weights)
     checkpoint = file if file.is_file() else None
-    with BarRunner(imports=plan.imports) as runner:
+    with BarRunner(imports=plan.imports, num_gpus=plan.num_gpus) as runner:
         for name, config in configs.items():
             say(f"{name}: training, log in {output / name / 'train.txt'}")
             of_teacher = checkpoint if name == "distilled" else None
             aps[name] = runner.run(name, config, output / name, [], of_teacher)
     config, weights = output / "student.yaml", output / "distilled" / "model_final.pth"
     onnx = write_onnx(config, weights, output / "student.onnx", say)
-    found = result_rows(config, weights, plan.teacher.detector, aps, plan.device)
+    small = write_openvino(config, weights, output, say)
+    found = result_rows(config, weights, plan.teacher.detector, aps, plan.device, small)
+    picture = write_picture(output, [*configs], with_teacher=bool(aps["teacher"]))
     report = write_page(output, say)
     say(f"\n{result_table(found)}\n")
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
     _say_two_stages(plan)
     detector = str(onnx) if onnx else f"{config} --weights {weights}"
     predict = f"tools/predict.py {detector} photo.jpg --output predictions"
-    for what, path in (("weights", weights), ("report", report)):
+    for what, path in (("weights", weights), ("picture", picture), ("report", report)):
         if path:
             say(f"{what}: {path}")
     say(f"Run it: {predict}")
-    return Distilled(taken, rows, found, plan.data.note, config, weights, onnx, report, predict)
+    files = {"onnx": onnx, "picture": picture, "report": report}
+    if small:
+        files |= {"openvino": small.openvino, "int8": small.int8}
+    return Distilled(taken, rows, found, plan.data.note, config, weights, predict=predict, **files)

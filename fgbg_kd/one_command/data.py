@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,8 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
         read_coco(other[0], training=False)
         return Data(found, other, note)
     parts, folder = split(content, found[0]), folder.resolve()
+    for annotation in parts[1]["annotations"]:
+        annotation["iscrowd"] = max(annotation.get(k, 0) for k in ("iscrowd", "difficult"))
     for name, part in zip(("train_part", "test_part"), parts):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{name}.json", json.dumps(part))
@@ -145,12 +148,35 @@ def _from_voc(path: Path, part: str, folder: Path, shared: bool) -> tuple[str, s
     images = path / "JPEGImages" if (path / "JPEGImages").is_dir() else path
     names = None if listed is None else {x.split()[0] for x in listed.read_text().splitlines() if x}
     read = _library().DetectionDataset.from_pascal_voc
-    return _converted(
+    found = _converted(
         lambda: read(str(images), str(annotations)),
         images.resolve(),
         folder / f"{part}.json",
         names,
     )
+    _mark_difficult(Path(found[0]), annotations, part)
+    return found
+
+
+def _mark_difficult(file: Path, annotations: Path, part: str) -> None:
+    """Marks VOC's difficult objects in a converted file, because the library leaves them out.
+
+    They are ordinary objects in training. In a test set they are iscrowd, which is neither found
+    nor missed, as in VOC's own evaluation.
+    """
+    from defusedxml.ElementTree import parse  # of the library
+
+    content, objects = json.loads(file.read_text()), defaultdict(list)
+    for annotation in content["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
+    for image in content["images"]:
+        xml = annotations / f"{Path(image['file_name']).stem}.xml"
+        found = parse(xml).getroot().findall("object") if xml.is_file() else []
+        for annotation, element in zip(objects[image["id"]], found):  # the library keeps the order
+            if element.findtext("difficult", "0").strip() == "1":
+                annotation["difficult"] = 1
+                annotation["iscrowd"] = int(part == "test")
+    write_whole(file, json.dumps(content))
 
 
 def _converted(read, images: Path, file: Path, names: set[str] | None = None) -> tuple[str, str]:

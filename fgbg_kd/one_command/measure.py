@@ -23,6 +23,7 @@ from ..experiments.runner import surroundings
 from ..utils.errors import ConfigError, FgBgError
 from ..utils.files import read_json, sha256_of_text, write_whole
 from ..utils.markdown import table_of
+from ..utils.packages import installed
 from ..utils.timing import times_in_turn
 
 # Column of the table by the name of a runtime.
@@ -32,6 +33,9 @@ HEADINGS = {
     "gflops": "GFLOPs",
     "ms": "ms, PyTorch",
     "onnx_ms": "ms, ONNX Runtime",
+    "openvino_ms": "ms, OpenVINO",
+    "int8_ms": "ms, int8",
+    "int8_AP": "AP, int8",
     "speedup": "times as fast",
 }
 _RUNS, _SECONDS = 50, 60  # of the measurement of all candidates
@@ -76,10 +80,7 @@ class Wish:
 
 def has_onnx() -> bool:
     """Whether ONNX files can be written and run here."""
-    try:
-        return bool(version("onnx") and version("onnxruntime"))
-    except PackageNotFoundError:
-        return False
+    return installed("onnx", "onnxruntime")
 
 
 def image_size(content: dict, test_size: int, limit: int) -> tuple[int, int]:
@@ -95,6 +96,7 @@ def measure(
     device: str,
     say: Callable[[str], None] = lambda text: None,
     image: np.ndarray | None = None,
+    files: Mapping[tuple[str, str], str] | None = None,
 ) -> list[dict]:
     """Parameters, GFLOPs and milliseconds of detectors for one image. They take turns.
 
@@ -102,13 +104,14 @@ def measure(
         detectors: functions that build them, by name. The first is the teacher.
         size: (height, width) of the image.
         image: (H, W, 3) uint8 of this size; None: random pixels.
+        files: exported files that are timed too, by the name of the detector and the column.
 
     Returns:
         Rows with "name", "parameters_m", "gflops", "ms", "onnx_ms" (None: it has no ONNX file) and
         "speedup", the teacher's time divided by the detector's, in PyTorch. Times are 20 %
         quantiles.
     """
-    rows, calls = [], {}
+    rows, calls, files = [], {}, files or {}
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for name, build in detectors.items():
@@ -125,17 +128,21 @@ def measure(
             model.to(device)
             if run is not None:
                 calls[name, "onnx_ms"] = lambda _, run=run: run()
+        for place, file in files.items():
+            run = ExportedDetector(file).run
+            calls[place] = lambda _, run=run, pixels=pixels: run(pixels)
         times = times_in_turn(calls, _RUNS, seconds=_SECONDS)
     for row in rows:
-        for column in ("ms", "onnx_ms"):
+        for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):
             found = times.get((row["name"], column))
             row[column] = round(float(np.quantile(found, _QUANTILE)), 2) if found else None
         row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
     low, high = np.quantile(times[rows[0]["name"], "ms"], [_QUANTILE, 1 - _QUANTILE])
     if high > _STEADY * low:
         say(
-            f"The teacher takes {low:.1f} to {high:.1f} ms: other work disturbs the measurement. "
-            "For steady times, remove measured_students.json and measure on an idle machine."
+            f"{rows[0]['name']} takes {low:.1f} to {high:.1f} ms: other work disturbs the "
+            "measurement. For steady times, remove measured_students.json and measure on an idle "
+            "machine."
         )
     return rows
 
@@ -213,8 +220,62 @@ def measured(
     return tables[key]["rows"]
 
 
+def refined(
+    rows: list[dict],
+    wish: Wish,
+    finer: Callable[[str], list[str]],
+    measure_pair: Callable[[str, str], list[dict]],
+) -> list[dict]:
+    """Adds candidates between the one that is chosen and the next one, by bisection.
+
+    Without them, the student can be much faster than the wish. Each is measured together with the
+    chosen one. So it does not matter if the machine is slower than at the time of ``rows``.
+
+    Args:
+        rows: those of :func:`measure`. The first is the teacher.
+        finer: from the name of a candidate to those of larger ones, from fast to slow.
+        measure_pair: rows of two candidates by name.
+    """
+    try:
+        taken = choose(rows, wish)
+    except ConfigError:  # is raised again when the table is shown
+        return rows
+    known = {row["name"] for row in rows}
+    names = [name for name in finer(taken["name"]) if name not in known]
+    low, high = 0, len(names)
+    while low < high and (wish.speedup or wish.latency):
+        middle = (low + high) // 2
+        again, row = measure_pair(taken["name"], names[middle])
+        row = dict(row)
+        for column in RUNTIMES.values():
+            if row[column] and again[column]:
+                row[column] = round(row[column] * taken[column] / again[column], 2)
+        row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
+        rows = [*rows, row]
+        if _fitting([row], rows[0], wish):
+            low = middle + 1
+        else:
+            high = middle
+    return rows
+
+
+def _fitting(candidates: Sequence[dict], teacher: dict, wish: Wish) -> list[dict]:
+    """The rows that meet a wish."""
+    column, infinity = RUNTIMES[wish.runtime], float("inf")
+    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
+    if not (wish.speedup or wish.latency):
+        return small
+    most = min(
+        wish.latency or infinity, teacher[column] / wish.speedup if wish.speedup else infinity
+    )
+    return [r for r in small if r[column] is not None and r[column] <= most]
+
+
 def choose(rows: Sequence[dict], wish: Wish) -> dict:
-    """The largest candidate that meets a wish: the one with the most parameters.
+    """The largest candidate that meets a wish.
+
+    It has the backbone of the one with the most parameters. Among those with this backbone, it has
+    the most GFLOPs.
 
     Args:
         rows: those of :func:`measure`. The first is the teacher.
@@ -223,25 +284,22 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
         ConfigError: no candidate meets the wish. The message names the nearest one.
     """
     teacher, *candidates = rows
-    column, infinity = RUNTIMES[wish.runtime], float("inf")
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
+    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or float("inf"))]
     if not small:
         least = min(candidates, key=lambda r: r["parameters_m"])
         raise ConfigError(
             f"No candidate has at most {wish.parameters:g} M parameters: the smallest, "
             f"{least['name']}, has {least['parameters_m']} M. Ask for more, or name a --student."
         )
-    fits = small
+    timed = [r for r in small if r[RUNTIMES[wish.runtime]] is not None]
     if wish.speedup or wish.latency:
-        timed = [r for r in small if r[column] is not None]
         _check_timed(timed, teacher, wish)
-        most = min(
-            wish.latency or infinity, teacher[column] / wish.speedup if wish.speedup else infinity
-        )
-        fits = [r for r in timed if r[column] <= most]
-        if not fits:
-            raise _too_slow(min(timed, key=lambda r: r[column]), teacher, wish)
-    return max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
+    fits = _fitting(small, teacher, wish)
+    if not fits:
+        raise _too_slow(min(timed, key=lambda r: r[RUNTIMES[wish.runtime]]), teacher, wish)
+    largest = max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
+    backbone = largest["name"].split(",")[0]
+    return max((r for r in fits if r["name"].split(",")[0] == backbone), key=lambda r: r["gflops"])
 
 
 def _check_timed(timed: list[dict], teacher: dict, wish: Wish) -> None:

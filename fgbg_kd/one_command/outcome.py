@@ -1,20 +1,44 @@
-"""What the command ends with: exported file, report and the table of all detectors."""
+"""What the command ends with: exported files, report and the table of all detectors."""
 
-from collections.abc import Callable
+import contextlib
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog
 from torch import nn
 
 from ..data.images import pick, read_image
-from ..deploy import export_config, resized
+from ..deploy import average_precision, export_config, export_files, resized
 from ..detectors.load import load_detector
-from ..engine import load_config
+from ..engine import FgBgTrainer, load_config
 from ..experiments.report import write_report
+from ..experiments.side_by_side import draw_side_by_side
+from ..experiments.visualize import write
 from ..utils.errors import FgBgError
+from ..utils.files import read_json, sha256_of, write_whole
 from ..utils.markdown import table_of
+from ..utils.packages import installed
 from .measure import HEADINGS, has_onnx, measure
+
+_DRAWN, _SCORE = 4, 0.3  # test images in the picture; detections with a lower score are left out
+
+
+class Openvino(NamedTuple):
+    """The student for OpenVINO.
+
+    Attributes:
+        openvino, int8: files with weights in fp16, and with convolutions in int8.
+        int8_ap: AP of the second (0 to 100), on the test set.
+    """
+
+    openvino: Path
+    int8: Path
+    int8_ap: float
 
 
 def result_rows(
@@ -23,12 +47,14 @@ def result_rows(
     teacher: nn.Module,
     aps: dict[str, dict],
     device: str,
+    small: Openvino | None = None,
 ) -> list[dict]:
     """A row for each detector: AP, AP50 and cost on this machine, for a test image.
 
     Args:
         config, weights: of the student.
         aps: "AP" and "AP50" of the teacher and of the students, by name. The teacher is first.
+        small: OpenVINO files of the distilled student. They add columns.
     """
     cfg = load_config(str(config))
     about = {
@@ -38,11 +64,16 @@ def result_rows(
     }
     image = resized(_test_image(cfg), about)
     built = {"teacher": lambda: teacher, "student": lambda: load_detector(cfg, str(weights))}
-    costs = measure(built, image.shape[:2], device, image=image)
+    files = {}
+    if small:
+        files = {("student", f"{x}_ms"): str(getattr(small, x)) for x in ("openvino", "int8")}
+    costs = measure(built, image.shape[:2], device, image=image, files=files)
     rows = []
     for name, ap in aps.items():
         cost = costs[0 if name == "teacher" else 1]
         metrics = {k: round(ap[k], 2) if ap.get(k) is not None else None for k in ("AP", "AP50")}
+        if small:
+            metrics["int8_AP"] = round(small.int8_ap, 2) if name == "distilled" else None
         rows.append({"name": name, **metrics, **{k: v for k, v in cost.items() if k != "name"}})
     return rows
 
@@ -71,6 +102,55 @@ def write_onnx(
         say(f"{output.name} is not written: {error}")
         return None
     return output
+
+
+def write_openvino(
+    config: Path, weights: Path, folder: Path, say: Callable[[str], None]
+) -> Openvino | None:
+    """Exports the student for OpenVINO and measures the AP of its int8 file.
+
+    The result is kept in a file. None: the files cannot be written, which is said.
+    """
+    if not installed("openvino", "nncf"):
+        say("OpenVINO and int8 are not measured: pip install -e '.[openvino]'")
+        return None
+    files, kept = (folder / "student.xml", folder / "student.int8.xml"), folder / "openvino.json"
+    key = sha256_of(weights)
+    if all(f.is_file() for f in (*files, kept)) and read_json(kept)["weights"] == key:
+        return Openvino(*files, read_json(kept)["int8_AP"])
+    try:
+        found = export_files(str(config), str(weights), files[0], half=True, int8="static", say=say)
+        say("int8: evaluating")
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools and NNCF print
+            ap = average_precision(found.cfg, found.detectors[str(files[1])])
+    except (FgBgError, RuntimeError) as error:  # RuntimeError: what OpenVINO does not support
+        say(f"{files[0].name} is not written: {error}")
+        return None
+    ap = 0.0 if math.isnan(ap) else ap  # nothing is detected
+    write_whole(kept, json.dumps({"weights": key, "int8_AP": ap}))
+    return Openvino(*files, ap)
+
+
+def write_picture(folder: Path, students: Sequence[str], with_teacher: bool) -> Path:
+    """Draws ground truth, teacher and students on a few test images, in comparison.jpg.
+
+    Args:
+        folder: of student.yaml, distilled.yaml and the trainings.
+        students: names of the trainings.
+        with_teacher: whether the teacher has the classes of the data.
+    """
+    cfg = load_config(str(folder / "student.yaml"))
+    models = {}
+    if with_teacher:  # built as in the training, where it has the student's classes
+        distiller = FgBgTrainer.build_model(load_config(str(folder / "distilled.yaml")))
+        models["teacher"] = distiller.teacher.detector
+    for name in students:
+        models[name] = load_detector(cfg, str(folder / name / "model_final.pth"))
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    records = [r for r in records if r["annotations"]] or records
+    rows = [draw_side_by_side(cfg, r, models, _SCORE) for r in pick(records, _DRAWN)]
+    write(folder / "comparison.jpg", np.vstack(rows)[:, :, ::-1])
+    return folder / "comparison.jpg"
 
 
 def write_page(folder: Path, say: Callable[[str], None]) -> Path | None:

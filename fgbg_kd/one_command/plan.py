@@ -21,9 +21,18 @@ from ..utils.errors import ConfigError
 from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .backbone import backbone_settings
 from .data import Data
-from .measure import Wish, choose, image_size, measured, table
+from .measure import Wish, choose, image_size, measured, refined, table
 from .schedule import batch_of, iterations_in, iterations_of, schedule_settings
-from .students import Setting, candidates_for, config_of, model_settings, spoken, yaml_of
+from .students import (
+    Setting,
+    candidate_of,
+    candidates_for,
+    config_of,
+    finer,
+    model_settings,
+    spoken,
+    yaml_of,
+)
 from .teacher_facts import TeacherFacts, facts_of
 from .training import seconds_per_step
 
@@ -50,6 +59,7 @@ class Plan:
         device: on which the detectors are measured.
         say: is called with a line of text.
         imports: the user's modules that trainings import.
+        num_gpus: on which a training runs.
     """
 
     config: str
@@ -67,6 +77,7 @@ class Plan:
     device: str
     say: Callable[[str], None]
     imports: tuple[str, ...] = ()
+    num_gpus: int = 1
 
     @property
     def own_config(self) -> bool:
@@ -99,7 +110,29 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         "facts": asdict(facts),
         "students": sha256_of_text("".join(str(_config(s)) for s in settings.values())),
     }
-    return measured(plan.cache, about, builders, size, plan.device, plan.say)
+
+    def measured_here(builders):
+        return measured(plan.cache, about, builders, size, plan.device, plan.say)
+
+    rows = measured_here(builders)
+    if plan.own_config:
+        return rows
+
+    def candidate_builder(name: str):
+        return lambda: build_detector(_config(model_settings(facts, candidate_of(name), number)))
+
+    return refined(
+        rows,
+        plan.wish,
+        lambda name: [str(c) for c in finer(candidate_of(name), _outputs(facts, number))],
+        lambda *names: measured_here({name: candidate_builder(name) for name in names}),
+    )
+
+
+def _outputs(facts: TeacherFacts, classes: int) -> int:
+    """Channels of the outputs of a student's head."""
+    sizes, ratios = (facts.anchors.get(k, [[0]])[0] for k in ("SIZES", "ASPECT_RATIOS"))
+    return len(sizes) * len(ratios) * (classes + 4)
 
 
 def _config(settings: Sequence[Setting]) -> CfgNode:
@@ -186,7 +219,7 @@ def _model(plan: Plan, facts: TeacherFacts, taken: str) -> tuple[list[Setting], 
     """The settings of the detector, and whether its backbone has trained weights."""
     if plan.own_config:
         return [Setting("_BASE_", os.path.abspath(plan.student), "--student")], True
-    candidate = next(c for c in candidates_for(plan.student) if str(c) == taken)
+    candidate = candidate_of(taken)
     why = f"the largest candidate that meets {plan.wish}" if str(plan.wish) else "--student"
     number = len(class_names(plan.data.train[0]))
     weights, pretrained = backbone_settings(

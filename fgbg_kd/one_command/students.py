@@ -6,7 +6,9 @@ with the reasons as comments, and the lines that the command prints.
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import timm
@@ -45,8 +47,31 @@ CANDIDATES = (
     Candidate("resnet18", 192, 4),
     Candidate("resnet34", 256, 4),
 )
+# Of the candidates between two of the list.
+_WIDTHS, _DEPTHS = range(32, 257, 32), range(1, 5)
 # Of a timm model that the user names.
 _SHAPES = ((32, 1), (64, 2), (96, 2), (128, 4))
+
+
+def candidate_of(name: str) -> Candidate:
+    """The candidate of a row of the table."""
+    backbone, width, depth = re.fullmatch(r"(\S+), FPN (\d+), head (\d+)", name).groups()
+    return Candidate(backbone, int(width), int(depth))
+
+
+def finer(candidate: Candidate, outputs: int) -> list[Candidate]:
+    """Candidates with the same backbone that cost more, from small to large.
+
+    Args:
+        outputs: channels of the head's outputs: anchors per cell times (classes + 4).
+    """
+
+    def cost(c: Candidate) -> int:
+        """Products per cell and position of a kernel: of the FPN, the head and its outputs."""
+        return c.width * (c.width * (1 + 2 * c.depth) + outputs)
+
+    every = (Candidate(candidate.backbone, *shape) for shape in product(_WIDTHS, _DEPTHS))
+    return sorted((c for c in every if cost(c) > cost(candidate)), key=cost)
 
 
 class Setting(NamedTuple):

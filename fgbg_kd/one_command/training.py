@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from ..data import training_classes
-from ..detectors.dense import channel_order
+from ..detectors.dense import channel_order, num_classes_of
 from ..engine import FgBgTrainer, load_config, read_config
 from ..experiments.runner import Runner
 from ..utils.errors import RunError
@@ -45,7 +45,7 @@ class BarRunner(Runner):
             return super().run(name, config, output, *args, **options)
 
     def _show(self, name: str, line: str) -> None:
-        step = re.search(r"iter: (\d+)\s+total_loss: (\S+)", line)
+        step = re.search(r"iter: (\d+)\s+total_loss: ", line)
         test = re.search(r"Inference done (\d+/\d+)", line)
         if self._bar.disable or not (step or test):
             return
@@ -56,24 +56,32 @@ class BarRunner(Runner):
         if self._bar.n == 0:  # a resumed run: its first part has no speed
             self._bar.initial = done
         self._bar.n = done
-        self._bar.set_postfix_str(shown_values(step[2], read_rows(self._metrics)))
+        losses = {k: float(v) for k, v in re.findall(r"(\w*loss\w*): (\S+)", line)}
+        self._bar.set_postfix_str(shown_values(losses, read_rows(self._metrics)))
 
     def say(self, text: str) -> None:
         tqdm.write(text)
 
 
-def shown_values(loss: str, rows: list[dict]) -> str:
-    """Loss, share of the gate and last AP, for the bar.
+def shown_values(losses: dict[str, float], rows: list[dict]) -> str:
+    """Losses, share of the gate and last AP, for the bar.
 
     Args:
+        losses: by name: "total_loss", "loss_kd_fg", ...
         rows: of metrics.json.
     """
-    values = {"loss": loss}
+    terms = {k: v for k, v in losses.items() if k.startswith("loss_kd")}
+    shown = f"loss {losses['total_loss']:.3g}"
+    if terms:
+        own = sum(v for k, v in losses.items() if k not in {*terms, "total_loss"})
+        terms = {"detector": own, **{k.removeprefix("loss_"): v for k, v in terms.items()}}
+        shown += f" ({', '.join(f'{k} {v:.3g}' for k, v in terms.items())})"
+    values = [shown]
     for key, short in (("kd/fg_gate", "gate"), ("bbox/AP", "AP")):
         found = [row[key] for row in rows if key in row]
         if found:
-            values[short] = f"{found[-1]:.2f}"
-    return ", ".join(f"{k} {v}" for k, v in values.items())
+            values.append(f"{short} {found[-1]:.2f}")
+    return ", ".join(values)
 
 
 @contextlib.contextmanager
@@ -127,7 +135,9 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
     teacher = FgBgTrainer.build_model(cfg).teacher.detector
     classes = len(training_classes(cfg))
-    number = getattr(getattr(teacher, "roi_heads", teacher), "num_classes", classes)
+    number = num_classes_of(teacher)
+    if number is None:
+        number = getattr(getattr(teacher, "roi_heads", teacher), "num_classes", classes)
     if number != classes:  # of a teacher that gives features only
         say(f"teacher: it has {number} classes, not the {classes} of the data: it has no AP here")
         return {}

@@ -186,6 +186,17 @@ def test_fewer_classes_keep_their_scores():
         assert torch.equal(one, all_of_them[:, 1::2])
 
 
+def test_detections_of_a_class_that_is_not_kept_are_left_out():
+    model = tiny_ssd().eval()
+    found = model(make_batch())[0]["instances"]
+    both = found[found.pred_classes == 1]
+    view(model).keep_classes([1])
+    one = model(make_batch())[0]["instances"]
+    assert 0 < len(one) < len(found) and (one.pred_classes == 0).all()
+    assert torch.equal(one.pred_boxes.tensor, both.pred_boxes.tensor)
+    assert torch.equal(one.scores, both.scores)
+
+
 PAIRS = {
     "SSD from SSD": (tiny_ssd, lambda: tiny_ssd(seed=2)),
     "SSD from a larger SSD": (tiny_ssd, lambda: tiny_ssd(seed=2, size=128)),

@@ -117,6 +117,12 @@ def test_a_finished_run_is_not_run_again_and_an_unfinished_one_goes_on(folder):
     assert all("--resume" in line for line in calls(folder))
 
 
+def test_a_child_gets_the_number_of_gpus(folder):
+    with Runner(folder / "train_net.py", num_gpus=2) as runner:
+        runner.run("x", folder / "c.yaml", folder / "run", [])
+    assert "--num-gpus 2 --resume" in calls(folder)[0]
+
+
 def test_other_settings_are_refused_by_name_and_nothing_is_lost(folder):
     run(folder, checkpoint=folder / "teacher.pth")
     with pytest.raises(RunError, match="SEED was 7, is 8"):

@@ -13,13 +13,15 @@ from fgbg_kd.detectors.dense import view
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.matching import same_anchors, shared_levels
 from fgbg_kd.one_command import measure
-from fgbg_kd.one_command.measure import Wish, choose, image_size, measured, table
+from fgbg_kd.one_command.measure import Wish, choose, image_size, measured, refined, table
 from fgbg_kd.one_command.students import (
     CANDIDATES,
     Candidate,
     Setting,
+    candidate_of,
     candidates_for,
     config_of,
+    finer,
     model_settings,
     spoken,
     yaml_of,
@@ -205,6 +207,53 @@ def test_onnx_as_the_runtime_needs_onnx_and_a_teacher_with_a_file():
 def test_a_wish_that_is_no_wish_is_refused(wish, message):
     with pytest.raises(ConfigError, match=message):
         Wish(**wish).check()
+
+
+@pytest.mark.parametrize("wish", [{"speedup": 3}, {"speedup": 6, "runtime": "onnx"}])
+def test_candidates_between_two_of_the_list_come_close_to_the_wish(wish):
+    """Times are made of the products in FPN and head. The machine is twice as slow later."""
+    outputs, pairs = 2 * 6, []
+
+    def row(name, slow=1):
+        c = candidate_of(name)
+        gflops = c.width * (c.width * (1 + 2 * c.depth) + outputs) / 2e4
+        ms = slow * (10 + gflops * 4)
+        return {"name": name, "parameters_m": 1 + c.width * c.depth / 100, "gflops": gflops,
+                "ms": ms, "onnx_ms": ms / 2, "speedup": 0}  # fmt: skip
+
+    def measure_pair(*names):
+        pairs.append(names)
+        return [row(name, slow=2) for name in names]
+
+    teacher = row("resnet50, FPN 256, head 4") | {"name": "teacher", "ms": 240.0, "onnx_ms": 240.0}
+    coarse = [teacher, row("lcnet_100, FPN 32, head 1"), row("lcnet_100, FPN 96, head 2"),
+              row("resnet18, FPN 256, head 4")]  # fmt: skip
+    larger = lambda name: [str(c) for c in finer(candidate_of(name), outputs)]  # noqa: E731
+    before = choose(coarse, Wish(**wish))
+    rows = refined(coarse, Wish(**wish), larger, measure_pair)
+    taken = choose(rows, Wish(**wish))
+    column = measure.RUNTIMES[wish.get("runtime", "pytorch")]
+    asked = wish["speedup"]
+    assert asked <= teacher[column] / taken[column] < 1.15 * asked
+    assert teacher[column] / before[column] > 1.15 * asked
+    assert len(pairs) <= 5 and {first for first, _ in pairs} == {before["name"]}
+    assert candidate_of(taken["name"]).backbone == "lcnet_100"
+    assert rows[: len(coarse)] == coarse
+
+
+def test_no_candidate_is_added_without_a_wish_for_speed_or_without_a_choice():
+    for wish in (Wish(), Wish(parameters=5), Wish(speedup=99)):
+        assert refined(rows(), wish, lambda name: ["x"], None) == rows()
+
+
+def test_finer_candidates_grow_and_keep_the_backbone():
+    start = Candidate("resnet18", 128, 4)
+    found = finer(start, outputs=9 * 84)
+    assert start not in found and {c.backbone for c in found} == {"resnet18"}
+    assert found[-1] == Candidate("resnet18", 256, 4) and len(set(found)) == len(found)
+    assert all(c.width % 32 == 0 for c in found)
+    assert [candidate_of(str(c)) for c in found] == found
+    assert finer(found[-1], outputs=9 * 84) == []
 
 
 def test_the_table_marks_what_is_taken():

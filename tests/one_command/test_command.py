@@ -1,16 +1,20 @@
 """From a teacher's files to a fast detector, in one call."""
 
 import json
+import os
 import sys
 
+import cv2
 import pytest
 import timm
 import torch
 from conftest import faster_rcnn_cfg, save_teacher, tiny_cfg, weights, write_coco
 from detectron2.modeling import build_model
+from tqdm import tqdm
 
 import fgbg_kd
 from fgbg_kd.deploy import open_detector
+from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
 from fgbg_kd.one_command import measure, students
 from fgbg_kd.one_command.backbone import backbone_settings
@@ -18,6 +22,7 @@ from fgbg_kd.one_command.teacher_facts import facts_of
 from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
 from fgbg_kd.teacher import build_teacher
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, DataError, RunError, TeacherError
+from fgbg_kd.utils.packages import installed
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +64,9 @@ def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
     def run(self, name, config, *rest):  # the plain student is the same run with another config
         ran.append((name, config.name))
         if name == "plain":
+            rest[0].mkdir(exist_ok=True)
+            untrained = build_detector(read_config(str(config))).state_dict()
+            torch.save({"model": untrained}, rest[0] / "model_final.pth")
             return {"AP": 12.345, "AP50": 20.0}
         return real(self, name, config, *rest)
 
@@ -79,6 +87,8 @@ def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
         assert 0 <= row["AP"] <= row["AP50"] <= 100
         assert min(row["parameters_m"], row["gflops"], row["ms"]) > 0
     assert done.report.is_file() and done.weights.is_file()
+    panels = 4  # ground truth, teacher, plain, distilled
+    assert cv2.imread(str(done.picture)).shape[1] == panels * (320 + 4)
     _, about = open_detector(str(done.onnx))
     assert [c["name"] for c in about["categories"]] == ["square", "stripe"]
     assert "tools/predict.py" in done.predict and str(done.onnx) in done.predict
@@ -88,6 +98,15 @@ def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
     text = "\n".join(map(str, said))
     assert "MODEL.TIMM.NAME test_resnet: the largest candidate that meets --parameters 0.5" in text
     assert "random weights" in text and "| distilled" in text
+    if installed("openvino", "nncf"):
+        plain, distilled = done.rows[1:]
+        assert min(distilled["openvino_ms"], distilled["int8_ms"]) > 0
+        assert 0 <= distilled["int8_AP"] <= 100 and plain["int8_AP"] is None
+        (_, about), (_, about8) = map(open_detector, map(str, (done.openvino, done.int8)))
+        assert about == about8 and about["nms_inside"]
+        assert done.openvino.with_suffix(".bin").stat().st_size < 0.6 * done.onnx.stat().st_size
+    else:
+        assert done.int8 is None and "pip install -e '.[openvino]'" in text
 
     before = weights(output / "distilled")
     again = fgbg_kd.distill(**call)  # nothing is trained again
@@ -205,6 +224,7 @@ def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
         ({"student": "gone.yaml"}, ConfigError, "--student gone.yaml: there is no such file"),
         ({"student": "resnet1x"}, ConfigError, "--student resnet1x: neither a YAML config here"),
         ({"backbone_weights": "gone.pth"}, ConfigError, "gone.pth: there is no such file"),
+        ({"num_gpus": 99}, ConfigError, "--num-gpus is 99, but PyTorch finds"),
         ({"teacher": "gone.yaml"}, TeacherError, "gone.yaml is neither a file here nor a name"),
         ({"train": "gone.json"}, DataError, "there is no gone.json"),
     ],
@@ -278,8 +298,22 @@ def test_weights_of_the_backbone_come_from_a_file_from_timm_or_from_nowhere(
 
 def test_the_bar_shows_loss_gate_and_the_last_ap():
     rows = [{"kd/fg_gate": 0.5, "bbox/AP": 10.0}, {"kd/fg_gate": 0.75}]
-    assert shown_values("1.23", rows) == "loss 1.23, gate 0.75, AP 10.00"
-    assert shown_values("1.23", []) == "loss 1.23"
+    losses = {"total_loss": 1.5, "loss_cls": 0.5, "loss_box_reg": 0.25}
+    assert shown_values(losses, rows) == "loss 1.5, gate 0.75, AP 10.00"
+    losses |= {"loss_kd_fg": 0.7, "loss_kd_bg": 0.05}
+    assert shown_values(losses, []) == "loss 1.5 (detector 0.75, kd_fg 0.7, kd_bg 0.05)"
+
+
+def test_the_bar_reads_detectron2s_line(tmp_path, monkeypatch):
+    line = "eta: 0:00:01  iter: 19  total_loss: 1.5  loss_cls: 0.75  loss_kd_fg: 0.25  time: 0.1"
+    runner = BarRunner()
+    with tqdm(total=100, file=open(os.devnull, "w"), disable=False) as runner._bar:
+        runner._metrics = tmp_path / "metrics.json"
+        runner._show("distilled", line)
+        assert runner._bar.n == 20
+        assert runner._bar.postfix == "loss 1.5 (detector 0.75, kd_fg 0.25)"
+        runner._show("distilled", "Inference done 5/12. ...")
+        assert runner._bar.postfix == "evaluating, image 5/12"
 
 
 def test_without_the_repository_the_training_says_what_to_do(monkeypatch, tmp_path):
@@ -294,10 +328,12 @@ def test_the_tool_passes_its_arguments_on(monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(distill, "distill", lambda **arguments: seen.update(arguments))
     words = ["--teacher", "t.yaml", "t.pth", "--train", "a.json", "a", "--speedup", "3"]
-    monkeypatch.setattr(sys, "argv", ["distill.py", *words, "--compare"])
+    monkeypatch.setattr(sys, "argv", ["distill.py", *words, "--compare", "--num-gpus", "2"])
     distill.main()
     assert seen["teacher"] == ["t.yaml", "t.pth"] and seen["test"] == ()
-    assert seen["speedup"] == 3 and seen["compare"] and not seen["dry_run"]
+    assert (
+        seen["num_gpus"] == 2 and seen["speedup"] == 3 and seen["compare"] and not seen["dry_run"]
+    )
     monkeypatch.setattr(sys, "argv", ["distill.py", *words, "--test", "a", "b", "c"])
     with pytest.raises(SystemExit):
         distill.main()

@@ -232,6 +232,28 @@ def test_pascal_voc_gives_the_same_boxes_as_coco(lists, coco, tmp_path):
     }
 
 
+@pytest.mark.parametrize("lists", [True, False])
+def test_difficult_objects_of_voc_train_but_do_not_count_in_the_test(lists, coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path, coco)
+    for xml in (tmp_path / "Annotations").iterdir():  # the first object of each image
+        text = xml.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>", 1)
+        xml.write_text(text)
+    if lists:
+        folder = tmp_path / "ImageSets" / "Main"
+        folder.mkdir(parents=True)
+        (folder / "train.txt").write_text("".join(f"{i}\n" for i in range(8)))
+        (folder / "val.txt").write_text("".join(f"{i}\n" for i in range(8, 12)))
+    data = prepare([str(tmp_path)], [], tmp_path / "data")
+    for path, crowd in ((data.train[0], 0), (data.test[0], 1)):
+        objects = json.loads(open(path).read())["annotations"]
+        images = [a["image_id"] for a in objects]
+        first = [images.index(i) == n for n, i in enumerate(images)]
+        assert any(first) and not all(first)
+        assert [a.get("difficult", 0) for a in objects] == [int(x) for x in first]
+        assert [a["iscrowd"] for a in objects] == [crowd * x for x in first]
+
+
 @pytest.mark.parametrize("place", ["", "data.yaml"])
 def test_yolo_gives_the_same_boxes_as_coco_and_its_own_test_part(place, coco, tmp_path):
     pytest.importorskip("supervision")
