@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2.structures import pairwise_iou
 from small import photo, variant
 from test_deploy import assert_same
 
@@ -46,8 +47,11 @@ def test_int8_is_smaller_and_detects_about_the_same(openvino_file, tmp_path, mon
     assert quantized.about["categories"] == about["categories"]
     image = photo(72, 90)
     a, b = (deploy.detect(m, about, image) for m in (model, quantized))
-    assert abs(len(a) - len(b)) <= 0.2 * len(a)
     assert (a.scores[:5] - b.scores[:5]).abs().max() < 0.2  # of noise, with 3 images
+    best = a[:1]  # the order of the others is noise, because the weights are random
+    same_class = best.pred_classes[:, None] == b.pred_classes
+    overlap = pairwise_iou(best.pred_boxes, b.pred_boxes) * same_class
+    assert (overlap.amax(1) > 0.5).all()
 
     before = [p.read_bytes() for p in names]
     monkeypatch.setattr(nncf, "quantize", lambda network, *_, **__: network)
