@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import CLASSES, write_coco
 from PIL import Image
@@ -62,6 +63,7 @@ def test_the_schedule_is_one_that_train_net_takes(iterations):
     cfg = config_of(schedule_settings(4, iterations, "why"))
     check_values(cfg)
     assert cfg.SOLVER.BASE_LR == 0.001 and cfg.SOLVER.MAX_ITER == iterations
+    assert cfg.SOLVER.CHANNELS_LAST == (not torch.cuda.is_available())
     assert 1 <= cfg.TEST.EVAL_PERIOD and cfg.SOLVER.WARMUP_ITERS <= iterations / 10
 
 
