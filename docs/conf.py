@@ -37,7 +37,9 @@ apidoc_modules = [
         "destination": "api",
         # Kernels, and a file that imports an optional package. Whole paths: Sphinx takes others as
         # relative to docs/, and then they match nothing.
-        "exclude_patterns": [str(ROOT / "fgbg_kd/*" / x) for x in ("*_triton.py", "yolox_network.py")],
+        "exclude_patterns": [
+            str(ROOT / "fgbg_kd/*" / x) for x in ("*_triton.py", "yolox_network.py")
+        ],
         "separate_modules": True,
         "module_first": True,
         "include_private": False,

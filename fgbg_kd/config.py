@@ -82,13 +82,14 @@ def _add_distillation(cfg: CN) -> None:
     kd.UNLABELED = CN()
     # Share of each batch that photos without labels take, between 0 and 1.
     kd.UNLABELED.SHARE = 0.5
-    # The teacher's detections stand for the boxes of such photos. Their lowest score is the one at
-    # which this share of the teacher's detections on labelled training images is right.
+    # The teacher's detections are used as the boxes of such photos. Their lowest score is chosen so
+    # that this share of the teacher's detections on labelled training images is right.
     kd.UNLABELED.PRECISION = 0.8
-    # Scales the student's own losses on these photos. 0 = they have no part in them.
+    # Scales the student's own losses on these photos. 0 = on labelled images only.
     kd.UNLABELED.LOSS_WEIGHT = 0.0
-    # Path of the COCO file of these detections. It is made, or read if it was made from the same
-    # teacher and photos. So several runs can share it. "" = unlabeled.json in OUTPUT_DIR.
+    # Path of the COCO file of these detections. Several runs can share it. It is read if it was
+    # made from the same teacher, photos and labelled images. Otherwise it is made.
+    # "" = unlabeled.json in OUTPUT_DIR.
     kd.UNLABELED.FILE = ""
 
 
@@ -99,12 +100,13 @@ def _add_methods(cfg: CN) -> None:
     fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
     # Which cells of a box are foreground, and their weights. "scale": its cells on the one level
-    # that fits its size, with equal weights. "teacher": its cells on all levels, weighed by the
+    # that fits its size, with equal weights. "teacher": its cells on all levels, weighted by the
     # teacher's score of its class. "all": its cells on all levels, with equal weights on each
-    # level. "auto": "scale" for two RetinaNets or two FCOS, otherwise "teacher".
+    # level. "auto": "scale" for two RetinaNets, two FCOS or a two-stage teacher, otherwise
+    # "teacher".
     fgbg.ASSIGN = "auto"
     # Whether each channel of the features is scaled to mean 0 and variance 1 before the cosine:
-    # "always", "never", or "auto": except for two RetinaNets or two FCOS.
+    # "always" or "never". "auto": "never" for two RetinaNets or two FCOS, otherwise "always".
     fgbg.STANDARDISE = "auto"
     # "sigmoid": KL of a Bernoulli distribution for each class. "softmax": one KL over all classes
     # and a background class with logit 0.
@@ -275,8 +277,8 @@ def _add_training(cfg: CN) -> None:
     # Decay of an exponential moving average of the weights, such as 0.9998. The average is
     # evaluated and saved instead of the weights. 0 = off.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # True = train with the memory format channels_last. A step on a CPU is then a fifth to a
-    # quarter shorter. Results differ by rounding only.
+    # True = train with the memory format channels_last. A step on a CPU is then shorter. Results
+    # differ only by rounding.
     cfg.SOLVER.CHANNELS_LAST = False
     # Number of periodic checkpoints to keep. 0 = all. Other values must be at least 2, so that an
     # older checkpoint remains if the last one is damaged.
@@ -292,8 +294,8 @@ def _add_training(cfg: CN) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
-    # Folders of photos without annotations, with their subfolders, from which a student learns what
-    # its teacher sees. () = none.
+    # Folders of photos without annotations. Their subfolders are used too. The student learns from
+    # the teacher's detections on these photos. () = none.
     cfg.DATASETS.UNLABELED = ()
 
 

@@ -55,23 +55,25 @@ def main() -> None:
         nargs="+",
         default=(),
         metavar="FOLDER",
-        help="photos without annotations, from which the student learns what the teacher sees",
+        help="folders of photos without annotations, on which the student learns from the teacher",
     )
-    wish = parser.add_argument_group("how fast the student shall be")
-    wish.add_argument("--speedup", type=float, metavar="X", help="times as fast as the teacher")
-    wish.add_argument("--latency", type=float, metavar="MS", help="at most, per image")
-    wish.add_argument("--parameters", type=float, metavar="M", help="at most, in millions")
+    wish = parser.add_argument_group("how fast the student must be")
+    wish.add_argument(
+        "--speedup", type=float, metavar="X", help="at least X times as fast as the teacher"
+    )
+    wish.add_argument("--latency", type=float, metavar="MS", help="at most MS ms per image")
+    wish.add_argument("--parameters", type=float, metavar="M", help="at most M millions")
     wish.add_argument("--student", default="", metavar="NAME", help="a timm model or a YAML config")
     wish.add_argument(
         "--runtime",
         choices=("pytorch", "onnx"),
         default="pytorch",
-        help="on which speed is judged; default: %(default)s",
+        help="where the speed is measured; default: %(default)s",
     )
     wish.add_argument("--device", default="", help="cpu or cuda; default: cuda if there is one")
     training = parser.add_argument_group("the training")
     training.add_argument("--hours", type=float, default=0.0, help="for all trainings together")
-    training.add_argument("--iterations", type=int, default=0, metavar="N")
+    training.add_argument("--iterations", type=int, default=0, metavar="N", help="of each training")
     training.add_argument(
         "--backbone-weights",
         default="",
@@ -80,7 +82,7 @@ def main() -> None:
     )
     training.add_argument("--compare", action="store_true", help="also train without the teacher")
     training.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="for a training; default: %(default)s"
+        "--num-gpus", type=int, default=1, metavar="N", help="per training; default: %(default)s"
     )
     parser.add_argument("--dry-run", action="store_true", help="only measure and show the table")
     parser.add_argument("--output", type=Path, default=Path("output/distill"), metavar="FOLDER")
@@ -94,7 +96,7 @@ def main() -> None:
 
 
 class Once(logging.Handler):
-    """Prints each warning once: some checks are made again by a later step."""
+    """Prints each warning once, because later steps repeat some checks."""
 
     said: set[str] = set()
 

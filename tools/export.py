@@ -77,11 +77,11 @@ def main() -> None:
     add_import_flag(parser)
     args = parser.parse_args()
     if Path(args.output).suffix not in deploy.FORMATS:
-        parser.error(f"--output: give a name that ends in {', '.join(deploy.FORMATS)}")
+        parser.error(f"--output: give a name that ends in {' or '.join(deploy.FORMATS)}")
     if args.int8 and args.output.endswith(".pt"):
         parser.error("--int8 needs an --output that ends in .onnx or .xml")
     if args.int8 == "dynamic" and args.output.endswith(".xml"):
-        parser.error("--int8 dynamic: OpenVINO has static int8 only: give --int8 static")
+        parser.error("--int8 dynamic is for ONNX files. For OpenVINO, give --int8 static")
     if args.fp16 and not args.output.endswith(".xml"):
         parser.error("--fp16 needs an --output that ends in .xml")
     setup_logger(name="fgbg_kd")

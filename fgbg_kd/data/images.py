@@ -7,7 +7,7 @@ from PIL import ExifTags, Image
 
 from ..utils.errors import DataError
 
-# Files with these names are images; others may be.
+# Files with these suffixes are images. Other files can be images, too.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # Keys of Pillow's image.info in which an orientation can stand.
 _METADATA = {"exif", "xmp", "XML:com.adobe.xmp"}

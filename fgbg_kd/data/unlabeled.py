@@ -1,4 +1,4 @@
-"""Photos without annotations: finds them, checks them, and leaves out those of other sets."""
+"""Finds and checks photos without annotations. Photos of the labelled sets are left out."""
 
 import logging
 import os
@@ -20,12 +20,13 @@ def find_photos(
     tests: Iterable[dict] = (),
     longest: int = 0,
 ) -> list[dict]:
-    """The photos in folders and their subfolders. Hidden files are no photos.
+    """The photos in folders and their subfolders. Hidden files are skipped.
 
-    A photo is left out if a file of another set has the same content. A warning counts them.
+    A photo is left out if a file of a labelled set has the same content. A warning counts these
+    photos.
 
     Args:
-        folders: paths.
+        folders: paths of folders.
         training, tests: Detectron2's dataset dicts of the labelled sets.
         longest: largest side of an image in training, in pixels. 0: not known.
 
@@ -60,7 +61,9 @@ def find_photos(
 
 def _photos_in(folder: str) -> list[str]:
     if not os.path.isdir(folder):
-        raise ConfigError(f"DATASETS.UNLABELED names {folder!r}: there is no such folder.")
+        raise ConfigError(
+            f"DATASETS.UNLABELED names {folder!r}: there is no such folder. Correct the path."
+        )
     found = [
         os.path.abspath(path)
         for path in Path(folder).rglob("*")
@@ -68,14 +71,17 @@ def _photos_in(folder: str) -> list[str]:
     ]
     if not found:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"DATASETS.UNLABELED: {folder} has no photos, which are files {known}.")
+        raise DataError(
+            f"DATASETS.UNLABELED: {folder} has no photos. The name of a photo must end in {known}. "
+            "Name another folder."
+        )
     return found
 
 
 def _refuse_faults(headers: dict[str, Header], longest: int) -> None:
     faults = [(path, header.fault) for path, header in headers.items() if header.fault]
     faults += [
-        (path, f"it is too narrow: no pixel is left across at INPUT.MAX_SIZE_TRAIN {longest}")
+        (path, f"it is too narrow: at INPUT.MAX_SIZE_TRAIN {longest}, no pixel is left across")
         for path, header in headers.items()
         if longest and not header.fault and too_narrow(*header.size, longest)
     ]
@@ -89,7 +95,7 @@ def _refuse_faults(headers: dict[str, Header], longest: int) -> None:
 
 
 def _with_content_of(paths: Sequence[str], others: Iterable[str]) -> set[str]:
-    """The paths whose files have the content of one of the other files."""
+    """The paths whose files have the same content as one of the other files."""
     others = [x for x in others if os.path.isfile(x)]
     sizes, other_sizes = ({x: os.path.getsize(x) for x in files} for files in (paths, others))
     possible = set(sizes.values()) & set(other_sizes.values())  # only these files are read

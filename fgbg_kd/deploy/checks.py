@@ -15,8 +15,8 @@ from .export import export
 from .openvino_file import whole_pair
 from .run import ExportedDetector, detect
 
-# Smallest share of detections that must have a partner. Weights in fp16 have three digits, so that
-# detections with nearly equal scores change their order.
+# Smallest share of detections that must have a partner. Weights in fp16 have about three decimal
+# digits. So detections with nearly equal scores can change their order.
 _PARTNERS, _PARTNERS_IN_FP16 = 0.99, 0.9
 
 

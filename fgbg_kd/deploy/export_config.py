@@ -28,7 +28,7 @@ class Exported(NamedTuple):
     Attributes:
         detectors: the detector in PyTorch ("PyTorch") and those of the files, by path.
         about: see :func:`describe`.
-        images: (H, W, 3) uint8 RGB of the detector's size, on which the files were checked.
+        images: (H, W, 3) uint8 RGB, resized for the detector. The files were checked on them.
         cfg: the config with its data; None: the data were not needed.
     """
 
@@ -43,7 +43,8 @@ def export_config(config: str, weights: str, output: Path, **options) -> list[di
 
     Args:
         config, weights, output: see :func:`export_files`.
-        options: the others of :func:`export_files`. "evaluate": AP on DATASETS.TEST is measured.
+        options: the other arguments of :func:`export_files`. With "evaluate", AP on DATASETS.TEST
+            is measured.
 
     Returns:
         A row for each detector: "detector", "MB", "ms_per_image", and "AP" if it is measured.
@@ -79,7 +80,7 @@ def export_files(
         int8: "static" or "dynamic": also writes name.int8.onnx or name.int8.xml (:func:`quantize`).
         calibration: number of training images for "static".
         images: image files for the check. Empty: 8 images of DATASETS.TEST.
-        evaluate: whether the test set must have objects.
+        evaluate: whether AP will be measured. Then a test set without objects is refused.
         say: is called with a line of text about the check.
 
     Raises:

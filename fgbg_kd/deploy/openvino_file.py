@@ -29,9 +29,9 @@ def write_openvino(
     Args:
         model: a :class:`~.deployable.Deployable`.
         about: the metadata.
-        output: name.xml.
+        output: path of name.xml. name.bin is written beside it.
         image: an example, (H, W, 3) uint8.
-        half: whether the file holds its weights in fp16. The computation is in fp32.
+        half: whether the file holds its weights in fp16. The computation is still in fp32.
 
     Raises:
         DeployError: the package openvino is missing.
@@ -56,7 +56,7 @@ def quantize_openvino(source: str, output: str, images: Iterable[np.ndarray]) ->
     If it fails or is interrupted, an existing output file is not changed.
 
     Args:
-        source, output: name.xml.
+        source, output: paths of name.xml.
         images: (H, W, 3) uint8 RGB. They give the ranges of activations.
 
     Raises:
@@ -75,7 +75,7 @@ def quantize_openvino(source: str, output: str, images: Iterable[np.ndarray]) ->
 
 @contextlib.contextmanager
 def whole_pair(output: Path) -> Iterator[Path]:
-    """:func:`~fgbg_kd.utils.files.whole` for name.xml and for name.bin beside it."""
+    """Like :func:`~fgbg_kd.utils.files.whole`, for name.xml and the name.bin beside it."""
     with whole(output.with_suffix(".bin")), whole(output) as partial:
         yield partial
 
@@ -83,8 +83,8 @@ def whole_pair(output: Path) -> Iterator[Path]:
 def open_openvino(file: str) -> tuple[Callable, str]:
     """A function from an image to the outputs of a file, and the metadata of the file.
 
-    The computation is in fp32 also on CPUs on which OpenVINO would take bf16. So the detections are
-    those of PyTorch.
+    Operators that are not int8 compute in fp32, as PyTorch does. Without this setting, OpenVINO
+    would choose bf16 on some CPUs.
 
     Raises:
         DeployError: the package openvino is missing.

@@ -99,13 +99,13 @@ class ResumableLoader:
     def mix(self, photos: list[dict], share: float) -> None:
         """Gives a share of each batch to other images. The batch keeps its size.
 
-        Each batch then holds images of both sets, the other ones last. Their order is random and
-        depends on the seed only. Call this before the first batch is requested.
+        Each batch then holds images of both sets. The other images come last. Their order is random
+        and depends on the seed only. Call this before the first batch is requested.
 
         Args:
             photos: dataset dicts of the other images.
-            share: between 0 and 1. The number of images is rounded. At least one image of each set
-                is in a batch.
+            share: share of the other images in a batch, between 0 and 1. Their number is rounded. A
+                batch has at least one image of each set.
 
         Raises:
             ConfigError: see :meth:`number_of`.
@@ -156,14 +156,14 @@ class ResumableLoader:
 
 
 class _Stream(NamedTuple):
-    """An endless stream of images and the number that each batch takes of it.
+    """An endless stream of images, and how many of them each batch takes.
 
     Attributes:
-        sampler: gives endless indices, other ones in each process.
-        batch_size: of one process.
+        sampler: gives endless indices. They differ between processes.
+        batch_size: number of these images in a batch of one process.
         wide: whether each image is wider than high; None: images are not grouped.
         first: index of the stream's first image in the dataset.
-        key: more numbers for the seeds of the augmentation, so that streams differ.
+        key: further numbers for the seeds of the augmentation, so that streams differ.
     """
 
     sampler: Sampler

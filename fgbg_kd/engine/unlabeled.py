@@ -1,8 +1,9 @@
-"""Photos without labels in training: the teacher's confident detections stand for their boxes.
+"""Photos without labels in training: the teacher's confident detections are used as their boxes.
 
-The teacher runs once before the training: over labelled training images, which tell from which
-score on its detections are right often enough, and over the photos. The result is a COCO file. A
-resumed run reads it, because its teacher and its photos are the same.
+The teacher runs once before the training. It first runs over labelled training images. They show
+which detections are right, and this gives the lowest score of a confident detection. Then it runs
+over the photos. The result is a COCO file. A resumed run reads this file, because the teacher and
+the photos are the same.
 """
 
 import contextlib
@@ -35,19 +36,19 @@ from .loader import ResumableLoader
 
 logger = logging.getLogger(__name__)
 
-_MEASURED = 300  # labelled images at most, on which the precision is measured
-_IOU = 0.5  # of a right detection with its object
+_MEASURED = 300  # largest number of labelled images on which the precision is measured
+_IOU = 0.5  # smallest IoU of a right detection with its object
 
 
 class Unlabeled(NamedTuple):
     """Photos without labels, and how a training uses them.
 
     Attributes:
-        folders: of the photos.
-        share: of the photos in a batch, between 0 and 1.
+        folders: paths of the folders that hold the photos.
+        share: share of the photos in a batch, between 0 and 1.
         precision: see :func:`score_threshold`.
-        file: COCO file of the detections. It is made, or read if it was made from the same teacher,
-            photos and labelled images.
+        file: path of the COCO file of the detections. It is read if it was made from the same
+            teacher, photos and labelled images. Otherwise it is made.
         training: dataset dicts of the labelled set.
         tests: names of test sets. Their images are left out.
         classes: names of the student's classes; None: not known.
@@ -72,9 +73,10 @@ def add_unlabeled(loader, teacher: Teacher | None, wanted: Unlabeled) -> None:
     """Mixes photos without labels into the batches of a loader.
 
     Raises:
-        ConfigError: there is no teacher, a value is not valid, or ``wanted.file`` is another file.
+        ConfigError: there is no teacher, a value is not valid, or ``wanted.file`` was written by
+            another program.
         DataError: a photo cannot be used, or there is none.
-        TeacherError: the teacher has no detections of these classes that are right often enough.
+        TeacherError: the teacher is two-stage, or its detections are not right often enough.
     """
     if teacher is None:
         raise ConfigError(
@@ -103,22 +105,23 @@ def add_unlabeled(loader, teacher: Teacher | None, wanted: Unlabeled) -> None:
         )
     loader.mix(kept, wanted.share)
     logger.info(
-        f"Of the {loader.batch_size} images that each process has in a batch, {without} are photos "
-        f"without labels. There are {len(kept)}; {len(records) - len(kept)} without a confident "
-        "detection are left out."
+        f"In each batch, each process has {loader.batch_size} images. {without} of them are photos "
+        f"without labels. {len(kept)} photos are used. {len(records) - len(kept)} photos without a "
+        "confident detection are left out."
     )
 
 
 def check_teacher(teacher: Teacher) -> None:
-    """Refuses a teacher whose detections are not of the student's classes.
+    """Refuses a two-stage teacher, because its classes are not matched to the student's.
 
     Raises:
-        TeacherError: it is such a teacher.
+        TeacherError: the teacher is two-stage.
     """
     if not teacher.view.dense:
         raise TeacherError(
             f"DATASETS.UNLABELED needs a one-stage teacher, but this one is a {teacher.view.name}: "
-            "its classes are not matched to the student's. Set DATASETS.UNLABELED ()."
+            "its classes are not matched to the student's. Use a one-stage teacher, or set "
+            "DATASETS.UNLABELED ()."
         )
 
 
@@ -127,7 +130,8 @@ def _with_detections(
 ) -> list[dict]:
     """Dataset dicts of the photos with "unlabeled": True and confident detections as annotations.
 
-    They are read from the file if it was made from the same teacher, photos and images.
+    The detections are read from the file if it was made from the same teacher, photos and labelled
+    images.
     """
 
     def ask(records: Sequence[dict], threshold: float = 0.0) -> list[dict]:
@@ -164,7 +168,7 @@ def _with_detections(
 
 
 def _identity(teacher: Teacher) -> list:
-    """Everything about a teacher on which its detections depend: first, a hash of its weights."""
+    """Everything on which a teacher's detections depend. The first entry is a hash of weights."""
     digest = hashlib.sha256()
     for name, value in sorted(teacher.detector.state_dict().items()):
         digest.update(name.encode())
@@ -174,10 +178,10 @@ def _identity(teacher: Teacher) -> list:
 
 
 def _read(file: Path) -> dict:
-    """The content of a file of detections; {} if there is none.
+    """The content of a file of detections; {} if there is no file.
 
     Raises:
-        ConfigError: it is another file, which is not overwritten.
+        ConfigError: the file was written by another program. It is not overwritten.
     """
     if not file.is_file():
         return {}
@@ -235,19 +239,19 @@ def detections(
 
 
 def score_threshold(found: list[dict], records: Sequence[dict], precision: float) -> float:
-    """The lowest score from which on a share of all detections is right.
+    """The lowest score s such that enough of the detections with a score of at least s are right.
 
     A detection is right if its IoU with an object of its class is at least 0.5. Each object is
-    found once, by the detection with the highest score (COCO's matching). Detections of crowds do
-    not count.
+    found at most once, by the detection with the highest score (COCO's matching). Detections of
+    crowds do not count.
 
     Args:
         found: the result of :func:`detections` for the records.
         records: dataset dicts with annotations.
-        precision: the share.
+        precision: share of these detections that must be right, over 0 and at most 1.
 
     Raises:
-        TeacherError: no score reaches the share.
+        TeacherError: no score gives this share.
     """
     scores, right = _judged(found, records)
     order = np.argsort(-scores, kind="stable")
@@ -262,8 +266,8 @@ def score_threshold(found: list[dict], records: Sequence[dict], precision: float
         raise TeacherError(
             f"The teacher's detections on {len(records)} labelled training images are not right "
             f"often enough for MODEL.KD.UNLABELED.PRECISION {precision}: {best} (IoU {_IOU}, right "
-            "class). Lower it, set DATASETS.UNLABELED (), or check that the teacher was trained on "
-            "these classes and with this INPUT."
+            "class). Check that the teacher was trained on these classes and with this INPUT. Or "
+            "lower PRECISION, or set DATASETS.UNLABELED ()."
         )
     n = good[-1] + 1
     objects = sum(not a.get("iscrowd", 0) for r in records for a in r["annotations"])
@@ -276,7 +280,7 @@ def score_threshold(found: list[dict], records: Sequence[dict], precision: float
 
 
 def _judged(found: list[dict], records: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(D,) scores and (D,) whether the detection is right, without detections of crowds."""
+    """Scores (D,), and whether each detection is right (D,). Detections of crowds are left out."""
     if not found:
         return np.zeros(0), np.zeros(0, bool)
     truth = COCO()
@@ -316,7 +320,7 @@ def _boxes(record: dict) -> list[dict]:
 def _coco(
     records: Sequence[dict], boxes: Sequence[dict], info: dict, classes: Sequence[str]
 ) -> dict:
-    """A COCO file with the images of dataset dicts. Boxes name an image by its place."""
+    """A COCO file of these images and boxes. The id of an image is its index in ``records``."""
     keys = ("file_name", "height", "width")
     return {
         "info": info,

@@ -25,7 +25,7 @@ class RunWriter(EventWriter):
     resumed training continues the same run.
 
     Attributes:
-        package: of the service. The extra of setup.py has the same name.
+        package: name of the service's Python package. The extra in setup.py has the same name.
     """
 
     package = ""
@@ -76,7 +76,7 @@ class RunWriter(EventWriter):
         """Opens a run and returns its id.
 
         Args:
-            run_id: of the run that goes on; None: a new one.
+            run_id: id of the run that is continued; None: a new run.
         """
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ def build_writers(names: Sequence[str], output_dir: str) -> list[RunWriter]:
 
 
 def _plain(name: str) -> str:
-    """A name with the characters that MLflow takes. Names of classes may have others."""
+    """The name with "_" in place of characters that MLflow refuses. Class names may have them."""
     return re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name)
 
 

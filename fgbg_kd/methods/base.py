@@ -96,11 +96,11 @@ class Method(nn.Module):
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        """The options with what "auto" means for this student and teacher.
+        """The options for this student and teacher, with a value in place of each "auto".
 
         Args:
-            alike: whether both are the same kind of detector, and their features do not come
-                behind an activation: two RetinaNets, or two FCOS.
+            alike: whether both are the same kind of detector, and their features are not the output
+                of an activation. Of this package's detectors: two RetinaNets, or two FCOS.
         """
         return options
 

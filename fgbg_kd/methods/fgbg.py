@@ -28,10 +28,11 @@ class FgBg(Method):
     L_fg = fg_weight * sum over foreground cells of w g (1 - cos(z(phi(S)), z(T))) / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
 
-    S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: each
-    channel with mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`), if STANDARDISE says so. w:
-    weight of a cell (:func:`fgbg_kd.ops.split`, :meth:`fgbg_kd.ops.Split.weighed`). g: the gate
-    (:func:`fgbg_kd.ops.teacher_gate`). F: number of foreground cells. tau: temperature.
+    S, T: features of student and teacher. phi: a 1x1 convolution if the channels differ. z: scales
+    each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`) with STANDARDISE always;
+    otherwise the identity. w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher,
+    :meth:`fgbg_kd.ops.Split.weighed`). g: the gate (:func:`fgbg_kd.ops.teacher_gate`). F: number of
+    foreground cells. tau: temperature.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Cells with a closed gate still count in the divisors, so
@@ -116,7 +117,7 @@ class FgBg(Method):
         return losses, shares(cells, gate, found)
 
     def split(self, batch: Batch) -> Split:
-        """The split of a batch, with weights that do not depend on the teacher yet."""
+        """The split of a batch. Its weights do not depend on the teacher."""
         return batch.split("scale" if self.assign == "scale" else "all")
 
     def directions(

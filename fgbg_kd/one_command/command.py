@@ -1,4 +1,4 @@
-"""The whole way from a slow detector to a fast one, in one function."""
+"""All steps from a slow detector to a fast one, in one function."""
 
 import json
 import os
@@ -34,15 +34,15 @@ class Distilled:
     """The result of :func:`distill`.
 
     Attributes:
-        taken: the candidate that is the student; "": none yet (a dry run without a wish).
+        taken: name of the candidate that is the student; "": none yet (a dry run without a wish).
         candidates: rows of the teacher and the candidates: "name", "parameters_m", "gflops", "ms",
             "onnx_ms", "speedup".
         rows: rows of the teacher, the plain student (``compare``) and the distilled student: also
             "AP", "AP50", and with the extra openvino "openvino_ms", "int8_ms", "int8_AP". Empty
             after a dry run.
         test_set: where the test set comes from.
-        config: student.yaml, by which the student is used. None after a dry run.
-        weights: its checkpoint.
+        config: path of student.yaml, the student's config. None after a dry run.
+        weights: path of the student's checkpoint. None after a dry run.
         onnx, openvino, int8, picture, report: files; None: not written.
         predict: the command that runs the student.
     """
@@ -85,31 +85,35 @@ def distill(
 ) -> Distilled:
     """Finds a student that is fast enough on this machine, and trains it with its teacher.
 
-    An interrupted call goes on where it stopped if it is repeated. A finished one trains nothing.
+    If an interrupted call is repeated, it continues where it stopped. If a finished call is
+    repeated, it trains nothing.
 
     Args:
         teacher: its config, or (config, checkpoint).
         train: (COCO file, folder of images), or the path of PASCAL VOC or YOLO data.
         test: the same. Empty: a part of ``train``, by groups of images.
-        unlabeled: folders of photos without annotations, which the distilled student also sees.
+        unlabeled: folders of photos without annotations. The distilled student is trained on them
+            too.
         speedup: how many times as fast as the teacher the student must be.
-        latency: milliseconds per image that it may take.
-        parameters: millions of parameters that it may have.
+        latency: largest number of milliseconds per image.
+        parameters: largest number of parameters, in millions.
         student: a timm model, or a YAML config of a student. "": any candidate.
         iterations, hours: length of the training. 0: from the data and the teacher's schedule.
-        backbone_weights: a state dict of timm's model; "random"; "": timm's own, if they are there.
+        backbone_weights: path of a state dict of timm's model; "random": no trained weights; "":
+            timm's own weights, if they are in its cache or can be downloaded.
         compare: whether the student is also trained without the teacher.
-        dry_run: only measure. Nothing is written but the table, beside ``output``.
+        dry_run: only measure. Only the table is written, beside ``output``.
         output: folder of the result.
-        runtime: on which speed-up and latency are judged, "pytorch" or "onnx".
-        device: on which the detectors are measured. "": "cuda" if there is one, otherwise "cpu".
-        imports: modules of yours that trainings import, as --import of tools/train_net.py.
-        num_gpus: on which a training runs, as --num-gpus of tools/train_net.py.
+        runtime: where speed-up and latency are measured, "pytorch" or "onnx".
+        device: device on which the detectors are measured. "": "cuda" if there is a GPU, otherwise
+            "cpu".
+        imports: your modules that the trainings import, as --import of tools/train_net.py.
+        num_gpus: number of GPUs of each training, as --num-gpus of tools/train_net.py.
         say: is called with each line of text.
 
     Raises:
-        FgBgError: before anything is trained, if an argument, the data, the teacher or the folder
-            has a fault, or no candidate is fast enough; later, if a training fails.
+        FgBgError: before anything is trained: an argument, the data, the teacher or the folder has
+            a fault, or no candidate is fast enough. Later: a training failed.
     """
     wish = Wish(speedup, latency, parameters, runtime)
     _check(wish, student, iterations, hours, dry_run)
@@ -191,17 +195,17 @@ def _check(wish: Wish, student: str, iterations: int, hours: float, dry_run: boo
     wish.check()
     if not (str(wish) or student or dry_run):
         raise ConfigError(
-            "How fast shall the student be? Give --speedup 3 (times as fast as the teacher), "
-            "--latency 15 (milliseconds), --parameters 4 (millions) or --student NAME. --dry-run "
-            "shows what can be had."
+            "It is not said how fast the student must be. Give --speedup 3 (times as fast as the "
+            "teacher), --latency 15 (milliseconds), --parameters 4 (millions) or --student NAME. "
+            "--dry-run shows the candidates."
         )
     if iterations and hours:
-        raise ConfigError("--iterations and --hours both give the length: give one of them.")
+        raise ConfigError("--iterations and --hours both set the length: give only one of them.")
     for name, value in (("iterations", iterations), ("hours", hours)):
         if value < 0:
             raise ConfigError(f"--{name} is {value}: give a number over 0.")
     if student.endswith((".yaml", ".yml")) and not os.path.isfile(student):
-        raise ConfigError(f"--student {student}: there is no such file.")
+        raise ConfigError(f"--student {student}: there is no such file. Correct the path.")
 
 
 def _known_plan(output: Path, request: dict) -> dict[str, Any]:
@@ -236,7 +240,7 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
 
 
 def _dry(plan: Plan, rows: list[dict]) -> Distilled:
-    """Shows the table, and what the wish would take."""
+    """Shows the table, and the candidate that would be taken."""
     taken = ""
     if str(plan.wish):
         taken = show_choice(plan, rows)["name"]

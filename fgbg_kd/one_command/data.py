@@ -50,12 +50,18 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
     """
     found = _find(train, "train", folder)
     if found is None:
-        raise DataError(f"--train {' '.join(train)}: no training images are named there.")
+        raise DataError(
+            f"--train {' '.join(train)}: no training images are named there. Add the entry train "
+            "to data.yaml."
+        )
     content = read_coco(found[0], training=True)
     note = f"test set: {' '.join(test)}"
     other = _find(test, "test", folder)
     if test and other is None:
-        raise DataError(f"--test {' '.join(test)}: no test images are named there.")
+        raise DataError(
+            f"--test {' '.join(test)}: no test images are named there. Add the entry test to "
+            "data.yaml."
+        )
     if other is None and len(train) == 1:
         other = _find(train, "test", folder, shared=True)
         note = f"test set: the test part of {train[0]}"
@@ -80,7 +86,8 @@ def _find(
     """The COCO file and the images of a part; None: the data do not name this part.
 
     Args:
-        shared: whether the paths also hold the other part, so that a list must tell them apart.
+        shared: whether the same data hold both parts. A VOC folder must then list this part in
+            ImageSets.
     """
     if not values:
         return None
@@ -127,7 +134,9 @@ def _from_yolo(file: Path, part: str, folder: Path) -> tuple[str, str] | None:
     places = [base / value, file.parent / value, file.parent / re.sub(r"^(\.\./)+", "", value)]
     images = next((p for p in places if p.is_dir()), None)
     if images is None:
-        raise DataError(f"{file}: {names[0]} is {value!r}, and there is no such folder.")
+        raise DataError(
+            f"{file}: {names[0]} is {value!r}, and there is no such folder. Correct the path."
+        )
     images = images.resolve()
     head, found, tail = str(images).rpartition("images")
     labels = Path(f"{head}labels{tail}") if found else images
@@ -159,10 +168,10 @@ def _from_voc(path: Path, part: str, folder: Path, shared: bool) -> tuple[str, s
 
 
 def _mark_difficult(file: Path, annotations: Path, part: str) -> None:
-    """Marks VOC's difficult objects in a converted file, because the library leaves them out.
+    """Marks VOC's difficult objects in a converted file, because the library does not mark them.
 
-    They are ordinary objects in training. In a test set they are iscrowd, which is neither found
-    nor missed, as in VOC's own evaluation.
+    In training they are like other objects. In a test set they get iscrowd 1. So they count neither
+    as found nor as missed, as in VOC's own evaluation.
     """
     from defusedxml.ElementTree import parse  # of the library
 

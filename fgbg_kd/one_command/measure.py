@@ -38,10 +38,10 @@ HEADINGS = {
     "int8_AP": "AP, int8",
     "speedup": "times as fast",
 }
-_RUNS, _SECONDS = 50, 60  # of the measurement of all candidates
+_RUNS, _SECONDS = 50, 60  # largest number of runs, and of seconds, of a measurement
 # Other work on the machine only makes calls slower. So this quantile is steadier than the median.
 _QUANTILE = 0.2
-_STEADY = 1.3  # a larger ratio of the teacher's 80 % and 20 % quantiles is worth a line
+_STEADY = 1.3  # if the teacher's 80 % quantile is over this many 20 % quantiles, a message says so
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Wish:
         speedup: how many times as fast as the teacher.
         latency: milliseconds per image at most.
         parameters: millions of parameters at most.
-        runtime: on which the first two are judged: "pytorch" or "onnx".
+        runtime: where speed-up and latency are measured, "pytorch" or "onnx".
     """
 
     speedup: float | None = None
@@ -84,7 +84,7 @@ def has_onnx() -> bool:
 
 
 def image_size(content: dict, test_size: int, limit: int) -> tuple[int, int]:
-    """(height, width) to which an image of median proportions of a COCO file is resized."""
+    """(height, width) of a resized image that has the median proportions of a COCO file."""
     shapes = [(i["height"], i["width"]) for i in content["images"]]
     height, width = sorted(shapes, key=lambda s: s[0] / s[1])[len(shapes) // 2]
     return ResizeShortestEdge.get_output_shape(height, width, test_size, limit)
@@ -108,8 +108,8 @@ def measure(
 
     Returns:
         Rows with "name", "parameters_m", "gflops", "ms", "onnx_ms" (None: it has no ONNX file) and
-        "speedup", the teacher's time divided by the detector's, in PyTorch. Times are 20 %
-        quantiles.
+        "speedup", which is the teacher's time divided by the detector's, in PyTorch. ``files`` add
+        their columns. Times are 20 % quantiles.
     """
     rows, calls, files = [], {}, files or {}
     generator = np.random.default_rng(0)
@@ -193,14 +193,14 @@ def measured(
     device: str,
     say: Callable[[str], None],
 ) -> list[dict]:
-    """:func:`measure`, with a file that keeps the rows.
+    """The rows of :func:`measure`, kept in a file.
 
-    They are measured again on another machine, with other versions or threads, for another size of
-    images, or for other detectors.
+    They are measured again on another machine, with other versions or another number of threads,
+    for another image size, or for other detectors.
 
     Args:
         cache: JSON file with tables by key.
-        about: what describes the detectors, as values that JSON can hold.
+        about: description of the detectors, as values that JSON can hold.
     """
     packages = {}
     for name in ("timm", "onnxruntime"):
@@ -216,7 +216,7 @@ def measured(
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(cache, json.dumps(tables, indent=1))
     else:
-        say(f"The table of candidates was measured before: {cache}.")
+        say(f"The candidates were measured before. Their table is read from {cache}.")
     return tables[key]["rows"]
 
 
@@ -226,15 +226,16 @@ def refined(
     finer: Callable[[str], list[str]],
     measure_pair: Callable[[str, str], list[dict]],
 ) -> list[dict]:
-    """Adds candidates between the one that is chosen and the next one, by bisection.
+    """Adds candidates between the chosen one and the next larger one, by bisection.
 
-    Without them, the student can be much faster than the wish. Each is measured together with the
-    chosen one. So it does not matter if the machine is slower than at the time of ``rows``.
+    Without them, the student can be much faster than the user asks. Each is measured together with
+    the chosen one. So it does not matter if the machine is now slower than when ``rows`` were
+    measured.
 
     Args:
         rows: those of :func:`measure`. The first is the teacher.
-        finer: from the name of a candidate to those of larger ones, from fast to slow.
-        measure_pair: rows of two candidates by name.
+        finer: function from the name of a candidate to the names of larger ones, fast to slow.
+        measure_pair: function from the names of two candidates to their rows.
     """
     try:
         taken = choose(rows, wish)
@@ -274,8 +275,8 @@ def _fitting(candidates: Sequence[dict], teacher: dict, wish: Wish) -> list[dict
 def choose(rows: Sequence[dict], wish: Wish) -> dict:
     """The largest candidate that meets a wish.
 
-    It has the backbone of the one with the most parameters. Among those with this backbone, it has
-    the most GFLOPs.
+    Its backbone is that of the candidate with the most parameters. Of the candidates with this
+    backbone, it has the most GFLOPs.
 
     Args:
         rows: those of :func:`measure`. The first is the teacher.
@@ -289,7 +290,8 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
         least = min(candidates, key=lambda r: r["parameters_m"])
         raise ConfigError(
             f"No candidate has at most {wish.parameters:g} M parameters: the smallest, "
-            f"{least['name']}, has {least['parameters_m']} M. Ask for more, or name a --student."
+            f"{least['name']}, has {least['parameters_m']} M. Raise --parameters, or give only "
+            "--student NAME."
         )
     timed = [r for r in small if r[RUNTIMES[wish.runtime]] is not None]
     if wish.speedup or wish.latency:
@@ -324,8 +326,8 @@ def _too_slow(fastest: dict, teacher: dict, wish: Wish) -> ConfigError:
         times = f", {ratio:.1f} times as fast as the teacher"
     return ConfigError(
         f"No candidate meets {wish}: the fastest, {fastest['name']}, takes {fastest[column]} ms"
-        f"{times}. Ask for less, name a --student, or give smaller images (INPUT.MIN_SIZE_TEST in "
-        "the teacher's config)."
+        f"{times}. Lower --speedup, raise --latency, name another --student, or give smaller "
+        "images (INPUT.MIN_SIZE_TEST in the teacher's config)."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the command ends with: exported files, report and the table of all detectors."""
+"""The end of the command: exported files, report and the table of all detectors."""
 
 import contextlib
 import io
@@ -32,8 +32,9 @@ class Openvino(NamedTuple):
     """The student for OpenVINO.
 
     Attributes:
-        openvino, int8: files with weights in fp16, and with convolutions in int8.
-        int8_ap: AP of the second (0 to 100), on the test set.
+        openvino: file with weights in fp16.
+        int8: file with convolutions in int8.
+        int8_ap: AP of the int8 file on the test set (0 to 100).
     """
 
     openvino: Path
@@ -49,7 +50,7 @@ def result_rows(
     device: str,
     small: Openvino | None = None,
 ) -> list[dict]:
-    """A row for each detector: AP, AP50 and cost on this machine, for a test image.
+    """A row for each detector: AP, AP50, and its cost for one test image on this machine.
 
     Args:
         config, weights: of the student.
@@ -92,9 +93,12 @@ def result_table(rows: list[dict]) -> str:
 def write_onnx(
     config: Path, weights: Path, output: Path, say: Callable[[str], None]
 ) -> Path | None:
-    """Exports the student and checks the file; None: it cannot be written, which is said."""
+    """Exports the student and checks the file. None: it is not written, and ``say`` gets why."""
     if not has_onnx():
-        say(f"{output.name} is not written: pip install -e '.[export]'")
+        say(
+            f"{output.name} is not written, because the packages onnx and onnxruntime are not "
+            "installed: pip install -e '.[export]'"
+        )
         return None
     try:
         export_config(str(config), str(weights), output, say=say)
@@ -109,10 +113,13 @@ def write_openvino(
 ) -> Openvino | None:
     """Exports the student for OpenVINO and measures the AP of its int8 file.
 
-    The result is kept in a file. None: the files cannot be written, which is said.
+    The result is kept in a file. None: the files are not written, and ``say`` gets why.
     """
     if not installed("openvino", "nncf"):
-        say("OpenVINO and int8 are not measured: pip install -e '.[openvino]'")
+        say(
+            "OpenVINO files are not written, because the packages openvino and nncf are not "
+            "installed: pip install -e '.[openvino]'"
+        )
         return None
     files, kept = (folder / "student.xml", folder / "student.int8.xml"), folder / "openvino.json"
     key = sha256_of(weights)
@@ -154,7 +161,7 @@ def write_picture(folder: Path, students: Sequence[str], with_teacher: bool) -> 
 
 
 def write_page(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The report about the trainings in a folder; None: it cannot be written, which is said."""
+    """The report about the trainings in a folder. None: not written, and ``say`` gets why."""
     output = folder / "report.html"
     try:
         write_report([folder], output, lambda text: None)

@@ -58,8 +58,8 @@ class Plan:
         cache: file of the measured tables.
         device: on which the detectors are measured.
         say: is called with a line of text.
-        imports: the user's modules that trainings import.
-        num_gpus: on which a training runs.
+        imports: the user's modules that the trainings import.
+        num_gpus: number of GPUs of each training.
     """
 
     config: str
@@ -209,8 +209,8 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
     for line in spoken(settings):
         plan.say(f"  {line}")
     plan.say(
-        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. Change them as you "
-        "like before the training, and give the same command again."
+        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. To change them, press "
+        "Ctrl-C before the training starts, edit the files, and give the same command again."
     )
     return taken
 
@@ -231,7 +231,7 @@ def _model(plan: Plan, facts: TeacherFacts, taken: str) -> tuple[list[Setting], 
 def _schedule(
     plan: Plan, facts: TeacherFacts, fixed: list[Setting], pretrained: bool, ms: float
 ) -> list[Setting]:
-    """The settings of the schedule. A config of the user keeps its own, except its length.
+    """The settings of the schedule. A config of the user keeps its schedule, except the length.
 
     Args:
         fixed: the settings of detector and data.
@@ -292,5 +292,5 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
 
 
 def _in_full(path: str) -> str:
-    """The absolute path of a file; a name of the model zoo, or a URL, as it is."""
+    """The absolute path of a file. A name of the model zoo or a URL is not changed."""
     return os.path.abspath(path) if os.path.isfile(path) else path

@@ -88,13 +88,13 @@ def schedule_settings(
         Setting("SOLVER.WEIGHT_DECAY", 0.05),
         Setting("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         Setting("SOLVER.WARMUP_ITERS", min(1000, iterations // 10)),
-        Setting("SOLVER.IMS_PER_BATCH", batch, "the teacher's, at most 16"),
+        Setting("SOLVER.IMS_PER_BATCH", batch, "the teacher's, at most 16 or 1/4 of the images"),
         Setting("SOLVER.MAX_ITER", iterations, why),
         Setting("SOLVER.CHANNELS_LAST", not torch.cuda.is_available(), "shortens a step on a CPU"),
         Setting("SOLVER.CLIP_GRADIENTS.ENABLED", True),
         Setting("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
         Setting("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0),
-        # After Ctrl-C the run goes on from the last checkpoint.
+        # After Ctrl-C, the same command continues from the last checkpoint.
         Setting("SOLVER.CHECKPOINT_PERIOD", min(1000, max(iterations // 20, 10))),
         Setting("SOLVER.CHECKPOINT_MAX_TO_KEEP", 2),
         Setting("TEST.EVAL_PERIOD", period, "iterations between two evaluations"),

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 from ..utils.errors import DataError
 
 _SHARE = 0.2
-_BLOCKS = 20  # of neighbouring files, where names give no groups
-_FEW = 5  # fewer groups cannot be split well
+_BLOCKS = 20  # number of blocks of neighbouring files, if the names give no groups
+_FEW = 5  # fewer groups or images cannot be split well
 
 
 def group_of(file_name: str) -> str:
@@ -45,13 +45,13 @@ def split(content: dict, path: str, seed: int = 0, share: float = _SHARE) -> tup
         content: the parsed file.
         path: its path, for the message.
         seed: the same seed gives the same parts.
-        share: of the images in the test part, about.
+        share: about this share of the images is in the test part.
 
     Returns:
         The training part, the test part, and a sentence about them.
 
     Raises:
-        DataError: there are too few images, or no part gets an object.
+        DataError: there are too few images, or a part has no object.
     """
     names = sorted(i["file_name"] for i in content["images"])
     if len(names) < _FEW:

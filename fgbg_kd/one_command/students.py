@@ -47,9 +47,9 @@ CANDIDATES = (
     Candidate("resnet18", 192, 4),
     Candidate("resnet34", 256, 4),
 )
-# Of the candidates between two of the list.
+# Widths and depths of the candidates that `finer` makes.
 _WIDTHS, _DEPTHS = range(32, 257, 32), range(1, 5)
-# Of a timm model that the user names.
+# Widths and depths of the candidates with a timm model that the user names.
 _SHAPES = ((32, 1), (64, 2), (96, 2), (128, 4))
 
 
@@ -67,7 +67,7 @@ def finer(candidate: Candidate, outputs: int) -> list[Candidate]:
     """
 
     def cost(c: Candidate) -> int:
-        """Products per cell and position of a kernel: of the FPN, the head and its outputs."""
+        """Multiplications per cell and kernel position, in the FPN, the head and its outputs."""
         return c.width * (c.width * (1 + 2 * c.depth) + outputs)
 
     every = (Candidate(candidate.backbone, *shape) for shape in product(_WIDTHS, _DEPTHS))
@@ -94,7 +94,7 @@ def candidates_for(name: str) -> tuple[Candidate, ...]:
         near = ", ".join(difflib.get_close_matches(name, timm.list_models()))
         raise ConfigError(
             f"--student {name}: neither a YAML config here nor a model of timm"
-            f"{f' (similar names: {near})' if near else ''}."
+            f"{f' (similar names: {near})' if near else ''}. Correct the name."
         )
     return tuple(Candidate(name, *shape) for shape in _SHAPES)
 

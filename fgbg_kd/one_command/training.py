@@ -101,7 +101,8 @@ def _without_log():
 def seconds_per_step(config: Path) -> float:
     """The median time of a training step on this machine, with loading of the images."""
     with tempfile.TemporaryDirectory() as folder, _without_log():
-        # Photos without labels do not change the time of a step, but the teacher must see all.
+        # Photos without labels do not change the time of a step. They are left out here, because
+        # otherwise the teacher would first run over all of them.
         opts = ["OUTPUT_DIR", folder, "DATASETS.UNLABELED", "()"]
         trainer = FgBgTrainer(load_config(str(config), opts))
         times = []
@@ -116,8 +117,8 @@ def seconds_per_step(config: Path) -> float:
 def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
     """AP and AP50 of the teacher on the test set, and the check that student and teacher fit.
 
-    {} if its classes are not those of the data: a two-stage teacher may have others, because it
-    gives features only. A one-stage teacher is reduced to the student's classes. The result is
+    {} if its classes are not those of the data. A two-stage teacher may have other classes, because
+    it gives features only. A one-stage teacher is reduced to the student's classes. The result is
     kept in a file.
 
     Args:
@@ -139,7 +140,7 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     if number is None:
         number = getattr(getattr(teacher, "roi_heads", teacher), "num_classes", classes)
     if number != classes:  # of a teacher that gives features only
-        say(f"teacher: it has {number} classes, not the {classes} of the data: it has no AP here")
+        say(f"teacher: it has {number} classes, not the {classes} of the data. It gets no AP.")
         return {}
     say("teacher: evaluating")
     cfg.defrost()

@@ -62,7 +62,8 @@ class Split(NamedTuple):
         Args:
             quality: (N, R) in [0, 1].
         """
-        # Integers, because a sum of floats depends on the order of its terms, and a GPU has none.
+        # Integers, because a sum of floats depends on the order of its terms. On a GPU, this order
+        # is not fixed.
         part = ((quality * 2**30).long() + 1) * self.foreground
         owner = self.box_index.clamp(min=0).long()
         total = part.new_zeros(len(part), self.boxes.shape[1]).scatter_add(1, owner, part)

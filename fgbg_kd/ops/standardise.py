@@ -1,4 +1,4 @@
-"""Features in units of their own spread: the direction then weighs every channel alike."""
+"""Scales each channel of the features, so that all channels count alike in their direction."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,19 @@ from .common import accumulation_dtype, per_level
 
 
 def standardise(features: Sequence[Tensor], real: Tensor, eps: float = 1e-5) -> list[Tensor]:
-    """(x - mean) / sqrt(variance + eps) per channel.
+    """(x - mean) / sqrt(variance + eps) per level and channel.
 
-    Mean and variance are those of a channel over all cells that are not padding, of all images and
-    all processes. Without this, features behind a ReLU have a large part in common, which is most
-    of their direction, and a channel with large values decides over the others.
+    Mean and variance are taken over all cells of the level that are not padding, in all images of
+    all processes. Without this step, all features after a ReLU have a large common part, which
+    makes up most of their direction. A channel with large values would also outweigh the others.
 
     Args:
         features: per level (N, C, H_l, W_l).
         real: (N, R) bool, False on padding.
 
     Returns:
-        Per level (N, C, H_l, W_l), in fp32 or better. Mean and variance have a gradient.
+        Per level (N, C, H_l, W_l), in fp32 or better. The gradient also flows through mean and
+        variance.
     """
     shapes = [tuple(x.shape[-2:]) for x in features]
     masks = per_level(real[..., None], shapes)  # (N, 1, H_l, W_l)

@@ -1,4 +1,4 @@
-"""Photos without labels: which of the teacher's detections are believed, and what they change."""
+"""Photos without labels: which of the teacher's detections are used, and what they change."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def test_the_threshold_is_the_lowest_score_from_which_on_enough_detections_are_r
     assert score_threshold(FOUND[::-1], RECORDS, precision) == expected
 
 
-def test_equal_scores_are_believed_together():
+def test_detections_with_equal_scores_are_kept_or_left_out_together():
     pair = [found(0.9, A), found(0.8, B), found(0.8, C)]
     assert score_threshold(pair, [record(A, B)], 0.9) == 0.9
 
@@ -93,7 +93,7 @@ def test_a_detection_of_a_crowd_is_neither_right_nor_wrong():
     "detections, message",
     [
         ([], "there are none"),
-        ([found(0.9, C), found(0.8, A)], "at most 0.50 of them are right .*Lower it"),
+        ([found(0.9, C), found(0.8, A)], "at most 0.50 of them are right .*lower PRECISION"),
     ],
 )
 def test_a_teacher_that_is_wrong_too_often_is_refused(detections, message):
@@ -106,7 +106,7 @@ def test_a_teacher_that_is_wrong_too_often_is_refused(detections, message):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with six photos, one of them in a subfolder, and what is no photo."""
+    """A folder with six photos, one of them in a subfolder, and two files that are not photos."""
     _, images = write_coco(tmp_path / "made", 6, seed=9)
     folder = tmp_path / "photos"
     shutil.move(images, folder)
@@ -143,11 +143,11 @@ def test_photos_of_the_training_and_test_set_are_left_out_and_counted(photos, tm
         find_photos([str(photos)], everything)
 
 
-def test_what_is_no_usable_photo_is_named(photos, tmp_path):
+def test_a_photo_that_cannot_be_used_is_named(photos, tmp_path):
     with pytest.raises(ConfigError, match="'nowhere': there is no such folder"):
         find_photos(["nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no photos, which are files .bmp"):
+    with pytest.raises(DataError, match="empty has no photos. .*end in .bmp"):
         find_photos([str(photos), str(tmp_path / "empty")])
     (photos / "broken.jpg").write_bytes(b"no")
     Image.new("RGB", (900, 2)).save(photos / "narrow.png")
@@ -435,7 +435,7 @@ def test_a_batch_without_a_labelled_image_is_refused():
         losses_of(pair("RetinaNet"), mixed()[:1])
 
 
-def test_an_output_is_cut_through_every_nest_of_tensors():
+def test_an_output_with_nested_tensors_is_cut_by_images():
     maps = [torch.arange(3.0).reshape(3, 1, 1, 1)]
     output = DenseOutput(maps, raw={"a": (maps, [maps]), "b": 7, "c": DenseOutput(maps)})
     part = output.of_images(slice(1, None))

@@ -191,7 +191,7 @@ def test_onnx_as_the_runtime_needs_onnx_and_a_teacher_with_a_file():
     with pytest.raises(ConfigError, match="the teacher has no ONNX file.*--latency"):
         choose(of_two_stages, Wish(speedup=2, runtime="onnx"))
     assert choose(of_two_stages, Wish(latency=12, runtime="onnx"))["name"] == "middle"
-    with pytest.raises(ConfigError, match="the fastest, small, takes 4.0 ms. Ask for less"):
+    with pytest.raises(ConfigError, match="the fastest, small, takes 4.0 ms. Lower --speedup"):
         choose(of_two_stages, Wish(latency=1, runtime="onnx"))
 
 

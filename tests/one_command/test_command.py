@@ -125,7 +125,7 @@ def test_a_dry_run_writes_only_the_table(arguments, without_onnx, tmp_path):
     assert "2 of 12 training images were split off" in done.test_set
     assert "--parameters 0.5 takes test_resnet, FPN 32, head 1." in said
     fgbg_kd.distill(**arguments | changes | {"parameters": None})
-    assert any("was measured before" in x for x in said) and "Give --speedup" in said[-2]
+    assert any("were measured before" in x for x in said) and "Give --speedup" in said[-2]
 
 
 def test_hours_become_iterations_and_the_users_changes_stay(
@@ -216,10 +216,10 @@ def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
 @pytest.mark.parametrize(
     "changes, kind, message",
     [
-        ({"parameters": None}, ConfigError, "How fast shall the student be"),
+        ({"parameters": None}, ConfigError, "how fast the student must be"),
         ({"parameters": 0.1}, ConfigError, "No candidate has at most 0.1 M parameters: the small"),
         ({"latency": 1e-6}, ConfigError, "No candidate meets .*: the fastest, test_resnet, FPN"),
-        ({"hours": 1.0}, ConfigError, "--iterations and --hours both give the length"),
+        ({"hours": 1.0}, ConfigError, "--iterations and --hours both set the length"),
         ({"iterations": -1}, ConfigError, "--iterations is -1: give a number over 0"),
         ({"student": "gone.yaml"}, ConfigError, "--student gone.yaml: there is no such file"),
         ({"student": "resnet1x"}, ConfigError, "--student resnet1x: neither a YAML config here"),
