@@ -1,16 +1,18 @@
 """Writers of events for Weights & Biases and MLflow, beside Detectron2's writers."""
 
 import json
+import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.logger import log_first_n
 
 from ..utils.errors import ConfigError
 from ..utils.files import read_json, write_whole
@@ -58,19 +60,37 @@ class RunWriter(EventWriter):
         if steps and not self._opened:
             self._open()
         for step in steps:
-            self.log(scalars[step], pictures[step], step)
+            self._send(self.log, scalars[step], pictures[step], step)
         self._last = max([self._last, *steps])
+
+    def _send(self, call: Callable, *values: Any) -> None:
+        """Calls the service. If it fails in the middle of a training, the training goes on."""
+        try:
+            call(*values)
+        except Exception as error:  # the services raise many types
+            log_first_n(
+                logging.WARNING,
+                f"{self.package} does not answer, and loses values of this training. TensorBoard "
+                f"and metrics.json have them. {type(error).__name__}: {error}",
+                name=__name__,
+            )
 
     def _open(self) -> None:
         file = self.output_dir / WRITERS_FILE
         known = read_json(file) if file.is_file() else {}
-        known[self.package] = self.open(known.get(self.package))
+        try:
+            known[self.package] = self.open(known.get(self.package))
+        except Exception as error:  # the services raise many types
+            raise ConfigError(
+                f"{self.package} opens no run: {error}. Check its server and your login, or remove "
+                f"{self.package!r} from WRITERS (train.writers)."
+            ) from error
         write_whole(file, json.dumps(known))
         self._opened = True
 
     def close(self) -> None:
         if self._opened:
-            self.finish()
+            self._send(self.finish)
 
     def open(self, run_id: str | None) -> str:
         """Opens a run and returns its id.

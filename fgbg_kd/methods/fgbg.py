@@ -28,11 +28,11 @@ class FgBg(Method):
     L_fg = fg_weight * sum over foreground cells of w g (1 - cos(z(phi(S)), z(T))) / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
 
-    S, T: features of student and teacher. phi: a 1x1 convolution if the channels differ. z: scales
+    S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
     each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`) with STANDARDISE always;
     otherwise the identity. w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher,
-    :meth:`fgbg_kd.ops.Split.weighed`). g: the gate (:func:`fgbg_kd.ops.teacher_gate`). F: number of
-    foreground cells. tau: temperature.
+    :meth:`fgbg_kd.ops.Split.weighted` by the teacher's quality). g: the gate
+    (:func:`fgbg_kd.ops.teacher_gate`). F: number of foreground cells. tau: temperature.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Cells with a closed gate still count in the divisors, so
@@ -73,7 +73,7 @@ class FgBg(Method):
         self.losses = [name for name, weight in weights.items() if weight > 0]
         self.needs_quality = gate != "off" or (fg_weight > 0 and self.assign == "teacher")
         self.needs_logits = bg_weight > 0 or self.needs_quality
-        self.needs_boxes = gate != "off" and gate_quality == "box"
+        self.needs_boxes = self.needs_quality and gate_quality == "box"
         # Only a foreground term needs adapters. DistributedDataParallel fails on unused parameters.
         channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
         self.adapters = build_adapters(*channels)
@@ -100,7 +100,7 @@ class FgBg(Method):
         cells = self.split(batch)
         found = self.compare(batch, cells)
         if self.fg_weight > 0 and self.assign == "teacher":
-            cells = cells.weighed(found.teacher_quality)
+            cells = cells.weighted(found.teacher_quality)
         gate = self.open_gate(cells, found)
         counts = [cells.foreground.float(), cells.background.float(), cells.weight]
         num_fg, num_bg, weight = world_mean(torch.stack([x.sum() for x in counts]))

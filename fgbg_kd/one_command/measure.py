@@ -141,8 +141,8 @@ def measure(
     if high > _STEADY * low:
         say(
             f"{rows[0]['name']} takes {low:.1f} to {high:.1f} ms: other work disturbs the "
-            "measurement. For steady times, remove measured_students.json and measure on an idle "
-            "machine."
+            "measurement. For steady times, measure on an idle machine, and remove "
+            "measured_students.json before."
         )
     return rows
 

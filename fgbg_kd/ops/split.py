@@ -53,7 +53,7 @@ class Split(NamedTuple):
         index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
         return per_box.gather(1, index.expand(-1, -1, *per_box.shape[2:]))
 
-    def weighed(self, quality: Tensor) -> "Split":
+    def weighted(self, quality: Tensor) -> "Split":
         """The same cells with other weights: an object's weight of 1 is shared by its cells.
 
         Each cell gets a part in proportion to its quality. If the quality is 0 in all cells of an

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .errors import ConfigError
 
@@ -32,6 +32,8 @@ _PATHS = (
 _PYTHON_PATHS = (
     "train.output_dir",
     "train.init_checkpoint",
+    "train.unlabeled",
+    "train.unlabeled_file",
     "model.teacher.config",
     "model.teacher.weights",
 )
@@ -107,6 +109,8 @@ def expand_paths(cfg: CN | DictConfig) -> None:
             value = OmegaConf.select(cfg, key)
             if isinstance(value, str):
                 OmegaConf.update(cfg, key, _expanded(value, key))
+            elif isinstance(value, ListConfig):
+                OmegaConf.update(cfg, key, [_expanded(str(x), key) for x in value])
 
 
 def _expanded(path: str, key: str) -> str:

@@ -1,5 +1,6 @@
 """Packages that only some users need. Each belongs to an extra of setup.py."""
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -20,7 +21,8 @@ def need(name: str, extra: str, error: type[FgBgError]) -> ModuleType:
         return import_module(name)
     except ImportError as reason:
         raise error(
-            f"The package {name} is not installed: pip install -e '.[{extra}]'."
+            f"The package {name} is not installed. Install it in the folder of fgbg_kd: "
+            f"{sys.executable} -m pip install -e '.[{extra}]'"
         ) from reason
 
 

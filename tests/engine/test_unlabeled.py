@@ -27,6 +27,7 @@ from conftest import (
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
+from omegaconf import OmegaConf
 from PIL import Image
 
 from fgbg_kd import Teacher
@@ -329,6 +330,14 @@ def test_folders_of_photos_expand_home(monkeypatch):
     expand_paths(cfg)
     assert cfg.DATASETS.UNLABELED == ("/home/ann/a", "b")
     assert cfg.MODEL.KD.UNLABELED.FILE == "/home/ann/c.json"
+
+
+def test_paths_of_photos_are_expanded_in_a_python_config(monkeypatch):
+    monkeypatch.setenv("PHOTOS", "/data")
+    train = {"unlabeled": ["$PHOTOS/a", "b"], "unlabeled_file": "$PHOTOS/found.json"}
+    cfg = OmegaConf.create({"train": train})
+    expand_paths(cfg)
+    assert cfg.train == {"unlabeled": ["/data/a", "b"], "unlabeled_file": "/data/found.json"}
 
 
 # --- the losses ---

@@ -113,7 +113,7 @@ def test_a_python_config_names_writers_too(services, config):  # noqa: F811
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("wandb", r"wandb is not installed: pip install -e '.\[wandb\]'"),
+        ("wandb", r"wandb is not installed.*pip install -e '.\[wandb\]'"),
         ("comet", "names 'comet': choose from wandb, mlflow"),
     ],
 )
@@ -124,6 +124,25 @@ def test_a_service_that_is_not_there_is_named_before_the_training(
     distil_cfg.WRITERS = [name]
     with pytest.raises(ConfigError, match=message):
         make_trainer(FgBgTrainer, distil_cfg, tmp_path / "run", 1)
+
+
+def test_a_service_that_fails_later_does_not_end_the_training(services, tmp_path, caplog):
+    (writer,) = build_writers(["mlflow"], str(tmp_path))
+    writer.log = lambda *_: 1 / 0
+    writer.finish = lambda: 1 / 0
+    with EventStorage(0) as storage:
+        storage.put_scalar("total_loss", 3.0)
+        writer.write()
+        writer.close()
+    assert "mlflow does not answer" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_service_that_opens_no_run_ends_it_with_the_key(services, tmp_path):
+    (writer,) = build_writers(["mlflow"], str(tmp_path))
+    writer.open = lambda run_id: 1 / 0
+    with EventStorage(0) as storage, pytest.raises(ConfigError, match="remove 'mlflow' from WRIT"):
+        storage.put_scalar("total_loss", 3.0)
+        writer.write()
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         quality = found.student_quality, found.teacher_quality
         gate = teacher_gate(*quality, cells, mode=o["gate"], margin=o["gate_margin"])
         if o["assign"] == "teacher":
-            cells = cells.weighed(found.teacher_quality)
+            cells = cells.weighted(found.teacher_quality)
         maps = s.features, t.features
         if o["standardise"] == "always":
             maps = [standardise(x, torch.ones(1, 20, dtype=torch.bool)) for x in maps]

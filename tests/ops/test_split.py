@@ -259,7 +259,7 @@ def test_an_objects_weight_of_1_is_shared_by_its_cells_in_proportion_to_their_qu
     assert cells.box_index[0].tolist() == [0, 0] + [-1] * 8 + [1] + [-1] * 5 + [0, -1, -1, 1]
     quality[0, [0, 1, 16]] = torch.tensor([0.1, 0.0, 0.3])
     quality[0, [10, 19]] = 0.0  # the teacher does not see box 1
-    weight = cells.weighed(quality).weight
+    weight = cells.weighted(quality).weight
     expected = torch.zeros(1, 20)
     expected[0, [0, 1, 16, 10, 19]] = torch.tensor([0.25, 0.0, 0.75, 0.5, 0.5])
     torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
@@ -272,12 +272,12 @@ def test_weights_by_quality_do_not_depend_on_the_order_of_a_sum():
     shapes = [(64, 64), (32, 32), (16, 16)]
     cells = split(boxes, [(512, 512)] * 2, shapes, [8, 16, 32], assign="all")
     quality = torch.rand(cells.box_index.shape) ** 4
-    weighed = cells.weighed(quality)
+    weighted = cells.weighted(quality)
     owners = cells.box_index.unique().clamp(min=0).unique()
     total = torch.zeros(2, 30).scatter_add(
-        1, cells.box_index.clamp(min=0).long(), weighed.weight * cells.foreground
+        1, cells.box_index.clamp(min=0).long(), weighted.weight * cells.foreground
     )
     assert len(owners) == 30
     torch.testing.assert_close(total[total > 0], torch.ones(int((total > 0).sum())))
-    turned = cells._replace(box_index=cells.box_index.flip(1)).weighed(quality.flip(1))
-    assert torch.equal(turned.weight.flip(1), weighed.weight)
+    turned = cells._replace(box_index=cells.box_index.flip(1)).weighted(quality.flip(1))
+    assert torch.equal(turned.weight.flip(1), weighted.weight)
