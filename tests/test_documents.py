@@ -33,6 +33,7 @@ from fgbg_kd.config import method_defaults
 from fgbg_kd.engine.loader import _leave_interrupts_to_the_training
 from fgbg_kd.experiments.compare_methods import fill_document
 from fgbg_kd.experiments.method_specs import name_of
+from fgbg_kd.experiments.paired_statistics import mean_interval
 from fgbg_kd.utils.config_files import merge_overrides
 from fgbg_kd.utils.files import read_rows
 
@@ -377,6 +378,29 @@ def test_the_gains_in_the_readme_are_those_of_the_rows(row, file):
     paired = [ap["FgBg"][seed] - ap["plain"][seed] for seed in ap["FgBg"]]
     assert gain.startswith(f"**+{statistics.fmean(paired):.1f} ± ")
     assert peer.split()[0] in ap
+
+
+def pair_line(runs: list[dict]) -> str:
+    """The line of a pair in docs/detectors.md."""
+    ap = defaultdict(dict)  # by method, by seed
+    for run in runs:
+        ap[run["method"]][run["seed"]] = run["AP"]
+    plain, distilled = ([ap[m][s] for s in sorted(ap[m])] for m in ("plain", "FgBg"))
+    each = [", ".join(f"{x:.1f}" for x in values) for values in (plain, distilled)]
+    mean, half = mean_interval([ap["FgBg"][s] - ap["plain"][s] for s in ap["FgBg"]])
+    gain = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+    name = " ".join([Path(runs[0]["config"]).stem, *runs[0]["overrides"]])
+    (teacher,) = ap["teacher"].values()
+    return f"| `{name}` | {teacher:.1f} | {each[0]} | {each[1]} | {gain} |"
+
+
+def test_the_measured_pairs_are_those_of_their_rows():
+    pairs = defaultdict(list)
+    for row in read_rows(ROOT / "docs" / "results" / "pairs.jsonl"):
+        pairs[row["config"], *row["overrides"]].append(row)
+    text = (ROOT / "docs" / "detectors.md").read_text().split("## Measured pairs")[1]
+    printed = re.findall(r"^\| `.*$", text, re.MULTILINE)
+    assert sorted(printed) == sorted(map(pair_line, pairs.values()))
 
 
 # Here: the test that runs the text of docs/extending.md.

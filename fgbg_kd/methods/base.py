@@ -183,4 +183,4 @@ def check_positive(node: str, **values: float) -> None:
 
 def or_one(normalizer: Tensor) -> Tensor:
     """Replaces a normaliser of 0 (no object in the batch) by 1."""
-    return torch.where(normalizer > 0, normalizer, 1)
+    return torch.where(normalizer == 0, 1, normalizer)

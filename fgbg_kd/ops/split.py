@@ -62,12 +62,14 @@ class Split(NamedTuple):
         Args:
             quality: (N, R) in [0, 1].
         """
-        # Integers, because a sum of floats depends on the order of its terms. On a GPU, this order
-        # is not fixed.
-        part = ((quality * 2**30).long() + 1) * self.foreground
+        # Integers, because a sum of floats depends on the order of its terms, and a GPU has none.
+        part = ((quality.nan_to_num(0) * 2**30).long() + 1) * self.foreground
         owner = self.box_index.clamp(min=0).long()
         total = part.new_zeros(len(part), self.boxes.shape[1]).scatter_add(1, owner, part)
-        return self._replace(weight=(part / total.gather(1, owner).clamp(min=1)).float())
+        weight = (part / total.gather(1, owner).clamp(min=1)).float()
+        # A NaN has no integer. It stays visible in the loss, which stops the training.
+        lost = (quality.isnan() & self.foreground).any(1, keepdim=True) & self.foreground
+        return self._replace(weight=torch.where(lost, torch.nan, weight))
 
 
 @torch.no_grad()

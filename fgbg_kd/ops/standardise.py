@@ -28,31 +28,31 @@ def standardise(features: Sequence[Tensor], real: Tensor, eps: float = 1e-5) -> 
     shapes = [tuple(x.shape[-2:]) for x in features]
     masks = per_level(real[..., None], shapes)  # (N, 1, H_l, W_l)
     features = [x.to(accumulation_dtype(x)) for x in features]
-    moments = [_moments(x, mask.to(x.dtype)) for x, mask in zip(features, masks)]
-    if comm.get_world_size() > 1:
-        moments = _merged(moments)
-    return [
-        (x - mean[:, None, None]) * (variance[:, None, None] + eps).rsqrt()
-        for x, (_, mean, variance) in zip(features, moments)
+    counts, means = _means(features, masks)
+    centred = [
+        torch.where(mask, x - mean[:, None, None], 0)
+        for x, mean, mask in zip(features, means, masks)
     ]
+    # Squares around the common mean, because E[x^2] - mean^2 cancels in fp32.
+    sums = _summed([x.square().sum((0, 2, 3)) for x in centred])
+    scales = [(total / n + eps).rsqrt() for total, n in zip(sums, counts)]
+    return [x * scale[:, None, None] for x, scale in zip(centred, scales)]
 
 
-def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of cells (1,), mean and variance (C,) of this process."""
-    count = mask.sum().reshape(1)
-    divisor = count.clamp(min=1)
-    mean = (x * mask).sum((0, 2, 3)) / divisor
-    variance = ((x - mean[:, None, None]).square() * mask).sum((0, 2, 3)) / divisor
-    return count, mean, variance
+def _means(features: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list, list]:
+    """Per level the number of cells (1,), at least 1, and the mean (C,), over all processes."""
+    sums = _summed(
+        [
+            torch.cat([mask.sum().to(x.dtype)[None], torch.where(mask, x, 0).sum((0, 2, 3))])
+            for x, mask in zip(features, masks)
+        ]
+    )
+    counts = [x[:1].clamp(min=1) for x in sums]
+    return counts, [x[1:] / n for x, n in zip(sums, counts)]
 
 
-def _merged(moments: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
-    """The moments of all processes, by one exchange."""
-    sums = [torch.cat([n, n * mean, n * (var + mean**2)]) for n, mean, var in moments]
-    merged = differentiable_all_reduce(torch.cat(sums)).split([len(x) for x in sums])
-    found = []
-    for x in merged:
-        count = x[:1]
-        mean, square = (x[1:] / count.clamp(min=1)).chunk(2)
-        found.append((count, mean, (square - mean**2).clamp(min=0)))
-    return found
+def _summed(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sums of vectors over all processes, with a gradient, by one exchange."""
+    if comm.get_world_size() == 1:
+        return parts
+    return differentiable_all_reduce(torch.cat(list(parts))).split([len(x) for x in parts])

@@ -281,3 +281,12 @@ def test_weights_by_quality_do_not_depend_on_the_order_of_a_sum():
     torch.testing.assert_close(total[total > 0], torch.ones(int((total > 0).sum())))
     turned = cells._replace(box_index=cells.box_index.flip(1)).weighted(quality.flip(1))
     assert torch.equal(turned.weight.flip(1), weighted.weight)
+
+
+def test_a_quality_that_is_nan_stays_visible_in_its_image_only():
+    boxes = [torch.tensor([[0.0, 0, 16, 16]])] * 2
+    cells = split(boxes, [(16, 16)] * 2, [(2, 2)], [8], assign="all")
+    quality = torch.full((2, 4), 0.5)
+    quality[0, 3] = torch.nan
+    weight = cells.weighted(quality).weight
+    assert weight[0].isnan().all() and torch.equal(weight[1], torch.full((4,), 0.25))

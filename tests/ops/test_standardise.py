@@ -28,7 +28,7 @@ def test_what_stands_in_the_padding_changes_no_other_cell():
     features, real = maps()
     other = [x.clone() for x in features]
     for x, mask in zip(other, real.split([30, 6], 1)):
-        x.flatten(2)[~mask[:, None].expand(-1, x.shape[1], -1)] = 100
+        x.flatten(2)[~mask[:, None].expand(-1, x.shape[1], -1)] = torch.inf
     found = [standardise(x, real) for x in (features, other)]
     for a, b, mask in zip(*found, real.split([30, 6], 1)):
         assert torch.equal(*(x.flatten(2).transpose(1, 2)[mask] for x in (a, b)))
@@ -73,11 +73,18 @@ def test_gradients_are_those_of_the_formula():
     assert torch.autograd.gradcheck(lambda *x: tuple(standardise(x, real)), leaves)
 
 
+def far_from_zero():
+    """Features of fp32 with a mean of 1000 and a spread of 0.01."""
+    return [1000 + torch.arange(12.0).reshape(3, 1, 2, 2) / 256], torch.ones(3, 4, dtype=torch.bool)
+
+
 def _worker(rank, folder):
     store = f"file://{folder}/store"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    (far,), real = far_from_zero()
+    part = slice(0, 1) if rank == 0 else slice(1, 3)
+    torch.save(standardise([far[part]], real[part])[0], f"{folder}/far{rank}.pt")
     features, real = maps(torch.float64)
-    part = slice(0, 1) if rank == 0 else slice(1, 3)  # one image, and two
     leaves = [x[part].clone().requires_grad_() for x in features]
     found = standardise(leaves, real[part])
     sum((x**3).sum() for x in found).backward()
@@ -97,3 +104,5 @@ def test_two_processes_have_the_values_and_gradients_of_one(tmp_path):
         for level, x in enumerate(whole):
             both = torch.cat([parts[0][what][level], parts[1][what][level]])
             torch.testing.assert_close(both, x.detach(), rtol=1e-9, atol=1e-9)
+    both = torch.cat([torch.load(tmp_path / f"far{rank}.pt") for rank in range(2)])
+    torch.testing.assert_close(both, standardise(*far_from_zero())[0], rtol=1e-3, atol=1e-3)
