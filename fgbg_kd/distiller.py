@@ -127,7 +127,10 @@ class FgBgDistiller(nn.Module):
         else:
             options = features_only(name, options, teacher.view)
         alike = type(student) is type(teacher.view) and not student.behind_activation
-        options = get_method(name).for_pair(options, alike)
+        auto, options = options, get_method(name).for_pair(options, alike)
+        found = [f"{k.upper()} {v}" for k, v in options.items() if v != auto[k]]
+        if found:
+            logger.info(f"For this pair, auto means {', '.join(found)} (MODEL.KD.{name.upper()}).")
         # The global random state stays unchanged, so that the student and the order of the data
         # are the same as in plain training.
         with torch.random.fork_rng(devices=[]):

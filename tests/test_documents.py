@@ -397,7 +397,7 @@ def pair_line(runs: list[dict]) -> str:
 def test_the_measured_pairs_are_those_of_their_rows():
     pairs = defaultdict(list)
     for row in read_rows(ROOT / "docs" / "results" / "pairs.jsonl"):
-        pairs[row["config"], *row["overrides"]].append(row)
+        pairs[(row["config"], *row["overrides"])].append(row)
     text = (ROOT / "docs" / "detectors.md").read_text().split("## Measured pairs")[1]
     printed = re.findall(r"^\| `.*$", text, re.MULTILINE)
     assert sorted(printed) == sorted(map(pair_line, pairs.values()))

@@ -76,6 +76,8 @@ def main() -> None:
     )
     add_import_flag(parser)
     args = parser.parse_args()
+    if args.calibration < 1:
+        parser.error("--calibration: give a number over 0")
     if Path(args.output).suffix not in deploy.FORMATS:
         parser.error(f"--output: give a name that ends in {' or '.join(deploy.FORMATS)}")
     if args.int8 and args.output.endswith(".pt"):

@@ -1,5 +1,9 @@
 """The only image reader: training, evaluation and prediction see the same pixels of a file."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
@@ -53,6 +57,17 @@ def read_image(path: str, order: str) -> np.ndarray:
         raise DataError(f"{path}: {too_large(error)}") from error
     except Exception as error:  # a damaged file can raise anything
         raise DataError(f"{path} is damaged, or is not an image ({error}).") from error
+
+
+def files_below(folder: str | Path) -> Iterator[Path]:
+    """The files below a folder, also behind links to folders. Hidden files are left out."""
+    entered = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(place))
+        folders[:] = [  # a link to a folder above would never end
+            name for name in folders if os.path.realpath(os.path.join(place, name)) not in entered
+        ]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def too_narrow(height: int, width: int, longest: int) -> bool:

@@ -4,12 +4,11 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from ..utils.errors import ConfigError, DataError
 from ..utils.files import sha256_of
 from .image_files import Header, read_header
-from .images import IMAGE_SUFFIXES, too_narrow
+from .images import IMAGE_SUFFIXES, files_below, too_narrow
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +65,9 @@ def _photos_in(folder: str) -> list[str]:
         )
     found = [
         os.path.abspath(path)
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+        for path in files_below(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
         known = ", ".join(sorted(IMAGE_SUFFIXES))

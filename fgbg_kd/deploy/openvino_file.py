@@ -6,6 +6,7 @@ The package openvino is needed, and nncf for int8: ``pip install -e '.[openvino]
 import contextlib
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -108,4 +109,6 @@ def open_openvino(file: str) -> tuple[Callable, str]:
 
 
 def _need(name: str) -> ModuleType:
+    # OpenVINO and NNCF send usage statistics with this package, if they can import it.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return need(name, "openvino", DeployError)

@@ -1,7 +1,6 @@
 """Runs a detector on images, folders and videos. Draws detections and writes COCO's JSON."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.classes import match_categories
-from ..data.images import IMAGE_SUFFIXES, has_frames, read_image
+from ..data.images import IMAGE_SUFFIXES, files_below, has_frames, read_image
 from ..data.validation import read_coco
 from ..utils.errors import DataError, DeployError
 from .run import coco_results, detect, draw, open_detector
@@ -203,14 +202,9 @@ def images_in(folder: Path, say: Callable[[str], None]) -> list[Path]:
     Raises:
         DeployError: there are none.
     """
-    images, others, entered = [], [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        entered.add(os.path.realpath(place))
-        folders[:] = [  # a link to a folder above would never end
-            name for name in folders if os.path.realpath(os.path.join(place, name)) not in entered
-        ]
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
-            (images if path.is_file() and is_image(path) else others).append(path)
+    images, others = [], []
+    for path in files_below(folder):
+        (images if path.is_file() and is_image(path) else others).append(path)
     if others:
         shown = ", ".join(str(p.relative_to(folder)) for p in sorted(others)[:3])
         say(

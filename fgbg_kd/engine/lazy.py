@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
 from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -175,7 +175,7 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
     if comm.is_main_process():
         saving = hooks.PeriodicCheckpointer(checkpointer, period)
         writers = [
-            *build_writers(train.get("writers", []), train.output_dir),
+            *build_writers(_listed(train.get("writers", [])), train.output_dir),
             *default_writers(train.output_dir, train.max_iter),
         ]
         writing = hooks.PeriodicWriter(writers, period=train.log_period)
@@ -270,11 +270,12 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
     if teacher is not None:
         mapper.image_format = channel_order(teacher.detector)
     return Unlabeled(
-        folders=train.unlabeled,
+        folders=_listed(train.unlabeled),
         share=train.get("unlabeled_share", defaults.SHARE),
         precision=train.get("unlabeled_precision", defaults.PRECISION),
         file=train.get("unlabeled_file") or os.path.join(train.output_dir, "unlabeled.json"),
-        training=instantiate(data.train.dataset),
+        training=[x for name in _names_of(cfg, "train") for x in DatasetCatalog.get(name)]
+        or instantiate(data.train.dataset),
         tests=_names_of(cfg, "test"),
         classes=training_classes(cfg),
         mapper=instantiate(mapper),
@@ -317,4 +318,9 @@ def _sets(cfg: DictConfig) -> list[str]:
 
 def _names_of(cfg: DictConfig, part: str) -> list[str]:
     names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or []
-    return [names] if isinstance(names, str) else list(names)
+    return _listed(names)
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    """A list, also of one text: ``train.unlabeled=photos`` on the command line."""
+    return [value] if isinstance(value, str) else list(value)

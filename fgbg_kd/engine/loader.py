@@ -112,7 +112,7 @@ class ResumableLoader:
         """
         number = self.number_of(share)
         first = len(self.dataset)
-        own = MapDataset(DatasetFromList(photos, copy=False), self.mapper)
+        own = MapDataset(DatasetFromList(photos, copy=False), _Marking(self.mapper))
         self.dataset.dataset = ConcatDataset([self.dataset.dataset, own])
         sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 0, 1))
         self.streams = [
@@ -153,6 +153,17 @@ class ResumableLoader:
         """Endless batches of keys for the dataset."""
         for parts in zip(*(x.batches(self.rank, self.world_size) for x in self.streams)):
             yield [key for part in parts for key in part]
+
+
+class _Marking:
+    """A mapper that marks its images as photos without labels."""
+
+    def __init__(self, mapper):
+        self.mapper = mapper
+
+    def __call__(self, record: dict) -> dict | None:
+        found = self.mapper(record)  # a user's mapper may drop what it does not know
+        return None if found is None else {**found, "unlabeled": True}
 
 
 class _Stream(NamedTuple):

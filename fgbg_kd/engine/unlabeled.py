@@ -148,7 +148,12 @@ def _with_detections(
     }
     key, file = sha256_of_text(json.dumps(about)), Path(wanted.file)
     content = _read(file)
-    known = content.get("info", {}).get("key") == key
+    known = bool(content) and content["info"].get("key") == key
+    if content and not known:
+        logger.warning(
+            f"{file} is made anew, because it was made from another teacher, other photos, other "
+            "labelled images or another PRECISION. A resumed run does not continue exactly."
+        )
     if not all(comm.all_gather(known)):  # all processes run the teacher, or none does
         logger.info(f"The teacher runs over {len(labeled)} labelled images of the training set.")
         threshold = score_threshold(ask(labeled), labeled, wanted.precision)
@@ -163,8 +168,7 @@ def _with_detections(
         f"{file}: {len(content['annotations'])} detections with a score of at least "
         f"{content['info']['score_threshold']:.3f} on {len(photos)} photos without labels."
     )
-    records = box_records(content, "", {c["id"]: c["id"] for c in content["categories"]})
-    return [{**record, "unlabeled": True} for record in records]
+    return box_records(content, "", {c["id"]: c["id"] for c in content["categories"]})
 
 
 def _identity(teacher: Teacher) -> list:
@@ -186,7 +190,7 @@ def _read(file: Path) -> dict:
     if not file.is_file():
         return {}
     content = read_json(file)
-    if not (isinstance(content, dict) and "score_threshold" in content.get("info", {})):
+    if not (isinstance(content, dict) and "score_threshold" in (content.get("info") or {})):
         raise ConfigError(
             f"MODEL.KD.UNLABELED.FILE {file} was not written by a training with photos without "
             "labels: name another file."

@@ -158,8 +158,8 @@ def shares(cells: Split, gate: Tensor, found: Comparison) -> dict[str, Tensor]:
 
     Returns:
         kd/fg_gate, kd/bg_gate: share of cells with an open gate. kd/fg_better, kd/bg_better: share
-        of cells in which the teacher's quality is higher than the student's; left out without a
-        gate.
+        of cells in which the teacher's quality is higher than the student's; left out without
+        qualities.
     """
     maps = {"gate": gate}
     if found.teacher_quality is not None:

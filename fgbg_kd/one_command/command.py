@@ -92,8 +92,7 @@ def distill(
         teacher: its config, or (config, checkpoint).
         train: (COCO file, folder of images), or the path of PASCAL VOC or YOLO data.
         test: the same. Empty: a part of ``train``, by groups of images.
-        unlabeled: folders of photos without annotations. The distilled student is trained on them
-            too.
+        unlabeled: folders of photos without annotations, for the distilled student.
         speedup: how many times as fast as the teacher the student must be.
         latency: largest number of milliseconds per image.
         parameters: largest number of parameters, in millions.
@@ -105,8 +104,7 @@ def distill(
         dry_run: only measure. Only the table is written, beside ``output``.
         output: folder of the result.
         runtime: where speed-up and latency are measured, "pytorch" or "onnx".
-        device: device on which the detectors are measured. "": "cuda" if there is a GPU, otherwise
-            "cpu".
+        device: device on which detectors are measured. "": "cuda" if there is a GPU, else "cpu".
         imports: your modules that the trainings import, as --import of tools/train_net.py.
         num_gpus: number of GPUs of each training, as --num-gpus of tools/train_net.py.
         say: is called with each line of text.
@@ -118,10 +116,8 @@ def distill(
     wish = Wish(speedup, latency, parameters, runtime)
     _check(wish, student, iterations, hours, dry_run)
     check_gpus(num_gpus)
-    asked = _Asked(
-        *map(_listed, (teacher, train, test, unlabeled)),
-        *(wish, student, iterations, hours, backbone_weights),
-    )
+    data = map(_listed, (teacher, train, test, unlabeled))
+    asked = _Asked(*data, wish, student, iterations, hours, backbone_weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     how = {"compare": compare, "device": device, "say": say, "num_gpus": num_gpus}
     return _run(asked, Path(output), dry_run, how | {"imports": tuple(imports)})
@@ -225,7 +221,7 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
                 )
         return {}
     plan = read_json(file)
-    old = plan.pop("request")
+    old = {"unlabeled": [], **plan.pop("request")}  # version 0.2.0 added it
     if old == json.loads(json.dumps(request)):
         written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
         return plan if written else {}
@@ -275,11 +271,11 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     onnx = write_onnx(config, weights, output / "student.onnx", say)
     small = write_openvino(config, weights, output, say)
     found = result_rows(config, weights, plan.teacher.detector, aps, plan.device, small)
-    picture = write_picture(output, [*configs], with_teacher=bool(aps["teacher"]))
-    report = write_page(output, say)
     say(f"\n{result_table(found)}\n")
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
     _say_two_stages(plan)
+    picture = write_picture(output, [*configs], with_teacher=bool(aps["teacher"]))
+    report = write_page(output, say)
     detector = str(onnx) if onnx else f"{config} --weights {weights}"
     predict = f"tools/predict.py {detector} photo.jpg --output predictions"
     for what, path in (("weights", weights), ("picture", picture), ("report", report)):

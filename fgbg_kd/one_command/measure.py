@@ -33,8 +33,8 @@ HEADINGS = {
     "gflops": "GFLOPs",
     "ms": "ms, PyTorch",
     "onnx_ms": "ms, ONNX Runtime",
-    "openvino_ms": "ms, OpenVINO",
-    "int8_ms": "ms, int8",
+    "openvino_ms": "ms, OpenVINO (CPU)",
+    "int8_ms": "ms, int8 (CPU)",
     "int8_AP": "AP, int8",
     "speedup": "times as fast",
 }
@@ -129,8 +129,10 @@ def measure(
             if run is not None:
                 calls[name, "onnx_ms"] = lambda _, run=run: run()
         for place, file in files.items():
-            run = ExportedDetector(file).run
-            calls[place] = lambda _, run=run, pixels=pixels: run(pixels)
+            detector = ExportedDetector(file)
+            shape = (*(detector.about["input_size"] or size), 3)
+            seen = np.ascontiguousarray(np.resize(pixels if image is None else image, shape))
+            calls[place] = lambda _, run=detector.run, seen=seen: run(seen)
         times = times_in_turn(calls, _RUNS, seconds=_SECONDS)
     for row in rows:
         for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from ..experiments.report import write_report
 from ..experiments.side_by_side import draw_side_by_side
 from ..experiments.visualize import write
 from ..utils.errors import FgBgError
-from ..utils.files import read_json, sha256_of, write_whole
+from ..utils.files import read_json, sha256_of, sha256_of_text, write_whole
 from ..utils.markdown import table_of
 from ..utils.packages import installed
 from .measure import HEADINGS, has_onnx, measure
@@ -122,7 +121,7 @@ def write_openvino(
         )
         return None
     files, kept = (folder / "student.xml", folder / "student.int8.xml"), folder / "openvino.json"
-    key = sha256_of(weights)
+    key = sha256_of_text(sha256_of(weights) + config.read_text())
     if all(f.is_file() for f in (*files, kept)) and read_json(kept)["weights"] == key:
         return Openvino(*files, read_json(kept)["int8_AP"])
     try:
@@ -130,10 +129,10 @@ def write_openvino(
         say("int8: evaluating")
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools and NNCF print
             ap = average_precision(found.cfg, found.detectors[str(files[1])])
-    except (FgBgError, RuntimeError) as error:  # RuntimeError: what OpenVINO does not support
-        say(f"{files[0].name} is not written: {error}")
+    except Exception as error:  # OpenVINO and NNCF raise many types, and the training is done
+        written = ", ".join(f.name for f in files if f.is_file()) or "nothing"
+        say(f"OpenVINO: {type(error).__name__}: {error}. Written: {written}.")
         return None
-    ap = 0.0 if math.isnan(ap) else ap  # nothing is detected
     write_whole(kept, json.dumps({"weights": key, "int8_AP": ap}))
     return Openvino(*files, ap)
 

@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.utils.env import seed_all_rng
+from omegaconf import OmegaConf
 
 from fgbg_kd import FgBgDistiller, build_teacher
 from fgbg_kd.config import student_model
@@ -24,6 +25,7 @@ from fgbg_kd.engine import (
     train_lazy,
     unlabeled,
 )
+from fgbg_kd.engine.lazy import _listed
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, EvaluationError, TeacherError
 
@@ -389,3 +391,9 @@ def test_photos_without_labels_are_mixed_into_the_batches(
         run(config, *keys, "train.unlabeled_share=2.0")
     with pytest.raises(ConfigError, match="did you mean unlabeled"):
         load_lazy_config(config, ["train.unlabelled=1"])
+
+
+def test_one_text_is_a_list_of_one():
+    """`train.unlabeled=photos` on the command line is no list of letters."""
+    assert _listed("/data/photos") == ["/data/photos"]
+    assert _listed(OmegaConf.create(["a", "b"])) == ["a", "b"]

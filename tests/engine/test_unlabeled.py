@@ -34,6 +34,7 @@ from fgbg_kd import Teacher
 from fgbg_kd.data.unlabeled import find_photos
 from fgbg_kd.detectors.dense import DenseOutput, view
 from fgbg_kd.engine import FgBgTrainer, unlabeled
+from fgbg_kd.engine.loader import _Marking
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.engine.unlabeled import check_teacher, score_threshold
 from fgbg_kd.experiments.method_specs import method_overrides
@@ -338,6 +339,12 @@ def test_paths_of_photos_are_expanded_in_a_python_config(monkeypatch):
     cfg = OmegaConf.create({"train": train})
     expand_paths(cfg)
     assert cfg.train == {"unlabeled": ["/data/a", "b"], "unlabeled_file": "/data/found.json"}
+
+
+def test_a_mapper_that_drops_what_it_does_not_know_leaves_the_mark():
+    found = _Marking(lambda record: {"image": record["file_name"]})({"file_name": "a.jpg"})
+    assert found == {"image": "a.jpg", "unlabeled": True}
+    assert _Marking(lambda record: None)({}) is None
 
 
 # --- the losses ---
