@@ -62,15 +62,6 @@ setup(
         "mlflow": ["mlflow-skinny"],
         # For `make docs`.
         "docs": ["furo", "myst-parser", "sphinx>=8.2"],  # sphinx.ext.apidoc needs 8.2
-        "dev": [
-            "hypothesis",
-            "mypy",
-            "pytest",
-            "pytest-xdist",
-            "ruff",
-            *EXPORT,
-            *FORMATS,
-            *OPENVINO,
-        ],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *EXPORT, *FORMATS],
     },
 )
