@@ -89,12 +89,9 @@ class FgBg(Method):
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        auto = ("scale", "never") if alike else ("teacher", "always")
-        found = {name: options[name] for name in ("assign", "standardise")}
-        return {
-            **options,
-            **{n: a if found[n] == "auto" else found[n] for n, a in zip(found, auto)},
-        }
+        usual = ("scale", "never") if alike else ("teacher", "always")
+        auto = dict(zip(("assign", "standardise"), usual))
+        return options | {name: value for name, value in auto.items() if options[name] == "auto"}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)

@@ -22,8 +22,8 @@ def standardise(features: Sequence[Tensor], real: Tensor, eps: float = 1e-5) -> 
         real: (N, R) bool, False on padding.
 
     Returns:
-        Per level (N, C, H_l, W_l), in fp32 or better. The gradient also flows through mean and
-        variance.
+        Per level (N, C, H_l, W_l), in fp32 or better; 0 on padding. The gradient also flows through
+        mean and variance. A level with one cell is 0.
     """
     shapes = [tuple(x.shape[-2:]) for x in features]
     masks = per_level(real[..., None], shapes)  # (N, 1, H_l, W_l)
