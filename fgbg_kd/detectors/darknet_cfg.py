@@ -1,5 +1,6 @@
 """Reads .cfg files of Darknet. This package has four of them in the folder networks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..utils.errors import ConfigError
@@ -75,3 +76,28 @@ def read_cfg(name: str) -> list[Layer]:
     if len(layers) < 2 or layers[0].kind not in ("net", "network"):
         raise ConfigError(f"{path} is not a Darknet .cfg file: it must begin with [net].")
     return layers
+
+
+def set_anchors(layers: Sequence[Layer], sizes: Sequence[Sequence[float]]) -> None:
+    """Replaces the anchors of all outputs.
+
+    Args:
+        layers: the result of :func:`read_cfg`. They are changed.
+        sizes: (width, height) in pixels of each anchor, in the order of the .cfg file.
+
+    Raises:
+        ConfigError: the file has another number of anchors, or a size is not two numbers over 0.
+    """
+    if not all(len(size) == 2 and min(size) > 0 for size in sizes):
+        raise ConfigError(
+            f"MODEL.YOLO.ANCHORS is {sizes}: each anchor must be [width, height] in pixels."
+        )
+    for layer in layers:
+        if layer.kind == "yolo":
+            count = len(layer.numbers("anchors")) // 2
+            if len(sizes) != count:
+                raise ConfigError(
+                    f"MODEL.YOLO.ANCHORS has {len(sizes)} anchors. The network needs {count}: the "
+                    f"first of them belong to the output with the smallest stride."
+                )
+            layer["anchors"] = ",".join(str(x) for size in sizes for x in size)

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from .darknet import Darknet, DarknetHead
-from .darknet_cfg import read_cfg
+from .darknet_cfg import read_cfg, set_anchors
 from .darknet_weights import read_weights
 from .dense import DenseOutput, DenseView, FeatureLevel, Maps, joint_logits, register_view
 from .yolo_loss import decode_boxes, per_anchor, yolo_losses
@@ -34,6 +34,7 @@ class YOLO(DenseDetector):
         self,
         *,
         network: str = "yolov3",
+        anchors: Sequence[Sequence[float]] = (),
         num_classes: int = 80,
         width: float = 1.0,
         norm: str = "BN",
@@ -50,6 +51,8 @@ class YOLO(DenseDetector):
         """
         Args:
             network: see :func:`~fgbg_kd.detectors.darknet_cfg.read_cfg`.
+            anchors: see :func:`~fgbg_kd.detectors.darknet_cfg.set_anchors`. Empty: those of the
+                .cfg file.
             num_classes, width, norm: see :class:`~fgbg_kd.detectors.darknet.Darknet`.
             prior_prob: initial objectness.
             iou_weight: scales YOLOv4's loss of boxes.
@@ -64,7 +67,10 @@ class YOLO(DenseDetector):
         Raises:
             ConfigError: the network is unknown or has a layer that is not supported.
         """
-        backbone = Darknet(read_cfg(network), num_classes, width, norm)
+        layers = read_cfg(network)
+        if anchors:
+            set_anchors(layers, anchors)
+        backbone = Darknet(layers, num_classes, width, norm)
         super().__init__(
             backbone,
             DarknetHead(backbone),
@@ -85,6 +91,7 @@ class YOLO(DenseDetector):
         yolo = cfg.MODEL.YOLO
         return {
             "network": yolo.CFG,
+            "anchors": yolo.ANCHORS,
             "num_classes": yolo.NUM_CLASSES,
             "width": yolo.WIDTH,
             "norm": yolo.NORM,

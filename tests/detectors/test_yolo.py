@@ -26,7 +26,7 @@ from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.non_finite import not_finite
 from fgbg_kd.experiments.cost import cost
 from fgbg_kd.teacher import accelerate
-from fgbg_kd.utils.errors import TeacherError
+from fgbg_kd.utils.errors import ConfigError, TeacherError
 
 NETWORKS = ("yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny")
 
@@ -115,6 +115,17 @@ def test_both_kinds_of_configs_have_the_same_defaults():
     defaults = {p.name: p.default for p in parameters if p.name != "self"}
     found = YOLO.from_config(cfg)
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()} == found
+
+
+def test_the_anchors_are_those_of_the_key():
+    cfg = tiny_yolo_cfg(network="yolov3-tiny")
+    cfg.MODEL.YOLO.ANCHORS = [[4, 6], [8, 4], [9, 9], [20, 12], [12.5, 20], [40, 30]]
+    first, second = view(build_model(cfg)).cell_anchors  # strides 16 and 32
+    assert first.tolist()[0] == [-2, -3, 2, 3] and second.tolist()[1] == [-6.25, -10.0, 6.25, 10.0]
+    for wrong, fact in (([[4, 6]], "needs 6"), ([[4]] * 6, "width"), ([[4, 0]] * 6, "width")):
+        cfg.MODEL.YOLO.ANCHORS = wrong
+        with pytest.raises(ConfigError, match=f"MODEL.YOLO.ANCHORS .*{fact}"):
+            build_model(cfg)
 
 
 def test_the_objectness_before_training_is_the_key():
