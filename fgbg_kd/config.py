@@ -253,8 +253,8 @@ def _add_yolo(cfg: CN) -> None:
     # "yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny", or the path of a Darknet .cfg file. Only the
     # network, the anchors and the thresholds are read from the file, not the schedule.
     yolo.CFG = "yolov3"
-    # [width, height] in pixels of each anchor, in the order of the .cfg file. [] = those of the file,
-    # which fit COCO at 416 or 608 pixels.
+    # [width, height] in pixels of each anchor, in the order of the .cfg file. [] = those of the
+    # file, which fit COCO at 416 or 608 pixels.
     yolo.ANCHORS = []
     # Replaces the number in the .cfg file.
     yolo.NUM_CLASSES = 80
