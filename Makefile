@@ -25,10 +25,10 @@ analysis: $(STAMP)-analysis  ## run setup, and install tidecv for the kinds of e
 yolox: $(STAMP)-yolox  ## run setup, and install pixeltable-yolox for the detector YOLOX
 
 test: analysis yolox  ## run all tests (TESTS=tests/test_x.py runs some)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-fast: analysis yolox  ## run the fast tests (under one minute)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 lint: setup  ## check style (ruff) and the types of the core (mypy)
 	$(PY) -m ruff check $(LINTED)

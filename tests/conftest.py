@@ -2,7 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from torch.multiprocessing import start_processes
 
 from fgbg_kd import METHOD_REGISTRY, FgBgDistiller, Teacher, config, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
@@ -324,6 +327,27 @@ def seen_by(model, batch=None):
     losses = losses_of(model, batch)
     hook.remove()
     return losses, seen[0]
+
+
+def in_two_processes(function, *arguments):
+    """Runs function(rank, *arguments) in two processes with the environment of torchrun's workers.
+
+    The processes are forks of a server that has imported the packages, which takes seconds. They
+    see no GPU, because there may be fewer GPUs than processes.
+    """
+    multiprocessing.set_forkserver_preload(["fgbg_kd.engine"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(_process, (port, function, arguments), nprocs=2, start_method="forkserver")
+
+
+def _process(rank, port, function, arguments):
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {k: str(v) for k, v in {**address, **numbers}.items()}
+    function(rank, *arguments)
 
 
 def answers(coco, images):

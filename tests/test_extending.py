@@ -1,8 +1,6 @@
 """The code in docs/extending.md runs unchanged: a user's method and a user's detector."""
 
-import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -123,22 +121,3 @@ def test_a_dense_detector_without_a_view_is_refused_with_the_page(monkeypatch):
         DetectorError, match=r"Unknown is a dense .*register_view\(Unknown\).*docs/"
     ):
         view(Unknown())
-
-
-@pytest.mark.slow
-def test_train_net_and_compare_take_a_users_module(tmp_path, distil_cfg):
-    """The method is selected by its name, and the table lists it with its key."""
-    (tmp_path / "l1.py").write_text(METHOD)
-    config_file = tmp_path / "distilled.yaml"
-    distil_cfg.SOLVER.MAX_ITER = 2
-    config_file.write_text(distil_cfg.dump())
-    options = ["--methods", "plain", "L1", "L1 WEIGHT=0.5", "--seeds", "1"]
-    command = [sys.executable, str(ROOT / "tools" / "compare.py"), "--import", "l1.py"]
-    command += ["--config-file", str(config_file), *options, "--output", "runs"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    lines = (tmp_path / "runs" / "results.jsonl").read_text().splitlines()
-    rows = {row["method"]: row for row in map(json.loads, lines)}
-    assert rows["L1 WEIGHT=0.5"]["options"] == {"weight": 0.5}
-    assert rows["L1"]["options"] == {"weight": 1.0}
-    assert "L1 WEIGHT=0.5" in done.stdout

@@ -1,13 +1,18 @@
 """YOLO trains: it learns two images, resumes exactly, and does the same in two processes."""
 
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import distiller, losses_of, make_batch, make_trainer, train, weights
+from conftest import (
+    distiller,
+    in_two_processes,
+    losses_of,
+    make_batch,
+    make_trainer,
+    train,
+    weights,
+)
 from conftest import tiny_yolo_cfg as yolo_cfg
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
@@ -109,11 +114,7 @@ def gradients(model, batch):
     return {k: p.grad.clone() for k, p in parameters if p.requires_grad}
 
 
-def worker(rank, folder, port):
-    torch.set_num_threads(1)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {k: str(v) for k, v in {**address, **numbers}.items()}
+def worker(rank, folder):
     launch(save_gradients, SimpleNamespace(rank=rank, folder=folder))
 
 
@@ -127,12 +128,8 @@ def save_gradients(args):
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_images_give_the_gradients_of_one_with_four(tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be fewer GPUs than processes
-    mp.spawn(worker, (str(tmp_path), port), nprocs=2)
+def test_two_processes_of_two_images_give_the_gradients_of_one_with_four(tmp_path):
+    in_two_processes(worker, str(tmp_path))
     found = torch.load(tmp_path / "gradients.pt")
     for case, two in found.items():
         one = gradients(distilling(), make_batch(SIZES, BOXES[case]))

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import ROOT, losses_of, make_batch, tiny_cfg, weights, yolox_detector
+from conftest import (
+    ROOT,
+    in_two_processes,
+    losses_of,
+    make_batch,
+    tiny_cfg,
+    weights,
+    yolox_detector,
+)
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -82,12 +88,8 @@ def teachers_stay_apart(rank, yaml) -> bool:
     return all(comm.all_gather(stays))
 
 
-def worker(rank, folder, port, run, yaml):
+def worker(rank, folder, run, yaml):
     """One of two processes. It trains the config ``run`` first, as a worker of torchrun does."""
-    torch.set_num_threads(1)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {k: str(v) for k, v in {**address, **numbers}.items()}
     launch(train_and_save_gradients, SimpleNamespace(rank=rank, folder=folder, run=run, yaml=yaml))
 
 
@@ -121,11 +123,11 @@ def yaml(teacher_files):
 
 @pytest.fixture(scope="module")
 def run_cfg(coco, teacher_files):
-    """A distillation of 30 iterations, with a checkpoint after every second one."""
+    """A distillation of 16 iterations, with a checkpoint after every second one."""
     cfg = tiny_cfg(coco, "of_two")
     cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
     cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 30, 2
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 16, 2
     cfg.DATASETS.TEST, cfg.DATASETS.TEST_JSON = (), ""
     return cfg
 
@@ -143,13 +145,7 @@ def write_run(cfg, folder) -> str:
 def two(yaml, run_cfg, tmp_path_factory):
     """A folder where two processes have trained (in "whole") and saved gradients."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = write_run(run_cfg, folder / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be fewer GPUs than processes
-        mp.spawn(worker, (str(folder), port, run, yaml), nprocs=2)
+    in_two_processes(worker, str(folder), write_run(run_cfg, folder / "whole"), yaml)
     return folder
 
 

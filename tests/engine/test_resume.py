@@ -7,7 +7,7 @@ configs are tested in test_lazy.py, and several processes in test_distributed.py
 import itertools
 import json
 import random
-import subprocess
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -250,23 +250,43 @@ def test_processes_that_see_different_checkpoints_do_not_start(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_processes_that_are_killed_end_as_one_that_is_not(distil_cfg, tmp_path):
-    """Runs tools/chaos.py, which prints when a process was killed.
+# A program in place of tools/train_net.py. With "careless" a training that resumes ends otherwise.
+TRAINING = """
+import sys, time
+from pathlib import Path
+option, _, folder = sys.argv[-3:]
+here, folder = Path(sys.argv[0]).parent, Path(folder)
+mark = folder / "last_checkpoint"
+first = int(mark.read_text()) + 1 if mark.exists() else 0
+print("Starting training from iteration", first, flush=True)
+for i in range(first, 6):
+    (folder / ".partial").touch()
+    time.sleep(0.03)
+    (folder / ".partial").rename(folder / "model.pth")
+    mark.write_text(str(i))
+end = "b.pth" if option == "careless" and first else "a.pth"
+(folder / "model_final.pth").write_bytes((here / end).read_bytes())
+"""
 
-    Unlike in the tests above, each start is a new process, which compiles its functions again.
-    """
-    distil_cfg.SOLVER.MAX_ITER, distil_cfg.SOLVER.CHECKPOINT_PERIOD = 12, 2
-    distil_cfg.DATASETS.TEST, distil_cfg.DATASETS.TEST_JSON = (), ""
-    (tmp_path / "run.yaml").write_text(distil_cfg.dump())
-    command = [sys.executable, str(ROOT / "tools" / "chaos.py"), "kill", "--kills", "1"]
-    arguments = ["--config-file", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--seed", "5", *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "kill  1, saving: model_" in done.stdout  # there was something to resume from
-    assert "bit for bit" in done.stdout
+
+@pytest.mark.parametrize("option", ["careful", "careless"])
+def test_the_tool_kills_a_training_and_compares_its_end(option, tmp_path, monkeypatch, capsys):
+    """With a small program for the training. test_distributed kills a real one."""
+    (tmp_path / "train_net.py").write_text(TRAINING)
+    for name, value in (("a.pth", 1.0), ("b.pth", 2.0)):
+        torch.save({"model": {"x": torch.tensor(value)}}, tmp_path / name)
+    tool = runpy.run_path(str(ROOT / "tools" / "chaos.py"))
+    monkeypatch.setitem(tool["main"].__globals__, "TRAIN", tmp_path / "train_net.py")
+    command = ["chaos.py", "kill", "--kills", "5", "--seed", "5", "--config-file", "none.yaml"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output-dir", str(tmp_path / "out"), option])
+    if option == "careless":
+        with pytest.raises(SystemExit, match="1 values of .* differ: .model.x"):
+            tool["main"]()
+        return
+    tool["main"]()
+    printed = capsys.readouterr().out
+    assert printed.count("saving: ") + printed.count("training: ") >= 1
+    assert "5 kills" in printed and "bit for bit" in printed
 
 
 def test_a_run_that_has_more_iterations_than_it_shall_have_is_refused(tmp_path):

@@ -1,13 +1,14 @@
 """A comparison of methods: the names of methods, refused comparisons, and the tool."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import row, tiny_cfg
+from conftest import ROOT, row, tiny_cfg
 from detectron2.structures import Boxes, Instances
 
 from fgbg_kd.data import register_datasets
@@ -216,40 +217,13 @@ def test_a_comparison_that_would_mean_nothing_is_refused_before_a_run(
             compare(monkeypatch, *arguments, "--methods", *more)
 
 
-THEIR_METHOD = """
-from detectron2.config import CfgNode as CN
-from torch import nn
-from fgbg_kd import METHOD_REGISTRY, Method
-from fgbg_kd.config import add_keys
-
-@add_keys
-def add_their_keys(cfg):
-    cfg.MODEL.KD.THEIRL1 = CN({"WEIGHT": 0.5})
-
-@METHOD_REGISTRY.register()
-class TheirL1(Method):
-    def __init__(self, student_channels, teacher_channels, *, weight):
-        super().__init__()
-        self.weight = weight
-        self.adapters = nn.ModuleList(
-            nn.Conv2d(s, t, 1) for s, t in zip(student_channels, teacher_channels))
-
-    def forward(self, batch):
-        features = zip(self.adapters, batch.student.features, batch.teacher.features)
-        loss = sum((phi(s) - t).abs().mean() for phi, s, t in features)
-        return {"loss_kd": self.weight * loss}, {}
-"""
-
-
 @pytest.fixture
 def their_module(tmp_path, monkeypatch):
-    """A module outside the package that registers a method with an option."""
-    from fgbg_kd.methods import METHOD_REGISTRY
-
-    (tmp_path / "their_methods.py").write_text(THEIR_METHOD)
-    yield str(tmp_path / "their_methods.py")
-    METHOD_REGISTRY._obj_map.pop("TheirL1", None)
-    sys.modules.pop("their_methods", None)
+    """A module outside the package: the method of docs/extending.md, which has one option."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (tmp_path / "l1.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    yield "l1.py"
+    sys.modules.pop("l1", None)
 
 
 @pytest.mark.slow
@@ -265,35 +239,35 @@ def test_the_tool_trains_compares_and_does_nothing_twice_with_a_method_from_outs
 
     arguments = ["--config-file", "c.yaml", "--seeds", "1", "--jobs", "2", "--output", "out"]
     arguments += ["--import", their_module]
-    arguments += ["--methods", "plain", "TheirL1  WEIGHT=2", "--set", "SOLVER.MAX_ITER", "2"]
+    arguments += ["--methods", "plain", "L1  WEIGHT=2", "--set", "SOLVER.MAX_ITER", "2"]
     text = tool(*arguments)
     results = Path("out/results.jsonl")
     rows = read_rows(results)
     assert sorted((r["method"], r["seed"]) for r in rows if r["seed"] == 0) == [
-        ("TheirL1 WEIGHT=2", 0),
+        ("L1 WEIGHT=2", 0),
         ("plain", 0),
     ]
     assert [r["method"] for r in rows if r["seed"] is None] == ["teacher"]
-    theirs = next(r for r in rows if r["method"].startswith("TheirL1"))
+    theirs = next(r for r in rows if r["method"].startswith("L1"))
     assert theirs["options"] == {"weight": 2.0} and theirs["overrides"] == ["SOLVER.MAX_ITER", "2"]
     assert theirs["memory_mb"] > 100
     assert theirs["threads"] and theirs["hardware"] and theirs["versions"]
     trained = yaml.safe_load(Path(theirs["folder"], "config.yaml").read_text())
-    assert trained["SEED"] == 0 and trained["MODEL"]["KD"]["METHOD"] == "TheirL1"
-    assert "| TheirL1 WEIGHT=2 | 0." in " ".join(text.split())
+    assert trained["SEED"] == 0 and trained["MODEL"]["KD"]["METHOD"] == "L1"
+    assert "| L1 WEIGHT=2 | 0." in " ".join(text.split())
 
     results.write_text(results.read_text() + '{"method": "torn')
     monkeypatch.setattr(Runner, "_follow", lambda *_: pytest.fail("it is done"))
     tool(*arguments)
     assert read_rows(results) == rows
-    assert "| TheirL1 WEIGHT=2 " in tool("--table-only", "out/results.jsonl")
+    assert "| L1 WEIGHT=2 " in tool("--table-only", "out/results.jsonl")
     document = Path("document.md")
     tables = "<!-- table: out/results.jsonl summary -->\nnot run\n<!-- end of table -->\n"
     document.write_text(tables + tables.replace("out/", "elsewhere/"))
     printed = tool("--fill", "document.md")
     assert "out/results.jsonl: made anew" in printed
     assert "elsewhere/results.jsonl: no rows" in printed
-    assert document.read_text().count("| TheirL1 WEIGHT=2 ") == 1
+    assert document.read_text().count("| L1 WEIGHT=2 ") == 1
     assert document.read_text().endswith(tables.replace("out/", "elsewhere/"))
 
     pytest.importorskip("tidecv")
@@ -303,6 +277,6 @@ def test_the_tool_trains_compares_and_does_nothing_twice_with_a_method_from_outs
     assert sorted(map(str, more[len(rows) :])) == sorted(map(str, rows))
 
     # The code of the method is part of the settings. After a change, the run is not finished.
-    Path(their_module).write_text(THEIR_METHOD + "# changed")
-    with pytest.raises(RunError, match="sha256 of the file of TheirL1 was"):
+    Path(their_module).write_text(Path(their_module).read_text() + "# changed")
+    with pytest.raises(RunError, match="sha256 of the file of L1 was"):
         tool(*arguments)

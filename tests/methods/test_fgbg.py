@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from conftest import in_two_processes
 from detectron2.utils import comm
 from torch import distributed
 
@@ -99,9 +99,7 @@ def test_more_images_or_larger_maps_do_not_change_the_scale():
 
 
 def _worker(rank, folder, boxes):
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    distributed.init_process_group("gloo")
     student, teacher = outputs(4, 0), outputs(4, 1)
     got = terms(student, teacher, [boxes[rank]], 4)
     torch.save(got, f"{folder}/{rank}.pt")
@@ -111,7 +109,7 @@ def _worker(rank, folder, boxes):
 @pytest.mark.slow
 def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
-    mp.spawn(_worker, (str(tmp_path), boxes), nprocs=2)
+    in_two_processes(_worker, str(tmp_path), boxes)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4)
     for name, value in whole.items():

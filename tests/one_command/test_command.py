@@ -111,7 +111,8 @@ def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
     before = weights(output / "distilled")
     again = fgbg_kd.distill(**call)  # nothing is trained again
     assert [row["AP"] for row in again.rows] == [row["AP"] for row in done.rows]
-    assert all(torch.equal(v, weights(output / "distilled")[k]) for k, v in before.items())
+    after = weights(output / "distilled")
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
     with pytest.raises(RunError, match="a training of another command .*iterations was 20, is 30"):
         fgbg_kd.distill(**call | {"iterations": 30})
 

@@ -4,10 +4,14 @@ import json
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT, tiny_cfg
 from test_command import few_candidates, without_onnx  # noqa: F401
 
+from fgbg_kd.detectors.load import build_detector
+from fgbg_kd.engine import read_config
 from fgbg_kd.one_command import outcome
+from fgbg_kd.one_command.training import BarRunner
 
 CELLS = json.loads((ROOT / "docs" / "one_command.ipynb").read_text())["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
@@ -34,7 +38,14 @@ def test_the_notebook_runs_from_top_to_bottom(coco, without_onnx, tmp_path, monk
             return run(command, **options)
         made.append(command[-1])
 
+    def untrained(self, name, config, folder, *rest):  # test_command trains one
+        folder.mkdir(exist_ok=True)
+        student = build_detector(read_config(str(config.with_name("student.yaml")))).state_dict()
+        torch.save({"model": student}, folder / "model_final.pth")
+        return {"AP": 1.0, "AP50": 2.0}
+
     monkeypatch.setattr(subprocess, "run", prepare)
+    monkeypatch.setattr(BarRunner, "run", untrained)
     monkeypatch.setattr(outcome, "installed", lambda *names: False)  # OpenVINO is slow to export
     monkeypatch.setattr("fgbg_kd.one_command.command.write_onnx", lambda *a: None)
     monkeypatch.setattr("fgbg_kd.one_command.backbone._downloaded", lambda *a: False)
