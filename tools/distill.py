@@ -85,6 +85,9 @@ def main() -> None:
         "--num-gpus", type=int, default=1, metavar="N", help="per training; default: %(default)s"
     )
     parser.add_argument("--dry-run", action="store_true", help="only measure and show the table")
+    parser.add_argument(
+        "--configs-only", action="store_true", help="write the configs and train nothing"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/distill"), metavar="FOLDER")
     add_import_flag(parser)
     args = vars(parser.parse_args())

@@ -76,6 +76,7 @@ def distill(
     backbone_weights: str = "",
     compare: bool = False,
     dry_run: bool = False,
+    configs_only: bool = False,
     output: str | Path = "output/distill",
     runtime: str = "pytorch",
     device: str = "",
@@ -102,6 +103,8 @@ def distill(
             timm's own weights, if they are in its cache or can be downloaded.
         compare: whether the student is also trained without the teacher.
         dry_run: only measure. Only the table is written, beside ``output``.
+        configs_only: write student.yaml and distilled.yaml, and train nothing. The same call
+            without it trains them as they are then.
         output: folder of the result.
         runtime: where speed-up and latency are measured, "pytorch" or "onnx".
         device: device on which detectors are measured. "": "cuda" if there is a GPU, else "cpu".
@@ -120,7 +123,8 @@ def distill(
     asked = _Asked(*data, wish, student, iterations, hours, backbone_weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     how = {"compare": compare, "device": device, "say": say, "num_gpus": num_gpus}
-    return _run(asked, Path(output), dry_run, how | {"imports": tuple(imports)})
+    stop = "dry_run" if dry_run else "configs_only" if configs_only else ""
+    return _run(asked, Path(output), stop, how | {"imports": tuple(imports)})
 
 
 class _Asked(NamedTuple):
@@ -143,13 +147,15 @@ class _Asked(NamedTuple):
         return {**self._asdict(), "wish": asdict(self.wish), "checkpoint": checkpoint}
 
 
-def _run(asked: _Asked, output: Path, dry_run: bool, how: dict[str, Any]) -> Distilled:
+def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distilled:
     """The steps of :func:`distill`.
 
     Args:
+        stop: "dry_run" or "configs_only", where to stop; "": at the end.
         how: the arguments of :class:`Plan` that do not change the plan.
     """
     config, weights = [*asked.teacher, ""][:2]
+    dry_run = stop == "dry_run"
     known = {} if dry_run else _known_plan(output, asked.request())
     loaded = build_teacher(config, weights)
     with tempfile.TemporaryDirectory() as folder:
@@ -180,6 +186,10 @@ def _run(asked: _Asked, output: Path, dry_run: bool, how: dict[str, Any]) -> Dis
         known = {"taken": write_configs(plan, rows), "rows": rows, "data": data}
         content = {"request": asked.request(), **known}
         write_whole(output / "plan.json", json.dumps(content, indent=1))
+    if stop:
+        config = output / "student.yaml"
+        plan.say(f"Wrote {config} and distilled.yaml. The same command trains them.")
+        return Distilled(known["taken"], rows, test_set=plan.data.note, config=config)
     return _train(plan, known["taken"], rows)
 
 

@@ -129,6 +129,17 @@ def test_a_dry_run_writes_only_the_table(arguments, without_onnx, tmp_path):
     assert any("were measured before" in x for x in said) and "Give --speedup" in said[-2]
 
 
+def test_the_configs_are_written_before_anything_is_trained(arguments, without_onnx, tmp_path):
+    said = []
+    done = fgbg_kd.distill(**arguments | {"configs_only": True, "say": said.append})
+    assert done.config == tmp_path / "out" / "student.yaml" and done.weights is None
+    assert done.taken == "test_resnet, FPN 32, head 1" and done.rows == []
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"plan.json", "student.yaml", "distilled.yaml"}
+    assert "The same command trains them." in said[-1]
+    assert read_config(str(tmp_path / "out" / "distilled.yaml")).SOLVER.MAX_ITER == 20
+
+
 def test_hours_become_iterations_and_the_users_changes_stay(
     arguments, without_onnx, tmp_path, monkeypatch
 ):
