@@ -9,12 +9,16 @@ from fgbg_kd import deploy
 pytest.importorskip("yolox")
 
 
-@pytest.mark.parametrize("file, one_class", (("a.onnx", True), ("a.onnx", False), ("a.pt", True)))
+@pytest.mark.parametrize(
+    "file, one_class", (("a.onnx", True), ("a.onnx", False), ("a.pt", True), ("a.xml", True))
+)
 @pytest.mark.slow
 def test_a_file_detects_what_pytorch_does(file, one_class, tmp_path):
     if file.endswith(".onnx"):
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
+    if file.endswith(".xml"):
+        pytest.importorskip("openvino")
     model = yolox_detector(lambda cfg: cfg.MODEL.YOLOX.update(ONE_CLASS_PER_BOX=one_class)).eval()
     about = deploy.describe(tiny_yolox_cfg(), model)
     path = str(tmp_path / file)

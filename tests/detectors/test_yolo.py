@@ -326,11 +326,13 @@ def assert_same(network, path, nms_inside=True):
 
 
 @pytest.mark.parametrize("nms_inside", [True, False])
-@pytest.mark.parametrize("file", ["a.onnx", "a.pt"])
+@pytest.mark.parametrize("file", ["a.onnx", "a.pt", "a.xml"])
 def test_an_exported_tiny_detects_what_pytorch_does_in_other_sizes(file, nms_inside, tmp_path):
     if file.endswith("onnx"):
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
+    if file.endswith("xml"):
+        pytest.importorskip("openvino")
     assert_same("yolov4-tiny", str(tmp_path / file), nms_inside)
 
 
