@@ -394,6 +394,29 @@ def pair_line(runs: list[dict]) -> str:
     return f"| `{name}` | {teacher:.1f} | {each[0]} | {each[1]} | {gain} |"
 
 
+FAMILIES = {
+    "faster_rcnn": "Faster R-CNN",
+    "fcos": "FCOS",
+    "mobilenet_ssd": "MobileNet-SSD",
+    "retinanet": "RetinaNet",
+    "ssdlite": "SSDlite",
+    "yolo": "YOLOv3",
+    "yolox": "YOLOX",
+}
+
+
+def readme_line(runs: list[dict]) -> str:
+    """The line of a pair in README."""
+    photos, pair = Path(runs[0]["config"]).stem.split("_", 1)
+    teacher, student = (FAMILIES[name] for name in pair.split("_to_"))
+    ap = defaultdict(list)
+    for run in runs:
+        ap[run["method"]].append(run["AP"])
+    means = [f"{statistics.fmean(ap[name]):.1f}" for name in ("teacher", "plain", "FgBg")]
+    gain = pair_line(runs).split(" | ")[-1]
+    return " | ".join([f"| {teacher}", student, photos, *means, gain])
+
+
 def test_the_measured_pairs_are_those_of_their_rows():
     pairs = defaultdict(list)
     for row in read_rows(ROOT / "docs" / "results" / "pairs.jsonl"):
@@ -401,6 +424,10 @@ def test_the_measured_pairs_are_those_of_their_rows():
     text = (ROOT / "docs" / "detectors.md").read_text().split("## Measured pairs")[1]
     printed = re.findall(r"^\| `.*$", text, re.MULTILINE)
     assert sorted(printed) == sorted(map(pair_line, pairs.values()))
+    text = (ROOT / "README.md").read_text()
+    printed = re.findall(r"^\| .* \| (?:aquarium|voc07) \| .*$", text, re.MULTILINE)
+    usual = [runs for (_, *overrides), runs in pairs.items() if not overrides]
+    assert sorted(printed) == sorted(map(readme_line, usual))
 
 
 # Here: the test that runs the text of docs/extending.md.
