@@ -101,7 +101,7 @@ def _add_methods(cfg: CN) -> None:
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
     # Which cells of a box are foreground, and their weights. "scale": its cells on the one level
     # that fits its size, with equal weights. "teacher": its cells on all levels, weighted by the
-    # teacher's score of its class. "all": its cells on all levels, with equal weights on each
+    # teacher's quality (GATE_QUALITY). "all": its cells on all levels, with equal weights on each
     # level. "auto": "scale" for two RetinaNets, two FCOS or a two-stage teacher, otherwise
     # "teacher".
     fgbg.ASSIGN = "auto"
@@ -118,8 +118,8 @@ def _add_methods(cfg: CN) -> None:
     # The teacher's quality (0 to 1) must exceed the student's quality by more than this margin. A
     # negative margin allows a worse teacher.
     fgbg.GATE_MARGIN = -0.2
-    # Quality of a foreground prediction. "score": the score of the class of the cell's box. "box":
-    # this score times the IoU with the box.
+    # Quality of a foreground prediction, for the gate and for ASSIGN "teacher". "score": the score
+    # of the class of the cell's box. "box": this score times the IoU with the box.
     fgbg.GATE_QUALITY = "score"
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

@@ -41,7 +41,7 @@ _LOG_PERIOD = 20
 
 @META_ARCH_REGISTRY.register()
 class FgBgDistiller(nn.Module):
-    """Trains a dense detector (RetinaNet, FCOS) under the guidance of another detector.
+    """Trains a one-stage detector under the guidance of another detector.
 
     Thesis: "Distilling one-stage object detection network via decoupling foreground and background
     features" (Tamkang University). In training it returns the student's own losses and the losses
@@ -325,7 +325,10 @@ def _usual_size(cfg) -> tuple[int, int] | None:
     """(height, width) of a training image with sides 3 : 4; None: images are not resized."""
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     short = sizes[len(sizes) // 2]
-    return (short, min(short * 4 // 3, cfg.INPUT.MAX_SIZE_TRAIN)) if short else None
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        short = (sizes[0] + sizes[-1]) // 2
+    short = min(short, cfg.INPUT.MAX_SIZE_TRAIN * 3 // 4)
+    return (short, short * 4 // 3) if short else None
 
 
 def _method_of(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:

@@ -90,7 +90,14 @@ def shrink_of(
         image_size: usual (height, width) of the student's images; None: not known, which gives 1.
     """
     size = student.input_size or image_size
-    if teacher.input_size is None or size is None:
+    if teacher.input_size is None:
+        return 1.0
+    if size is None:
+        logger.warning(
+            f"The teacher, a {teacher.name}, warps images to {teacher.input_size} pixels, and the "
+            "size of the student's images is not known: levels are matched by their strides alone. "
+            "Give FgBgDistiller its image_size."
+        )
         return 1.0
     return math.sqrt(math.prod(size) / math.prod(teacher.input_size))
 
@@ -244,7 +251,7 @@ def check_predictions(
     Raises:
         TeacherError: the teacher has no predictions per cell, or other anchors than the student.
     """
-    if method.needs_logits and not isinstance(teacher, DenseView):
+    if (method.needs_logits or method.needs_boxes) and not isinstance(teacher, DenseView):
         raise TeacherError(
             f"MODEL.KD.METHOD {name} compares predictions per cell, but the teacher, a "
             f"{teacher.name}, has no such predictions: use a one-stage teacher, or another method."

@@ -2,9 +2,21 @@ import copy
 
 import pytest
 import torch
-from conftest import detector, distiller, make_batch, save_teacher, seen_by, tiny_cfg
+from conftest import (
+    detector,
+    distiller,
+    faster_rcnn,
+    make_batch,
+    save_teacher,
+    seen_by,
+    tiny_cfg,
+)
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+
+from fgbg_kd import METHOD_REGISTRY, Method
+from fgbg_kd.distiller import _usual_size
+from fgbg_kd.utils.errors import TeacherError
 
 
 def losses_of(model, batch, iteration=0):
@@ -237,3 +249,38 @@ def test_unknown_method_is_named_with_the_choices(distil_cfg):
     distil_cfg.MODEL.KD.METHOD = "Magic"
     with pytest.raises(ValueError, match="METHOD is 'Magic': choose from .*FgBg"):
         build_model(distil_cfg)
+
+
+@pytest.mark.parametrize(
+    "sizes, sampling, largest, usual",
+    [
+        ((128, 160, 192), "choice", 400, (160, 213)),
+        ((128, 192), "range", 400, (160, 213)),
+        ((512,), "choice", 512, (384, 512)),
+        ((0,), "choice", 1333, None),
+    ],
+)
+def test_the_usual_size_is_that_of_an_image_with_sides_3_to_4(sizes, sampling, largest, usual):
+    cfg = tiny_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sizes, sampling
+    cfg.INPUT.MAX_SIZE_TRAIN = largest
+    assert _usual_size(cfg) == usual
+
+
+class BoxesOnly(Method):
+    needs_boxes = True
+
+    def __init__(self, student_channels, teacher_channels):
+        super().__init__()
+
+    def forward(self, batch):
+        difference = (a - b for a, b in zip(batch.student.boxes, batch.teacher.boxes))
+        return {"loss_kd": sum(x.abs().mean() for x in difference)}, {}
+
+
+def test_a_method_may_need_boxes_without_logits():
+    METHOD_REGISTRY.register(BoxesOnly)
+    model = distiller(detector(), detector(seed=2), name="BoxesOnly")
+    assert losses_of(model, make_batch())["loss_kd"] > 0
+    with pytest.raises(TeacherError, match="has no such predictions"):
+        distiller(detector(), faster_rcnn(), name="BoxesOnly")

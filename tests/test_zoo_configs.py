@@ -123,7 +123,7 @@ def load_small(path, coco_like, folder):
     cfg.INPUT.MIN_SIZE_TRAIN = (64, 96)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 1, ()
-    if "vgg16" in path.stem:  # of 300 x 300 pixels, with all its channels
+    if path.stem == "ssd300_vgg16":  # of 300 x 300 pixels, with all its channels
         cfg.SOLVER.IMS_PER_BATCH = 1
     cfg.SOLVER.WARMUP_ITERS = 0
     cfg.MODEL.KD.FGBG.GATE = "off"  # a random teacher need not be better anywhere

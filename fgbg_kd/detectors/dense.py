@@ -111,12 +111,12 @@ class DetectorView:
         return getattr(self.detector.backbone, "padding_constraints", {}).get("square_size", 0)
 
     @property
-    def loss_normalizer(self) -> float | None:
+    def loss_normalizer(self) -> float | Tensor | None:
         """Number by which the detector divides its own losses; None: it has none."""
         return getattr(self.detector, "loss_normalizer", None)
 
     @loss_normalizer.setter
-    def loss_normalizer(self, value: float) -> None:
+    def loss_normalizer(self, value: float | Tensor) -> None:
         self.detector.loss_normalizer = value
 
     def features(self, images: Tensor) -> Maps:
@@ -143,9 +143,9 @@ class DetectorView:
 class DenseView(DetectorView):
     """View of a one-stage detector, which predicts classes and boxes in every cell.
 
-    A subclass for a new detector defines :attr:`cell_anchors`, :meth:`head`, :meth:`logits`,
-    :meth:`decode` and :meth:`losses`. It also defines the attributes that differ from Detectron2's
-    conventions, such as :attr:`levels` and :attr:`suppression`.
+    A subclass for a new detector defines :attr:`cell_anchors`, :meth:`logits` and :meth:`decode`.
+    It also defines what differs from Detectron2's conventions, such as :meth:`head`,
+    :meth:`losses`, :attr:`levels` and :attr:`suppression`.
     """
 
     dense = True
@@ -175,7 +175,7 @@ class DenseView(DetectorView):
 
     def head(self, features: Maps) -> Any:
         """The head's own output, kept as :attr:`DenseOutput.raw`."""
-        raise NotImplementedError
+        return self.detector.head(features)
 
     def class_logits(self, features: Maps) -> Maps:
         """Only the logits, for a teacher whose boxes are not needed."""
@@ -194,7 +194,7 @@ class DenseView(DetectorView):
 
     def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
         """The detector's own training losses."""
-        raise NotImplementedError
+        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
 
     def scores(self, raw: Any) -> Maps:
         """Per level (N, A_l*K, H_l, W_l), the scores by which detections are ranked."""
@@ -229,7 +229,7 @@ class DenseView(DetectorView):
 
     def run(self, images: Tensor, *, logits: bool = True, boxes: bool = True) -> DenseOutput:
         features = self.features(images)
-        if not logits:
+        if not (logits or boxes):
             return DenseOutput(features)
         if not boxes:  # the classification branch is enough
             return DenseOutput(features, self.class_logits(features))
@@ -248,6 +248,11 @@ class DenseView(DetectorView):
         return self.head(self.features(images))
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """The tensor in fp32 or better: exponentials overflow in fp16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def decoded(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:
     """Decodes the box deltas of a level.
 
@@ -260,19 +265,19 @@ def decoded(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:
         (N, A*4, H, W) XYXY, in fp32 or better.
     """
     n, channels, h, w = deltas.shape
-    flat = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
-    flat = flat.reshape(n, channels // 4, 4, h * w).permute(0, 3, 1, 2)  # (N, HW, A, 4)
+    flat = full_precision(deltas).reshape(n, channels // 4, 4, h * w)
+    flat = flat.permute(0, 3, 1, 2)  # (N, HW, A, 4)
     boxes = coder.apply_deltas(flat.reshape(-1, 4), anchors.to(flat).repeat(n, 1))
     return boxes.reshape(n, h * w, channels).transpose(1, 2).reshape(n, channels, h, w)
 
 
 def joint_logits(objectness: Tensor, classes: Tensor) -> Tensor:
-    """The logits of sigmoid(objectness) * sigmoid(classes), whose shapes broadcast.
+    """The logits of sigmoid(objectness) * sigmoid(classes), in fp32 or better. Shapes broadcast.
 
     1 / (sigmoid(o) sigmoid(c)) - 1 = exp(-o) + exp(-c) + exp(-o-c). The logarithm of this form is
     finite where the product rounds to 0 or 1. ONNX has no logaddexp.
     """
-    o, c = torch.broadcast_tensors(objectness, classes)
+    o, c = torch.broadcast_tensors(full_precision(objectness), full_precision(classes))
     return -torch.stack([-o, -c, -o - c]).logsumexp(0)
 
 

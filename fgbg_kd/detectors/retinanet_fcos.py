@@ -5,7 +5,6 @@ from typing import Any
 from detectron2.modeling import RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..utils.errors import DetectorError
@@ -18,9 +17,6 @@ class _Detectron2View(DenseView):
     @property
     def cell_anchors(self) -> list[Tensor]:
         return list(self.detector.anchor_generator.cell_anchors)
-
-    def head(self, features: Maps) -> Any:
-        return self.detector.head(features)
 
     def class_logits(self, features: Maps) -> Maps:
         head = self.detector.head
@@ -38,9 +34,6 @@ class _Detectron2View(DenseView):
 
     def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
         return {"class logits": output.raw[0], "box deltas": output.raw[1]}
-
-    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
-        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
 
     def keep_classes(self, keep: list[int]) -> None:
         conv = getattr(self.detector.head, "cls_score", None)

@@ -96,8 +96,8 @@ class SSD(_SSD):
             **kwargs,
         )
         self.num_classes, self.size, self.input_format = num_classes, size, input_format
-        # Indices of the classes that logits are given for; None: all.
-        self.kept_classes: list[int] | None = None
+        # Number of classes, from the first one on, that are predicted. The others are background.
+        self.kept_classes = num_classes
         self.boxes_per_level = [len(b) for b in boxes]
         self.register_buffer("default_boxes", torch.cat(boxes), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(-1, 1, 1), False)
@@ -138,8 +138,10 @@ class SSD(_SSD):
         raw = self.predict(list(self.backbone(images.tensor).values()))
         if self.training:
             return self.losses(raw, [x["instances"].to(self.device) for x in seen])
+        flat = self.flat(raw)
+        flat["cls_logits"] = self._kept(flat["cls_logits"])
         found = self.postprocess_detections(
-            self.flat(raw), [self.default_boxes] * len(images), images.image_sizes
+            flat, [self.default_boxes] * len(images), images.image_sizes
         )
         return [{"instances": self._instances(*x)} for x in zip(found, batched_inputs)]
 
@@ -172,6 +174,14 @@ class SSD(_SSD):
             for (name, number), maps in zip(columns.items(), raw)
         }
 
+    def _kept(self, logits: Tensor) -> Tensor:
+        """(..., K + 1), the background first -> (..., kept classes + 1), with the same scores."""
+        if self.kept_classes == self.num_classes:
+            return logits
+        end = 1 + self.kept_classes
+        others = torch.cat([logits[..., :1], logits[..., end:]], dim=-1)
+        return torch.cat([others.logsumexp(-1, keepdim=True), logits[..., 1:end]], dim=-1)
+
     def losses(self, raw: tuple[list[Tensor], list[Tensor]], gt: list[Instances]) -> dict:
         """
         Args:
@@ -188,8 +198,8 @@ class SSD(_SSD):
         # torchvision divides by the matched boxes of this process, at least 1. Here each process
         # divides by the mean of these numbers; their sum over all processes is at least 1.
         count = sum((m >= 0).sum() for m in matched).to(boxes.dtype)
-        mean = world_mean(count.clone()).clamp(min=1 / comm.get_world_size())
-        share = count.clamp(min=1) / mean
+        self.loss_normalizer = world_mean(count).clamp(min=1 / comm.get_world_size())
+        share = count.clamp(min=1) / self.loss_normalizer
         return {
             "loss_cls": share * found["classification"],
             "loss_box_reg": share * found["bbox_regression"],
@@ -205,11 +215,6 @@ class SSD(_SSD):
         instances = Instances((self.size, self.size))
         instances.pred_boxes, instances.scores = Boxes(found["boxes"]), found["scores"]
         instances.pred_classes = found["labels"] - 1
-        if self.kept_classes is not None:
-            numbers = torch.full((self.num_classes,), -1, device=self.device)
-            numbers[self.kept_classes] = torch.arange(len(self.kept_classes), device=self.device)
-            instances.pred_classes = numbers[instances.pred_classes]
-            instances = instances[instances.pred_classes >= 0]
         height, width = inputs["image"].shape[1:]
         return detector_postprocess(
             instances, inputs.get("height", height), inputs.get("width", width)

@@ -2,12 +2,19 @@
 
 from typing import Any
 
-import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import ImageList
-from torch import Tensor
+from torch import Tensor, nn
 
-from .dense import DenseOutput, DenseView, FeatureLevel, Maps, decoded, register_view
+from .dense import (
+    DenseOutput,
+    DenseView,
+    FeatureLevel,
+    Maps,
+    decoded,
+    full_precision,
+    register_view,
+)
 from .ssd import SSD
 
 
@@ -27,8 +34,7 @@ class SSDView(DenseView):
 
     @property
     def num_classes(self) -> int:
-        kept = self.detector.kept_classes
-        return self.detector.num_classes if kept is None else len(kept)
+        return self.detector.kept_classes
 
     @property
     def levels(self) -> list[FeatureLevel]:
@@ -66,11 +72,8 @@ class SSDView(DenseView):
 
     def _log_probability(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x.reshape(n, -1, self.detector.num_classes + 1, h * w).log_softmax(2)[:, :, 1:]
-        if self.detector.kept_classes is not None:
-            x = x[:, :, self.detector.kept_classes]
-        return x.reshape(n, -1, h, w)
+        x = full_precision(x).reshape(n, -1, self.detector.num_classes + 1, h * w)
+        return x.log_softmax(2)[:, :, 1 : 1 + self.num_classes].reshape(n, -1, h, w)
 
     def _logit(self, log_p: Tensor) -> Tensor:
         log_p = log_p.clamp(max=-1e-7)  # so that log(1 - p) is finite
@@ -104,6 +107,12 @@ class SSDView(DenseView):
         return self.detector.topk_candidates * self.num_classes
 
     def keep_classes(self, keep: list[int]) -> None:
-        # The head stays whole, because the softmax needs all classes.
-        before = self.detector.kept_classes or range(self.num_classes)
-        self.detector.kept_classes = [before[i] for i in keep]
+        # The head stays whole, because the softmax needs all classes. The kept ones come first.
+        total = self.detector.num_classes
+        order = [0, *(1 + k for k in [*keep, *(set(range(total)) - set(keep))])]
+        for module in self.detector.head.classification_head.module_list:
+            last = [m for m in module.modules() if isinstance(m, nn.Conv2d)][-1]
+            for value in last.state_dict(keep_vars=True).values():
+                per_class = value.detach().unflatten(0, (-1, total + 1))
+                per_class.copy_(per_class[:, order])
+        self.detector.kept_classes = len(keep)

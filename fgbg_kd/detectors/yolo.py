@@ -181,9 +181,6 @@ class YOLOView(DenseView):
     def _layers(self) -> list:
         return list(self.detector.backbone.outputs.values())
 
-    def head(self, features: Maps) -> Maps:
-        return self.detector.head(features)
-
     def logits(self, raw: Maps) -> Maps:
         parts = [per_anchor(x, layer) for x, layer in zip(raw, self._layers)]  # (N, A, 5 + K, H, W)
         return [joint_logits(x[:, :, 4:5], x[:, :, 5:]).flatten(1, 2) for x in parts]
@@ -199,9 +196,6 @@ class YOLOView(DenseView):
             "objectness": [x[:, :, 4] for x in parts],
             "class logits": [x[:, :, 5:] for x in parts],
         }
-
-    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
-        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
 
     def keep_classes(self, keep: list[int]) -> None:
         kept = [*range(5), *(5 + k for k in keep)]

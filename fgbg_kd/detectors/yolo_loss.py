@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ..ops import pack
 from ..ops.common import upload
 from .darknet import YoloLayer
+from .dense import full_precision
 
 # Limit of the logarithm of a box's width and height over the anchor's, in both directions: so boxes
 # are finite, and none has the width 0.
@@ -104,7 +105,7 @@ def per_anchor(x: Tensor, layer: YoloLayer) -> Tensor:
 
 def decode_boxes(x: Tensor, layer: YoloLayer) -> Tensor:
     """(N, A, 5 + K, H, W) -> (N, A, 4, H, W), XYXY in pixels, in float32 or better."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = full_precision(x)
     h, w = x.shape[-2:]
     column = torch.arange(w, device=x.device, dtype=x.dtype)
     row = torch.arange(h, device=x.device, dtype=x.dtype)[:, None]

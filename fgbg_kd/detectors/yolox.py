@@ -25,7 +25,7 @@ from torchvision.ops import box_convert
 
 from ..utils.errors import ConfigError
 from ..utils.processes import world_mean
-from .dense import DenseOutput, DenseView, Maps, joint_logits, register_view
+from .dense import DenseOutput, DenseView, Maps, full_precision, joint_logits, register_view
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class YOLOX(DenseDetector):
         The library divides by the number of its own process. DistributedDataParallel averages
         gradients, so here each process divides by the mean of these numbers.
         """
-        raw = [_full(x) for x in predictions]
+        raw = [full_precision(x) for x in predictions]
         labels = _labels(gt_instances, raw[0].dtype)
         with torch.autocast(raw[0].device.type, enabled=False):
             found = self._library_losses(images.tensor, raw, labels)
@@ -156,14 +156,14 @@ class YOLOX(DenseDetector):
 
     def boxes(self, raw: Maps) -> Maps:
         """Per level (N, 4, H, W), XYXY in pixels."""
-        return [_decoded(_full(x), stride) for x, stride in zip(raw, self.head.strides)]
+        return [_decoded(full_precision(x), stride) for x, stride in zip(raw, self.head.strides)]
 
     def scores(self, raw: Maps) -> Maps:
         """Per level (N, K, H, W), objectness times class.
 
         With ``one_class_per_box``, the scores of all classes but a cell's best one are 0.
         """
-        return [self._scores(_full(x)) for x in raw]
+        return [self._scores(full_precision(x)) for x in raw]
 
     def _scores(self, raw: Tensor) -> Tensor:
         classes = raw[:, 5:].sigmoid()
@@ -219,11 +219,6 @@ def _network_builder() -> Callable[..., tuple[nn.Module, nn.Module]]:
     return build_network
 
 
-def _full(x: Tensor) -> Tensor:
-    """At least fp32: exponentials overflow in fp16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _labels(gt_instances: list[Instances], dtype: torch.dtype) -> Tensor:
     """The library's ground truth, (N, B, 5): class, centre and size; 0 where an image has fewer."""
     boxes = [box_convert(x.gt_boxes.tensor, "xyxy", "cxcywh") for x in gt_instances]
@@ -255,20 +250,14 @@ class YOLOXView(DenseView):
         unit = torch.tensor([[-0.5, -0.5, 0.5, 0.5]])
         return [stride * unit for stride in self.detector.head.strides]
 
-    def head(self, features: Maps) -> Maps:
-        return self.detector.head(features)
-
     def logits(self, raw: Maps) -> Maps:
-        return [joint_logits(x[:, 4:5], x[:, 5:]) for x in map(_full, raw)]
+        return [joint_logits(x[:, 4:5], x[:, 5:]) for x in raw]
 
     def decode(self, features: Maps, raw: Maps) -> Maps:
         return self.detector.boxes(raw)
 
     def scores(self, raw: Maps) -> Maps:
         return self.detector.scores(raw)
-
-    def losses(self, images: ImageList, output: DenseOutput, gt_instances: list) -> dict:
-        return self.detector.forward_training(images, output.features, output.raw, gt_instances)
 
     def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
         parts = {

@@ -128,7 +128,7 @@ def check_teacher(teacher: Teacher) -> None:
 def _with_detections(
     teacher: Teacher, photos: list[dict], wanted: Unlabeled, num_workers: int
 ) -> list[dict]:
-    """Dataset dicts of the photos with "unlabeled": True and confident detections as annotations.
+    """Dataset dicts of the photos with confident detections as annotations.
 
     The detections are read from the file if it was made from the same teacher, photos and labelled
     images.
@@ -274,7 +274,7 @@ def score_threshold(found: list[dict], records: Sequence[dict], precision: float
             "lower PRECISION, or set DATASETS.UNLABELED ()."
         )
     n = good[-1] + 1
-    objects = sum(not a.get("iscrowd", 0) for r in records for a in r["annotations"])
+    objects = sum(not a.get("iscrowd", 0) for r in records for a in r.get("annotations", ()))
     logger.info(
         f"From a score of {scores[n - 1]:.3f} on, {rate[n - 1]:.2f} of the teacher's detections on "
         f"{len(records)} labelled training images are right: {right[:n].sum()} of {n}. They are "

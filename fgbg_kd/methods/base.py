@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     strides: Sequence[int]
     num_classes: int
     same_anchors: bool = True
-    loss_normalizer: float | None = None
+    loss_normalizer: float | Tensor | None = None
 
     def split(self, assign: str) -> Split:
         """Which box owns each cell: :func:`fgbg_kd.ops.split`."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..utils.errors import ConfigError
 from .base import METHOD_REGISTRY, Batch, Method, check_not_negative
 
 
@@ -39,6 +40,11 @@ class QFL(Method):
         self.weight = weight
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if batch.loss_normalizer is None:
+            raise ConfigError(
+                "MODEL.KD.METHOD QFL divides by the student's attribute loss_normalizer, and this "
+                "student has none: set it in the student's losses, or use another method."
+            )
         loss = 0.0
         for logit, label in zip(batch.student.logits, batch.teacher.logits):
             logit, label = logit.float(), label.float().sigmoid()

@@ -12,6 +12,7 @@ from fgbg_kd import METHOD_REGISTRY, Batch, DenseOutput
 from fgbg_kd.config import method_defaults
 from fgbg_kd.methods import build_method
 from fgbg_kd.methods.adapters import build_adapters
+from fgbg_kd.utils.errors import ConfigError
 
 PEERS = sorted(name for name, _ in METHOD_REGISTRY if name != "FgBg")
 
@@ -356,3 +357,12 @@ def test_a_share_over_1_is_named():
 def test_an_option_that_cannot_be_0_is_named(name, option):
     with pytest.raises(ValueError, match=f"{name}.{option.upper()} is 0: it must be over 0"):
         build_method(name, [3], [3], **{option: 0})
+
+
+def test_qfl_names_what_a_student_without_a_normalizer_lacks():
+    student, teacher = (DenseOutput(maps(seed), maps(seed)) for seed in (0, 1))
+    method = build_method("QFL", [3, 3], [3, 3])
+    boxes, classes = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2
+    batch = Batch(student, teacher, boxes, classes, [(16, 16)] * 2, [4, 8], num_classes=3)
+    with pytest.raises(ConfigError, match="QFL divides by .* loss_normalizer"):
+        method(batch)
