@@ -89,6 +89,22 @@ def test_files_of_one_film_make_blocks_of_neighbours():
     assert len({groups[n] for n in names[:5]}) == 1 and groups[names[0]] != groups[names[5]]
 
 
+def test_the_groups_of_many_images_are_counted_in_one_pass(monkeypatch):
+    compared = []
+
+    class Group(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    monkeypatch.setattr("fgbg_kd.one_command.split.group_of", lambda name: Group(name[:-1]))
+    names = [f"{i}{side}" for i in range(300) for side in "ab"]
+    assert groups_of(names)[1] == "300 groups of images, by their names"
+    assert len(compared) <= 2 * len(names)
+
+
 def content_of(names):
     images = [{"id": i, "file_name": n, "height": 50, "width": 60} for i, n in enumerate(names, 1)]
     boxes = [
