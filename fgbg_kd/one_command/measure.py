@@ -84,9 +84,14 @@ def has_onnx() -> bool:
 
 
 def image_size(content: dict, test_size: int, limit: int) -> tuple[int, int]:
-    """(height, width) of a resized image that has the median proportions of a COCO file."""
+    """(height, width) of a resized image that has the median proportions of a COCO file.
+
+    A ``test_size`` of 0 leaves images as they are, as in Detectron2.
+    """
     shapes = [(i["height"], i["width"]) for i in content["images"]]
     height, width = sorted(shapes, key=lambda s: s[0] / s[1])[len(shapes) // 2]
+    if test_size == 0:
+        return height, width
     return ResizeShortestEdge.get_output_shape(height, width, test_size, limit)
 
 

@@ -266,6 +266,7 @@ def test_the_image_has_the_median_proportions_of_the_set():
     images = [{"height": h, "width": 100} for h in (50, 50, 100, 200, 200)]
     assert image_size({"images": images}, 64, 1000) == (64, 64)
     assert image_size({"images": images[:2]}, 64, 100) == (50, 100)
+    assert image_size({"images": images}, 0, 1000) == (100, 100)  # images are not resized
 
 
 def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatch):
