@@ -83,6 +83,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
         side = min(of.input_size)
         recipe |= {"train_sizes": [side], "test_size": side}
         recipe |= {"train_limit": side * 5 // 3, "test_limit": side * 5 // 3}
+        recipe.get("input", {}).pop("MIN_SIZE_TRAIN_SAMPLING", None)  # "range" needs two sizes
     return TeacherFacts(
         name=of.name,
         family=family,

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from conftest import detector, faster_rcnn, faster_rcnn_cfg, tiny_cfg, tiny_ssd, tiny_ssd_cfg
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import build_augmentation
 
 from fgbg_kd import Teacher
 from fgbg_kd.config import get_fgbg_kd_cfg
@@ -82,6 +83,15 @@ def test_other_teachers_get_a_retinanet_with_common_levels(cfg, build, size, tmp
     assert student.name == "RetinaNet" and found.test_size == size
     assert len(shared_levels(student, view(teacher))) >= 1
     assert not found.own_anchors and {len(a) for a in student.cell_anchors} == {9}
+
+
+def test_the_student_of_a_teacher_with_one_input_size_draws_no_size_from_a_range(tmp_path):
+    cfg = tiny_ssd_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (64, 96), "range"
+    cfg.INPUT.RANDOM_FLIP = "none"
+    made = config_of(model_settings(facts(tmp_path, cfg, tiny_ssd()), SMALL, 2))
+    assert made.INPUT.MIN_SIZE_TRAIN == (96,) and made.INPUT.RANDOM_FLIP == "none"
+    assert len(build_augmentation(made, is_train=True)) == 1  # it asserts that a range has two
 
 
 @pytest.mark.slow
