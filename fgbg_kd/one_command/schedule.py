@@ -81,7 +81,7 @@ def schedule_settings(
     # Adam's step grows with the square root of the batch. 0.001 for 4 images is what the configs
     # of configs/ for small data have.
     rate = float(f"{0.0005 * math.sqrt(batch):.1g}")
-    period = max(iterations // evaluations, min(iterations, _BETWEEN))
+    period = max(math.ceil(iterations / evaluations), min(iterations, _BETWEEN))
     return [
         Setting("SOLVER.OPTIMIZER", "AdamW"),
         Setting("SOLVER.BASE_LR", rate, f"0.0005 times the square root of the batch, {batch}"),

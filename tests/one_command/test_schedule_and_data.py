@@ -51,9 +51,10 @@ def test_hours_are_divided_by_the_measured_step():
 
 
 def test_a_short_training_is_evaluated_at_its_end_only():
-    for iterations, period in ((100, 100), (300, 200), (5000, 1000)):
+    for iterations, period in ((100, 100), (300, 200), (5000, 1000), (1003, 201)):
         settings = {s.key: s.value for s in schedule_settings(8, iterations, "")}
         assert settings["TEST.EVAL_PERIOD"] == period
+        assert -(-iterations // period) <= 5  # evaluations, with the one at the end
     settings = {s.key: s.value for s in schedule_settings(8, 5000, "", evaluations=1)}
     assert settings["TEST.EVAL_PERIOD"] == 5000
 
