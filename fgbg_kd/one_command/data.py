@@ -1,6 +1,7 @@
 """The user's data as COCO files: PASCAL VOC and YOLO are converted, a test part is split off."""
 
 import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -14,6 +15,8 @@ from ..data.validation import read_coco
 from ..utils.errors import DataError, FgBgError
 from ..utils.files import write_whole
 from .split import split
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = (
     "COCO: train.json photos/; PASCAL VOC: a folder with Annotations and JPEGImages, or with .xml "
@@ -46,9 +49,11 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
         folder: for the files.
 
     Raises:
-        DataError: a path is not there or is of no known format, or the data are damaged.
+        DataError: a path is not there or is of no known format, the data are damaged, or an image of
+            converted data is in both sets.
     """
-    found = _find(train, "train", folder)
+    shared = list(test) in ([], list(train))
+    found = _find(train, "train", folder, shared)
     if found is None:
         raise DataError(
             f"--train {' '.join(train)}: no training images are named there. Add the entry train "
@@ -68,7 +73,8 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
     if other is not None:
         if Path(other[0]).is_relative_to(folder.resolve()):
             _same_categories(other[0], content["categories"])
-        read_coco(other[0], training=False)
+        sets = (content, found[1]), (read_coco(other[0], training=False), other[1])
+        _check_apart(*sets, converted=min(len(train), len(test)) < 2)
         return Data(found, other, note)
     parts, folder = split(content, found[0]), folder.resolve()
     for annotation in parts[1]["annotations"]:
@@ -86,7 +92,7 @@ def _find(
     """The COCO file and the images of a part; None: the data do not name this part.
 
     Args:
-        shared: whether the same data hold both parts. A VOC folder must then list this part in
+        shared: whether the same data hold both parts. A VOC folder must then list the test part in
             ImageSets.
     """
     if not values:
@@ -150,18 +156,23 @@ def _from_yolo(file: Path, part: str, folder: Path) -> tuple[str, str] | None:
 
 def _from_voc(path: Path, part: str, folder: Path, shared: bool) -> tuple[str, str] | None:
     sets = {p.stem: p for p in path.glob("ImageSets/Main/*.txt")}
-    listed = next((sets[x] for x in _PARTS[part] if x in sets), None)
-    if shared and listed is None:
+    names = _PARTS[part]
+    if part == "train" and shared and "test" not in sets and {"val", "valid"} & sets.keys():
+        names = names[::-1]  # val becomes the test part, and trainval holds it
+    listed = next((sets[x] for x in names if x in sets), None)
+    if part == "test" and shared and listed is None:
         return None
     annotations = path / "Annotations" if (path / "Annotations").is_dir() else path
     images = path / "JPEGImages" if (path / "JPEGImages").is_dir() else path
-    names = None if listed is None else {x.split()[0] for x in listed.read_text().splitlines() if x}
+    stems = None
+    if listed is not None:
+        stems = {x.split()[0] for x in listed.read_text().splitlines() if x.strip()}
     read = _library().DetectionDataset.from_pascal_voc
     found = _converted(
         lambda: read(str(images), str(annotations)),
         images.resolve(),
         folder / f"{part}.json",
-        names,
+        stems,
     )
     _mark_difficult(Path(found[0]), annotations, part)
     return found
@@ -213,6 +224,36 @@ def _converted(read, images: Path, file: Path, names: set[str] | None = None) ->
     ]
     write_whole(file, json.dumps(content))
     return str(file.resolve()), str(images)
+
+
+def _check_apart(train: tuple[dict, str], test: tuple[dict, str], converted: bool) -> None:
+    """Looks for images that are in both sets.
+
+    A user may give two COCO files with the same images on purpose. So they get a warning only.
+
+    Args:
+        train, test: content of a COCO file, and folder of its images.
+        converted: whether one of the sets was VOC or YOLO data.
+
+    Raises:
+        DataError: converted data share images.
+    """
+    files = [
+        {os.path.realpath(os.path.join(folder, image["file_name"])) for image in content["images"]}
+        for content, folder in (train, test)
+    ]
+    both = files[0] & files[1]
+    if not both:
+        return
+    fact = (
+        f"{len(both)} of {len(files[1])} test images are training images too, such as {min(both)}"
+    )
+    if converted:
+        raise DataError(
+            f"{fact}. AP would be too high. Name other images in data.yaml or ImageSets, or give "
+            "another --test."
+        )
+    logger.warning(f"{fact}. AP is too high then. Give another --test.")
 
 
 def _same_categories(path: str, categories: list[dict]) -> None:

@@ -251,6 +251,64 @@ def test_pascal_voc_gives_the_same_boxes_as_coco(lists, coco, tmp_path):
     }
 
 
+def write_lists(folder, **parts):
+    """ImageSets of a VOC folder, from the numbers of the images of each part."""
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for name, numbers in parts.items():
+        text = "".join(f"{i}  1\n" for i in numbers) + "  \n"  # a line of blanks
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+
+
+def names_in(file):
+    return {i["file_name"] for i in json.loads(open(file).read())["images"]}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_val_of_voc_is_the_test_part_and_is_not_trained_on(again, coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path, coco)
+    write_lists(tmp_path, train=range(8), val=range(8, 12), trainval=range(12))
+    where = [str(tmp_path)]
+    data = prepare(where, where if again else [], tmp_path / "data")
+    assert names_in(data.train[0]) == {f"{i}.png" for i in range(8)}
+    assert names_in(data.test[0]) == {f"{i}.png" for i in range(8, 12)}
+
+
+def test_trainval_of_voc_is_trained_on_if_val_is_not_the_test_part(coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path, coco)
+    write_lists(tmp_path, train=range(8), val=range(8, 10), trainval=range(10), test=(10, 11))
+    data = prepare([str(tmp_path)], [], tmp_path / "data")
+    assert len(names_in(data.train[0])) == 10 and len(names_in(data.test[0])) == 2
+    (tmp_path / "ImageSets" / "Main" / "test.txt").unlink()
+    other = write_coco(tmp_path / "other", 4, seed=5)
+    data = prepare([str(tmp_path)], other, tmp_path / "data")
+    assert len(names_in(data.train[0])) == 10 and data.test == other
+
+
+def test_images_that_are_in_both_parts_are_refused_or_named_in_a_warning(coco, tmp_path, caplog):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path / "voc", coco)
+    write_lists(tmp_path / "voc", train=range(8), val=range(6, 12))
+    write_yolo(tmp_path / "yolo", coco)
+    about = tmp_path / "yolo" / "data.yaml"
+    about.write_text(about.read_text().replace("../valid", "../train"))
+    plain = tmp_path / "plain"
+    write_voc(plain, coco)
+    for train, test, count in (
+        ("voc", [], "2 of 6"),
+        ("yolo", [], "8 of 8"),
+        ("plain", 1, "12 of"),
+    ):
+        where = [str(tmp_path / train)]
+        message = f"{count} .*test images are training images too, such as .*png.*give another --te"
+        with pytest.raises(DataError, match=message):
+            prepare(where, where if test else [], tmp_path / "data")
+    assert "training images too" not in caplog.text
+    assert prepare(coco, coco, tmp_path / "data").test == coco
+    assert "12 of 12 test images are training images too" in caplog.text
+
+
 @pytest.mark.parametrize("lists", [True, False])
 def test_difficult_objects_of_voc_train_but_do_not_count_in_the_test(lists, coco, tmp_path):
     pytest.importorskip("supervision")
