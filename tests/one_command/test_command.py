@@ -16,8 +16,9 @@ import fgbg_kd
 from fgbg_kd.deploy import open_detector
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
-from fgbg_kd.one_command import measure, students
+from fgbg_kd.one_command import command, measure, students
 from fgbg_kd.one_command.backbone import backbone_settings
+from fgbg_kd.one_command.measure import Wish
 from fgbg_kd.one_command.teacher_facts import facts_of
 from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
 from fgbg_kd.teacher import build_teacher
@@ -161,6 +162,33 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     assert "SEED: 0" in student.read_text()  # a missing file is written again
     fgbg_kd.distill(**call | {"hours": 0.2})  # nothing is trained yet: a new plan
     assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
+
+
+def test_other_labels_or_another_device_need_another_plan(arguments, tmp_path):
+    output, labels = arguments["output"], tmp_path / "labels.json"
+    text = open(arguments["train"][0]).read()
+    labels.write_text(text)
+    train = [str(labels), arguments["train"][1]]
+    teacher, test = (list(arguments[k]) for k in ("teacher", "test"))
+    asked = command._Asked(teacher, train, test, [], Wish(), "resnet18", 0, 0.0, "", "")
+
+    def plan(asked=asked):
+        return command._known_plan(output, asked.request())
+
+    output.mkdir()
+    for name in ("student", "distilled"):
+        (output / f"{name}.yaml").write_text("")
+    request = asked.request()
+    for lacking in ({"data", "device", "unlabeled"}, set()):  # first a plan of an earlier version
+        old = {k: v for k, v in request.items() if k not in lacking}
+        (output / "plan.json").write_text(json.dumps({"request": old, "taken": "x"}))
+        assert plan() == {"taken": "x"} and plan(asked._replace(device="cpu")) == {}
+    labels.write_text(text.replace('"category_id": 1', '"category_id": 2', 1))
+    assert plan() == {}
+    (output / "distilled").mkdir()
+    (output / "distilled" / "metrics.json").write_text("")
+    with pytest.raises(RunError, match="a training of another command .data was "):
+        plan()
 
 
 def test_photos_without_labels_stand_in_the_config_that_distils_only(

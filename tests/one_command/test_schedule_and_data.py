@@ -1,6 +1,7 @@
 """The schedule, the split of a test part, and data of other formats."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import CLASSES, write_coco
 from PIL import Image
 
 from fgbg_kd.data.validation import check_coco
-from fgbg_kd.one_command.data import prepare
+from fgbg_kd.one_command.data import digest_of, prepare
 from fgbg_kd.one_command.schedule import (
     batch_of,
     iterations_in,
@@ -307,6 +308,30 @@ def test_images_that_are_in_both_parts_are_refused_or_named_in_a_warning(coco, t
     assert "training images too" not in caplog.text
     assert prepare(coco, coco, tmp_path / "data").test == coco
     assert "12 of 12 test images are training images too" in caplog.text
+
+
+def test_the_digest_of_a_set_changes_with_its_labels(coco, tmp_path):
+    write_voc(tmp_path / "voc", coco)
+    write_lists(tmp_path / "voc", train=range(8), val=range(8, 12))
+    write_yolo(tmp_path / "yolo", coco)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "0.xml").write_text("<annotation/>")
+    yolo = tmp_path / "yolo"
+    for path, file in (
+        (tmp_path / "voc", "Annotations/3.xml"),
+        (tmp_path / "voc", "ImageSets/Main/val.txt"),
+        (tmp_path / "plain", "0.xml"),
+        (yolo, "train/labels/1.txt"),
+        (yolo / "data.yaml", "../valid/labels/3.txt"),
+        (yolo / "data.yaml", "../data.yaml"),
+    ):
+        before = digest_of([str(path)])
+        (path.parent / "result.txt").write_text("no label")
+        assert digest_of([str(path)]) == before
+        with open(os.path.normpath(path / file), "a") as opened:
+            opened.write("\n")
+        assert digest_of([str(path)]) != before
+    assert digest_of([]) == digest_of(["gone"]) == ""
 
 
 @pytest.mark.parametrize("lists", [True, False])
