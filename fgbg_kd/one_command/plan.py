@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -84,6 +85,20 @@ class Plan:
         """Whether the user names a config of a student."""
         return self.student.endswith((".yaml", ".yml"))
 
+    @cached_property
+    def photos(self) -> int:
+        """The number of photos without labels. Those of a labelled set are left out."""
+        if not self.unlabeled:
+            return 0
+        labelled = (
+            [{"file_name": os.path.join(folder, image["file_name"])} for image in content["images"]]
+            for content, folder in (
+                (read_coco(self.data.train[0], training=True), self.data.train[1]),
+                (read_coco(self.data.test[0], training=False), self.data.test[1]),
+            )
+        )
+        return len(find_photos(self.unlabeled, *labelled))
+
 
 def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     """The measured teacher and candidates. Before that, data and classes are checked.
@@ -93,7 +108,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     """
     if plan.unlabeled:
         check_teacher(plan.teacher)
-        plan.say(f"{len(find_photos(plan.unlabeled))} photos without labels")
+        plan.say(f"{plan.photos} photos without labels")
     number = len(class_names(plan.data.train[0]))
     if plan.own_config:
         settings = {plan.student: [Setting("_BASE_", plan.student)]}
@@ -237,10 +252,9 @@ def _schedule(
         fixed: the settings of detector and data.
         ms: time of the student for one image.
     """
-    images = len(read_coco(plan.data.train[0], training=True)["images"])
-    if plan.unlabeled:
-        images += len(find_photos(plan.unlabeled))
-    batch = batch_of(images, facts.batch)
+    images = len(read_coco(plan.data.train[0], training=True)["images"]) + plan.photos
+    # With photos without labels, each GPU gets an image of each kind.
+    batch = batch_of(images, facts.batch, plan.num_gpus, each=2 if plan.photos else 1)
 
     def settings(iterations: int, why: str, **options) -> list[Setting]:
         if plan.own_config:

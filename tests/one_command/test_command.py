@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import cv2
@@ -16,7 +17,7 @@ import fgbg_kd
 from fgbg_kd.deploy import open_detector
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
-from fgbg_kd.one_command import command, measure, students
+from fgbg_kd.one_command import command, measure, plan, students
 from fgbg_kd.one_command.backbone import backbone_settings
 from fgbg_kd.one_command.measure import Wish
 from fgbg_kd.one_command.teacher_facts import facts_of
@@ -172,7 +173,7 @@ def test_other_labels_or_another_device_need_another_plan(arguments, tmp_path):
     teacher, test = (list(arguments[k]) for k in ("teacher", "test"))
     asked = command._Asked(teacher, train, test, [], Wish(), "resnet18", 0, 0.0, "", "")
 
-    def plan(asked=asked):
+    def known(asked=asked):
         return command._known_plan(output, asked.request())
 
     output.mkdir()
@@ -182,13 +183,13 @@ def test_other_labels_or_another_device_need_another_plan(arguments, tmp_path):
     for lacking in ({"data", "device", "unlabeled"}, set()):  # first a plan of an earlier version
         old = {k: v for k, v in request.items() if k not in lacking}
         (output / "plan.json").write_text(json.dumps({"request": old, "taken": "x"}))
-        assert plan() == {"taken": "x"} and plan(asked._replace(device="cpu")) == {}
+        assert known() == {"taken": "x"} and known(asked._replace(device="cpu")) == {}
     labels.write_text(text.replace('"category_id": 1', '"category_id": 2', 1))
-    assert plan() == {}
+    assert known() == {}
     (output / "distilled").mkdir()
     (output / "distilled" / "metrics.json").write_text("")
     with pytest.raises(RunError, match="a training of another command .data was "):
-        plan()
+        known()
 
 
 def test_photos_without_labels_stand_in_the_config_that_distils_only(
@@ -208,6 +209,21 @@ def test_photos_without_labels_stand_in_the_config_that_distils_only(
         changes = {"unlabeled": [wrong], "output": tmp_path / "other"}
         with pytest.raises((ConfigError, DataError), match=message):
             fgbg_kd.distill(**arguments | changes)
+
+
+def test_labelled_images_are_no_photos_without_labels_and_gpus_share_the_batch(
+    arguments, without_onnx, tmp_path, monkeypatch, coco
+):
+    monkeypatch.setattr("fgbg_kd.one_command.command.check_gpus", lambda number: None)
+    _, photos = write_coco(tmp_path / "photos", 5, seed=4)
+    shutil.copy(f"{coco[1]}/3.png", f"{photos}/labelled.png")
+    real, calls = plan.find_photos, []
+    monkeypatch.setattr(plan, "find_photos", lambda *a: calls.append(a) or real(*a))
+    said = []
+    changes = {"unlabeled": photos, "num_gpus": 3, "configs_only": True, "say": said.append}
+    fgbg_kd.distill(**arguments | changes)
+    assert "5 photos without labels" in said and len(calls) == 1
+    assert read_config(str(tmp_path / "out" / "student.yaml")).SOLVER.IMS_PER_BATCH == 6
 
 
 @pytest.mark.parametrize("classes", [2, 80])

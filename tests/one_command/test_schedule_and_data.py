@@ -31,6 +31,14 @@ def test_the_batch_is_the_teachers_within_bounds(images, teacher, batch):
     assert batch_of(images, teacher) == batch
 
 
+@pytest.mark.parametrize(
+    "images, num_gpus, each, batch",
+    [(30, 2, 1, 6), (30, 1, 1, 7), (30, 4, 2, 8), (8, 4, 1, 4), (1000, 3, 2, 15), (8, 1, 2, 2)],
+)
+def test_each_gpu_gets_equally_many_images_and_enough(images, num_gpus, each, batch):
+    assert batch_of(images, 16, num_gpus, each) == batch
+
+
 def test_the_length_follows_the_teacher_the_data_and_the_weights():
     assert iterations_of(1000, 10, 20_000, True) == (2000, "as many images as the teacher saw")
     number, why = iterations_of(1000, 10, 20_000, False)
