@@ -111,6 +111,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         plan.say(f"{plan.photos} photos without labels")
     number = len(class_names(plan.data.train[0]))
     if plan.own_config:
+        _check_own(plan)
         settings = {plan.student: [Setting("_BASE_", plan.student)]}
     else:
         settings = {str(c): model_settings(facts, c, number) for c in candidates_for(plan.student)}
@@ -142,6 +143,22 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         lambda name: [str(c) for c in finer(candidate_of(name), _outputs(facts, number))],
         lambda *names: measured_here({name: candidate_builder(name) for name in names}),
     )
+
+
+def _check_own(plan: Plan) -> None:
+    """Refuses a config of the user that distils, or whose batch the GPUs cannot share."""
+    cfg = read_detector_config(plan.student)
+    if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller":
+        raise ConfigError(
+            f"--student {plan.student} is a config that distils (MODEL.META_ARCHITECTURE "
+            "FgBgDistiller): give the config of the student alone."
+        )
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if batch % plan.num_gpus:
+        raise ConfigError(
+            f"--student {plan.student}: SOLVER.IMS_PER_BATCH is {batch}, which cannot be divided "
+            f"equally among {plan.num_gpus} GPUs: set a multiple of {plan.num_gpus}."
+        )
 
 
 def _outputs(facts: TeacherFacts, classes: int) -> int:

@@ -270,6 +270,30 @@ def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
 
 
 @pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "META_ARCHITECTURE",
+            "FgBgDistiller",
+            "mine.yaml is a config that distils .*student alone",
+        ),
+        ("IMS_PER_BATCH", 7, "IMS_PER_BATCH is 7, which cannot be divided equally among 2 GPUs"),
+    ],
+)
+def test_a_config_of_the_user_that_cannot_be_trained_is_refused_before_the_measurement(
+    key, value, message, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measure, "measure", None)  # would raise if it were called
+    monkeypatch.setattr("fgbg_kd.one_command.command.check_gpus", lambda number: None)
+    cfg = tiny_cfg()
+    (cfg.MODEL if key in cfg.MODEL else cfg.SOLVER)[key] = value
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    call = {"student": str(tmp_path / "mine.yaml"), "parameters": None, "num_gpus": 2}
+    with pytest.raises(ConfigError, match=message):
+        fgbg_kd.distill(**arguments | call)
+
+
+@pytest.mark.parametrize(
     "changes, kind, message",
     [
         ({"parameters": None}, ConfigError, "how fast the student must be"),
