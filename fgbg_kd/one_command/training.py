@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
@@ -23,7 +22,8 @@ from ..utils.errors import RunError
 from ..utils.files import read_json, read_rows, sha256_of_text, write_whole
 
 _TRAIN_NET = Path(__file__).parents[2] / "tools" / "train_net.py"
-_STEPS = 8  # of the measurement; the first two are left out
+_FIRST, _LEAST = 2, 6  # steps that are not timed and that are timed, without prefetched batches
+_PREFETCHED = 2  # batches of each loading process, PyTorch's default
 
 
 class BarRunner(Runner):
@@ -99,19 +99,24 @@ def _without_log():
 
 
 def seconds_per_step(config: Path) -> float:
-    """The median time of a training step on this machine, with loading of the images."""
+    """The mean time of a training step on this machine, with the loading of its images.
+
+    The batches that the loading processes have prefetched are used up before.
+    """
     with tempfile.TemporaryDirectory() as folder, _without_log():
         # Photos without labels do not change the time of a step. They are left out here, because
         # otherwise the teacher would first run over all of them.
         opts = ["OUTPUT_DIR", folder, "DATASETS.UNLABELED", "()"]
-        trainer = FgBgTrainer(load_config(str(config), opts))
-        times = []
+        cfg = load_config(str(config), opts)
+        prefetched = _PREFETCHED * cfg.DATALOADER.NUM_WORKERS
+        first, timed = _FIRST + prefetched, max(_LEAST, prefetched)
+        trainer = FgBgTrainer(cfg)
         with EventStorage(1) as trainer.storage:
-            for trainer.iter in range(1, _STEPS + 1):
-                start = time.perf_counter()
+            for trainer.iter in range(1, first + timed + 1):
                 trainer.run_step()
-                times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
+                if trainer.iter == first:
+                    start = time.perf_counter()
+            return (time.perf_counter() - start) / timed
 
 
 def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[str, float]:

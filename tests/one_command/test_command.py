@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -17,7 +19,7 @@ import fgbg_kd
 from fgbg_kd.deploy import open_detector
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
-from fgbg_kd.one_command import command, measure, plan, students
+from fgbg_kd.one_command import command, measure, plan, students, training
 from fgbg_kd.one_command.backbone import backbone_settings
 from fgbg_kd.one_command.measure import Wish
 from fgbg_kd.one_command.teacher_facts import facts_of
@@ -240,6 +242,28 @@ def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     found = teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append)
     assert found.keys() == ({"AP", "AP50"} if classes == 2 else set())
     assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_the_time_of_a_step_holds_the_loading_of_images(workers, monkeypatch):
+    """A loader gives each process's prefetched batches at once. Later, every fourth step waits."""
+    clock = [0.0]
+
+    class Trainer:
+        def __init__(self, cfg):
+            pass
+
+        def run_step(self):
+            at_once = self.iter <= 2 + 2 * workers
+            clock[0] += 0.5 + (2.0 if self.iter % 4 == 0 and not at_once else 0.0)
+
+    cfg = SimpleNamespace(DATALOADER=SimpleNamespace(NUM_WORKERS=workers))
+    monkeypatch.setattr(training, "FgBgTrainer", Trainer)
+    monkeypatch.setattr(training, "load_config", lambda *a: cfg)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    waits = {0: 2, 4: 2}[workers]  # in steps 4 and 8 of 3 to 8; in 12 and 16 of 11 to 18
+    steps = {0: 6, 4: 8}[workers]
+    assert training.seconds_per_step(Path("a.yaml")) == pytest.approx(0.5 + 2 * waits / steps)
 
 
 @pytest.mark.slow
