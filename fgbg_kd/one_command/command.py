@@ -284,7 +284,9 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     config, weights = output / "student.yaml", output / "distilled" / "model_final.pth"
     onnx = write_onnx(config, weights, output / "student.onnx", say)
     small = write_openvino(config, weights, output, say)
-    found = result_rows(config, weights, plan.teacher.detector, aps, plan.device, small)
+    facts = facts_of(plan.config, plan.teacher)
+    teacher = plan.teacher.detector, (facts.test_size, facts.test_limit)
+    found = result_rows(config, weights, *teacher, aps, plan.device, small)
     say(f"\n{result_table(found)}\n")
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
     _say_two_stages(plan)

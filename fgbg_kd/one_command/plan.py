@@ -34,7 +34,7 @@ from .students import (
     spoken,
     yaml_of,
 )
-from .teacher_facts import TeacherFacts, facts_of
+from .teacher_facts import TeacherFacts, facts_of, test_size_of
 from .training import seconds_per_step
 
 MARK = "written by tools/distill.py"
@@ -121,6 +121,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     builders |= {name: lambda s=s: build_detector(_config(s)) for name, s in settings.items()}
     content = read_coco(plan.data.test[0], training=False)
     size = image_size(content, facts.test_size, facts.test_limit)
+    own_size = image_size(content, *test_size_of(plan.student)) if plan.own_config else size
     about = {
         "teacher": sha256_of_text(str(read_detector_config(plan.config))),
         "facts": asdict(facts),
@@ -128,7 +129,8 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     }
 
     def measured_here(builders):
-        return measured(plan.cache, about, builders, size, plan.device, plan.say)
+        sizes = {name: size if name == "teacher" else own_size for name in builders}
+        return measured(plan.cache, about, builders, sizes, plan.device, plan.say)
 
     rows = measured_here(builders)
     if plan.own_config:

@@ -182,6 +182,12 @@ def _usual_anchors(strides: Sequence[int]) -> dict[str, list]:
     return {"SIZES": sizes, "ASPECT_RATIOS": [_RATIOS]}
 
 
+def test_size_of(config: str) -> tuple[int, int]:
+    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of a config."""
+    recipe = _recipe(read_detector_config(config))
+    return recipe["test_size"], recipe["test_limit"]
+
+
 def _recipe(cfg: CfgNode | DictConfig) -> dict[str, Any]:
     """Sizes of images, augmentation and schedule."""
     if not isinstance(cfg, CfgNode):

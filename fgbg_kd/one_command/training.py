@@ -19,7 +19,8 @@ from ..detectors.dense import channel_order, num_classes_of
 from ..engine import FgBgTrainer, load_config, read_config
 from ..experiments.runner import Runner
 from ..utils.errors import RunError
-from ..utils.files import read_json, read_rows, sha256_of_text, write_whole
+from ..utils.files import read_json, read_rows, sha256_of, sha256_of_text, write_whole
+from .teacher_facts import test_size_of
 
 _TRAIN_NET = Path(__file__).parents[2] / "tools" / "train_net.py"
 _FIRST, _LEAST = 2, 6  # steps that are not timed and that are timed, without prefetched batches
@@ -122,9 +123,10 @@ def seconds_per_step(config: Path) -> float:
 def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
     """AP and AP50 of the teacher on the test set, and the check that student and teacher fit.
 
-    {} if its classes are not those of the data. A two-stage teacher may have other classes, because
-    it gives features only. A one-stage teacher is reduced to the student's classes. The result is
-    kept in a file.
+    The images have the teacher's test size. {} if its classes are not those of the data. A
+    two-stage teacher may have other classes, because it gives features only. A one-stage teacher is
+    reduced to the student's classes. The result is kept in a file, until a config or the teacher's
+    checkpoint changes.
 
     Args:
         config: the config that distils, with student.yaml beside it.
@@ -134,11 +136,14 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
         FgBgError: of data, config, teacher or output, as at the start of a training.
     """
     kept = folder / "teacher.json"
-    student = config.with_name("student.yaml")
-    key = sha256_of_text(config.read_text() + student.read_text())
+    cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
+    theirs = cfg.MODEL.KD.TEACHER
+    size, weights = test_size_of(theirs.CONFIG), Path(theirs.WEIGHTS)
+    parts = [config.read_text(), config.with_name("student.yaml").read_text(), str(size)]
+    parts.append(sha256_of(weights) if weights.is_file() else "")
+    key = sha256_of_text("".join(parts))
     if kept.is_file() and read_json(kept)["config"] == key:
         return read_json(kept)["result"]
-    cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
     teacher = FgBgTrainer.build_model(cfg).teacher.detector
     classes = len(training_classes(cfg))
     number = num_classes_of(teacher)
@@ -150,6 +155,7 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     say("teacher: evaluating")
     cfg.defrost()
     cfg.INPUT.FORMAT = channel_order(teacher)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = size
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         found = FgBgTrainer.test(cfg, teacher).get("bbox", {})
     result = {k: found[k] for k in ("AP", "AP50") if math.isfinite(found.get(k, math.nan))}

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from conftest import detector, faster_rcnn, faster_rcnn_cfg, tiny_cfg, tiny_ssd, tiny_ssd_cfg
@@ -286,7 +287,8 @@ def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatc
 
     def get(size=(64, 64), classes=2):
         about = {"classes": classes}
-        return measured(tmp_path / "m.json", about, {"teacher": None}, size, "cpu", said.append)
+        sizes = {"teacher": size}
+        return measured(tmp_path / "m.json", about, {"teacher": None}, sizes, "cpu", said.append)
 
     assert get() == rows() == get() and len(calls) == 1
     assert "measured before" in said[-1]
@@ -298,6 +300,10 @@ def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatc
     assert len(json.loads((tmp_path / "m.json").read_text())) == 4
 
 
+def pixels_for(detectors, *size):
+    return dict.fromkeys(detectors, np.zeros((*size, 3), np.uint8))
+
+
 def test_a_disturbed_measurement_is_said(monkeypatch):
     monkeypatch.setattr(measure, "has_onnx", lambda: False)
     for slow, said in ((10.0, 0), (20.0, 1)):
@@ -305,7 +311,7 @@ def test_a_disturbed_measurement_is_said(monkeypatch):
         monkeypatch.setattr(measure, "times_in_turn", lambda *a, times=times, **k: times)
         lines = []
         built = {"teacher": detector, "student": detector}
-        found = measure.measure(built, (64, 64), "cpu", lines.append)
+        found = measure.measure(built, pixels_for(built, 64, 64), "cpu", lines.append)
         assert [r["ms"] for r in found] == [10.0, 5.0] and found[1]["speedup"] == 2.0
         assert sum("other work disturbs the measurement" in x for x in lines) == said
 
@@ -315,6 +321,6 @@ def test_a_detector_is_measured_in_both_runtimes_and_a_two_stage_teacher_in_one(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(measure, "_RUNS", 1)
     built = {"teacher": faster_rcnn, "student": detector, "ssd": tiny_ssd}
-    teacher, student, ssd = measure.measure(built, (64, 96), "cpu")
+    teacher, student, ssd = measure.measure(built, pixels_for(built, 64, 96), "cpu")
     assert teacher["onnx_ms"] is None and student["onnx_ms"] > 0 and ssd["onnx_ms"] > 0
     assert student["speedup"] == pytest.approx(teacher["ms"] / student["ms"], abs=0.02)

@@ -19,7 +19,7 @@ import fgbg_kd
 from fgbg_kd.deploy import open_detector
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
-from fgbg_kd.one_command import command, measure, plan, students, training
+from fgbg_kd.one_command import command, measure, outcome, plan, students, training
 from fgbg_kd.one_command.backbone import backbone_settings
 from fgbg_kd.one_command.measure import Wish
 from fgbg_kd.one_command.teacher_facts import facts_of
@@ -242,6 +242,66 @@ def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     found = teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append)
     assert found.keys() == ({"AP", "AP50"} if classes == 2 else set())
     assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
+
+
+def test_each_detector_is_timed_at_its_own_test_size(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
+    """The teacher's is 96 pixels, and that of the user's student is 48."""
+
+    def larger(cfg):
+        cfg.INPUT.MIN_SIZE_TEST = 96
+
+    cfg = tiny_cfg()
+    cfg.INPUT.MIN_SIZE_TEST = 48
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    seen = []
+
+    def measured(detectors, images, *rest, **options):
+        seen.append([min(images[name].shape[:2]) for name in detectors])
+        return [{"name": name, "ms": 1.0, "parameters_m": 1.0, "gflops": 1.0} for name in detectors]
+
+    def trained(self, name, config, folder, *rest):
+        return {"AP": 1.0, "AP50": 2.0}
+
+    for module in (measure, outcome):
+        monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(BarRunner, "run", trained)
+    for name in ("onnx", "openvino", "picture", "page"):
+        monkeypatch.setattr(command, f"write_{name}", lambda *a, **k: None)
+    teacher = save_teacher(tmp_path, edit=larger)
+    student = {"student": str(tmp_path / "mine.yaml"), "parameters": None}
+    fgbg_kd.distill(**arguments | student | {"teacher": teacher})
+    assert seen == [[96, 48], [96, 48]]  # the candidates' table, and the table at the end
+
+
+def test_the_ap_of_the_teacher_is_of_its_test_size_and_of_its_present_weights(
+    arguments, tmp_path, monkeypatch
+):
+    def larger(cfg):
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 200
+
+    teacher, output, seen = save_teacher(tmp_path, edit=larger), tmp_path / "out", []
+    cfg = tiny_cfg(arguments["test"], "own")
+    output.mkdir()
+    (output / "student.yaml").write_text(cfg.dump())
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher
+    (output / "distilled.yaml").write_text(cfg.dump())
+
+    def evaluated(cfg, model):
+        seen.append((cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
+        return {"bbox": {"AP": float(len(seen)), "AP50": 50.0}}
+
+    monkeypatch.setattr(training.FgBgTrainer, "test", evaluated)
+
+    def get():
+        return teacher_ap(output / "distilled.yaml", output / "teacher", print)["AP"]
+
+    (output / "teacher").mkdir()
+    assert get() == get() == 1.0 and seen == [(96, 200)]
+    save_teacher(tmp_path, seed=2, edit=larger)  # trained again, with the same path
+    assert get() == 2.0
 
 
 @pytest.mark.parametrize("workers", [0, 4])
