@@ -14,7 +14,7 @@ from ..engine.launch import check_gpus
 from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
-from .data import Data, prepare
+from .data import Data, digest_of, prepare
 from .measure import Wish, table
 from .outcome import (
     result_rows,
@@ -39,12 +39,12 @@ class Distilled:
             "onnx_ms", "speedup".
         rows: rows of the teacher, the plain student (``compare``) and the distilled student: also
             "AP", "AP50", and with the extra openvino "openvino_ms", "int8_ms", "int8_AP". Empty
-            after a dry run.
+            if nothing was trained (``dry_run``, ``configs_only``).
         test_set: where the test set comes from.
         config: path of student.yaml, the student's config. None after a dry run.
-        weights: path of the student's checkpoint. None after a dry run.
+        weights: path of the student's checkpoint. None if nothing was trained.
         onnx, openvino, int8, picture, report: files; None: not written.
-        predict: the command that runs the student.
+        predict: the command that runs the student. "" if nothing was trained.
     """
 
     taken: str
@@ -86,8 +86,7 @@ def distill(
 ) -> Distilled:
     """Finds a student that is fast enough on this machine, and trains it with its teacher.
 
-    If an interrupted call is repeated, it continues where it stopped. If a finished call is
-    repeated, it trains nothing.
+    An interrupted call continues if it is repeated. A finished call trains nothing then.
 
     Args:
         teacher: its config, or (config, checkpoint).
@@ -99,32 +98,29 @@ def distill(
         parameters: largest number of parameters, in millions.
         student: a timm model, or a YAML config of a student. "": any candidate.
         iterations, hours: length of the training. 0: from the data and the teacher's schedule.
-        backbone_weights: path of a state dict of timm's model; "random": no trained weights; "":
-            timm's own weights, if they are in its cache or can be downloaded.
+        backbone_weights: path of a state dict of timm's model; "random"; "": timm's own weights, if
+            they are in its cache or can be downloaded.
         compare: whether the student is also trained without the teacher.
         dry_run: only measure. Only the table is written, beside ``output``.
-        configs_only: write student.yaml and distilled.yaml, and train nothing. The same call
-            without it trains them as they are then.
+        configs_only: write the configs, train nothing. The same call without it trains them.
         output: folder of the result.
         runtime: where speed-up and latency are measured, "pytorch" or "onnx".
         device: device on which detectors are measured. "": "cuda" if there is a GPU, else "cpu".
-        imports: your modules that the trainings import, as --import of tools/train_net.py.
-        num_gpus: number of GPUs of each training, as --num-gpus of tools/train_net.py.
+        imports, num_gpus: of each training, as --import and --num-gpus of tools/train_net.py.
         say: is called with each line of text.
 
     Raises:
-        FgBgError: before anything is trained: an argument, the data, the teacher or the folder has
-            a fault, or no candidate is fast enough. Later: a training failed.
+        FgBgError: an argument, the data, the teacher or the folder has a fault, or no candidate is
+            fast enough. Nothing is trained then. Or a training failed.
     """
     wish = Wish(speedup, latency, parameters, runtime)
     _check(wish, student, iterations, hours, dry_run)
     check_gpus(num_gpus)
     data = map(_listed, (teacher, train, test, unlabeled))
-    asked = _Asked(*data, wish, student, iterations, hours, backbone_weights)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    how = {"compare": compare, "device": device, "say": say, "num_gpus": num_gpus}
+    asked = _Asked(*data, wish, student, iterations, hours, backbone_weights, device)
+    how = {"compare": compare, "say": say, "num_gpus": num_gpus, "imports": tuple(imports)}
     stop = "dry_run" if dry_run else "configs_only" if configs_only else ""
-    return _run(asked, Path(output), stop, how | {"imports": tuple(imports)})
+    return _run(asked, Path(output), stop, how)
 
 
 class _Asked(NamedTuple):
@@ -139,12 +135,17 @@ class _Asked(NamedTuple):
     iterations: int
     hours: float
     backbone_weights: str
+    device: str
 
     def request(self) -> dict[str, Any]:
-        """The arguments and the hash of the teacher's checkpoint, as values that JSON can hold."""
+        """The arguments and what their files hold, as values that JSON can hold."""
         file = self.teacher[-1]
-        checkpoint = sha256_of(file) if os.path.isfile(file) else ""
-        return {**self._asdict(), "wish": asdict(self.wish), "checkpoint": checkpoint}
+        return {
+            **self._asdict(),
+            "wish": asdict(self.wish),
+            "checkpoint": sha256_of(file) if os.path.isfile(file) else "",
+            "data": [digest_of(self.train), digest_of(self.test)],
+        }
 
 
 def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distilled:
@@ -156,7 +157,8 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
     """
     config, weights = [*asked.teacher, ""][:2]
     dry_run = stop == "dry_run"
-    known = {} if dry_run else _known_plan(output, asked.request())
+    request = {} if dry_run else asked.request()
+    known = {} if dry_run else _known_plan(output, request)
     loaded = build_teacher(config, weights)
     with tempfile.TemporaryDirectory() as folder:
         data = known.get("data")
@@ -173,6 +175,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
             iterations=asked.iterations,
             hours=asked.hours,
             backbone_weights=asked.backbone_weights,
+            device=asked.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             output=output,
             cache=output.parent / "measured_students.json",
             **how,
@@ -184,12 +187,12 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
         plan.say(f"{output / 'student.yaml'} and distilled.yaml are used as they are.")
     else:
         known = {"taken": write_configs(plan, rows), "rows": rows, "data": data}
-        content = {"request": asked.request(), **known}
+        content = {"request": request, **known}
         write_whole(output / "plan.json", json.dumps(content, indent=1))
     if stop:
-        config = output / "student.yaml"
-        plan.say(f"Wrote {config} and distilled.yaml. The same command trains them.")
-        return Distilled(known["taken"], rows, test_set=plan.data.note, config=config)
+        student = output / "student.yaml"
+        plan.say(f"Wrote {student} and distilled.yaml. The same command trains them.")
+        return Distilled(known["taken"], rows, test_set=plan.data.note, config=student)
     return _train(plan, known["taken"], rows)
 
 
@@ -231,7 +234,8 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
                 )
         return {}
     plan = read_json(file)
-    old = {"unlabeled": [], **plan.pop("request")}  # version 0.2.0 added it
+    # A plan of an earlier version lacks these keys. Its data count as unchanged.
+    old = {"unlabeled": [], "device": "", "data": request["data"], **plan.pop("request")}
     if old == json.loads(json.dumps(request)):
         written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
         return plan if written else {}
@@ -280,7 +284,9 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     config, weights = output / "student.yaml", output / "distilled" / "model_final.pth"
     onnx = write_onnx(config, weights, output / "student.onnx", say)
     small = write_openvino(config, weights, output, say)
-    found = result_rows(config, weights, plan.teacher.detector, aps, plan.device, small)
+    facts = facts_of(plan.config, plan.teacher)
+    teacher = plan.teacher.detector, (facts.test_size, facts.test_limit)
+    found = result_rows(config, weights, *teacher, aps, plan.device, small)
     say(f"\n{result_table(found)}\n")
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
     _say_two_stages(plan)

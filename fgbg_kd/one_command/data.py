@@ -1,6 +1,7 @@
 """The user's data as COCO files: PASCAL VOC and YOLO are converted, a test part is split off."""
 
 import json
+import logging
 import os
 import re
 from collections import defaultdict
@@ -10,10 +11,13 @@ from typing import NamedTuple
 
 import yaml
 
+from ..data.images import IMAGE_SUFFIXES
 from ..data.validation import read_coco
 from ..utils.errors import DataError, FgBgError
-from ..utils.files import write_whole
+from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .split import split
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = (
     "COCO: train.json photos/; PASCAL VOC: a folder with Annotations and JPEGImages, or with .xml "
@@ -46,9 +50,11 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
         folder: for the files.
 
     Raises:
-        DataError: a path is not there or is of no known format, or the data are damaged.
+        DataError: a path is not there or is of no known format, the data are damaged, or an image
+            of converted data is in both sets.
     """
-    found = _find(train, "train", folder)
+    shared = list(test) in ([], list(train))
+    found = _find(train, "train", folder, shared)
     if found is None:
         raise DataError(
             f"--train {' '.join(train)}: no training images are named there. Add the entry train "
@@ -68,7 +74,8 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
     if other is not None:
         if Path(other[0]).is_relative_to(folder.resolve()):
             _same_categories(other[0], content["categories"])
-        read_coco(other[0], training=False)
+        sets = (content, found[1]), (read_coco(other[0], training=False), other[1])
+        _check_apart(*sets, converted=min(len(train), len(test)) < 2)
         return Data(found, other, note)
     parts, folder = split(content, found[0]), folder.resolve()
     for annotation in parts[1]["annotations"]:
@@ -86,7 +93,7 @@ def _find(
     """The COCO file and the images of a part; None: the data do not name this part.
 
     Args:
-        shared: whether the same data hold both parts. A VOC folder must then list this part in
+        shared: whether the same data hold both parts. A VOC folder must then list the test part in
             ImageSets.
     """
     if not values:
@@ -107,15 +114,47 @@ def _find(
         raise DataError(
             f"--{part} {path}: give the folder of its images too: --{part} {path} photos/"
         )
-    yaml_file = path / "data.yaml" if path.is_dir() else path
-    if yaml_file.suffix in (".yaml", ".yml") and yaml_file.is_file():
+    if yaml_file := _yaml_file(path):
         return _from_yolo(yaml_file, part, folder)
     if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
         return _from_voc(path, part, folder, shared)
     raise DataError(f"--{part} {path} has none of the known formats: {_FORMATS}.")
 
 
-def _from_yolo(file: Path, part: str, folder: Path) -> tuple[str, str] | None:
+def digest_of(values: Sequence[str]) -> str:
+    """A digest of a set. It changes with the annotations, and with the images of VOC or YOLO data.
+
+    For a COCO file it is the sha256. For VOC and YOLO data it depends on the paths, sizes and times
+    of the files that are converted.
+
+    Args:
+        values: as for :func:`prepare`. If there is no such path, the digest is "".
+    """
+    path = Path(os.path.expanduser(values[0])) if values else Path("")
+    if not values or not path.exists():  # prepare refuses it
+        return ""
+    if yaml_file := _yaml_file(path):
+        files = [yaml_file]
+        places = {place for part in _PARTS for place in _yolo_folders(yaml_file, part) or ()}
+    elif path.is_file():
+        return sha256_of(path)
+    else:
+        files, places = [], {*_voc_folders(path), path / "ImageSets" / "Main"}
+    kinds = {".xml", ".txt", *IMAGE_SUFFIXES}
+    found = (file for place in places if place.is_dir() for file in place.iterdir())
+    files += sorted(file for file in found if file.suffix.lower() in kinds)
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return sha256_of_text(json.dumps(facts))
+
+
+def _yaml_file(path: Path) -> Path | None:
+    """data.yaml of YOLO data; None: the path is of another format."""
+    file = path / "data.yaml" if path.is_dir() else path
+    return file if file.suffix in (".yaml", ".yml") and file.is_file() else None
+
+
+def _yolo_folders(file: Path, part: str) -> tuple[Path, Path] | None:
+    """The images and the labels of a part; None: data.yaml does not name the part."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         names = [x for x in _PARTS[part] if content.get(x)]
@@ -140,28 +179,46 @@ def _from_yolo(file: Path, part: str, folder: Path) -> tuple[str, str] | None:
     images = images.resolve()
     head, found, tail = str(images).rpartition("images")
     labels = Path(f"{head}labels{tail}") if found else images
+    return images, labels if labels.is_dir() else images
+
+
+def _from_yolo(file: Path, part: str, folder: Path) -> tuple[str, str] | None:
+    places = _yolo_folders(file, part)
+    if places is None:
+        return None
+    images, labels = places
     read = _library().DetectionDataset.from_yolo
     return _converted(
-        lambda: read(str(images), str(labels if labels.is_dir() else images), str(file)),
+        lambda: read(str(images), str(labels), str(file)),
         images,
         folder / f"{part}.json",
     )
 
 
+def _voc_folders(path: Path) -> tuple[Path, Path]:
+    """The images and the annotations."""
+    images, annotations = path / "JPEGImages", path / "Annotations"
+    return images if images.is_dir() else path, annotations if annotations.is_dir() else path
+
+
 def _from_voc(path: Path, part: str, folder: Path, shared: bool) -> tuple[str, str] | None:
     sets = {p.stem: p for p in path.glob("ImageSets/Main/*.txt")}
-    listed = next((sets[x] for x in _PARTS[part] if x in sets), None)
-    if shared and listed is None:
+    names = _PARTS[part]
+    if part == "train" and shared and "test" not in sets and {"val", "valid"} & sets.keys():
+        names = names[::-1]  # val becomes the test part, and trainval holds it
+    listed = next((sets[x] for x in names if x in sets), None)
+    if part == "test" and shared and listed is None:
         return None
-    annotations = path / "Annotations" if (path / "Annotations").is_dir() else path
-    images = path / "JPEGImages" if (path / "JPEGImages").is_dir() else path
-    names = None if listed is None else {x.split()[0] for x in listed.read_text().splitlines() if x}
+    images, annotations = _voc_folders(path)
+    stems = None
+    if listed is not None:
+        stems = {x.split()[0] for x in listed.read_text().splitlines() if x.strip()}
     read = _library().DetectionDataset.from_pascal_voc
     found = _converted(
         lambda: read(str(images), str(annotations)),
         images.resolve(),
         folder / f"{part}.json",
-        names,
+        stems,
     )
     _mark_difficult(Path(found[0]), annotations, part)
     return found
@@ -213,6 +270,36 @@ def _converted(read, images: Path, file: Path, names: set[str] | None = None) ->
     ]
     write_whole(file, json.dumps(content))
     return str(file.resolve()), str(images)
+
+
+def _check_apart(train: tuple[dict, str], test: tuple[dict, str], converted: bool) -> None:
+    """Looks for images that are in both sets.
+
+    A user may give two COCO files with the same images on purpose. So they get a warning only.
+
+    Args:
+        train, test: content of a COCO file, and folder of its images.
+        converted: whether one of the sets was VOC or YOLO data.
+
+    Raises:
+        DataError: converted data share images.
+    """
+    files = [
+        {os.path.realpath(os.path.join(folder, image["file_name"])) for image in content["images"]}
+        for content, folder in (train, test)
+    ]
+    both = files[0] & files[1]
+    if not both:
+        return
+    fact = (
+        f"{len(both)} of {len(files[1])} test images are training images too, such as {min(both)}"
+    )
+    if converted:
+        raise DataError(
+            f"{fact}. AP would be too high. Name other images in data.yaml or ImageSets, or give "
+            "another --test."
+        )
+    logger.warning(f"{fact}. AP is too high then. Give another --test.")
 
 
 def _same_categories(path: str, categories: list[dict]) -> None:

@@ -84,26 +84,29 @@ def has_onnx() -> bool:
 
 
 def image_size(content: dict, test_size: int, limit: int) -> tuple[int, int]:
-    """(height, width) of a resized image that has the median proportions of a COCO file."""
+    """(height, width) of a resized image that has the median proportions of a COCO file.
+
+    A ``test_size`` of 0 leaves images as they are, as in Detectron2.
+    """
     shapes = [(i["height"], i["width"]) for i in content["images"]]
     height, width = sorted(shapes, key=lambda s: s[0] / s[1])[len(shapes) // 2]
+    if test_size == 0:
+        return height, width
     return ResizeShortestEdge.get_output_shape(height, width, test_size, limit)
 
 
 def measure(
     detectors: Mapping[str, Callable[[], nn.Module]],
-    size: tuple[int, int],
+    images: Mapping[str, np.ndarray],
     device: str,
     say: Callable[[str], None] = lambda text: None,
-    image: np.ndarray | None = None,
     files: Mapping[tuple[str, str], str] | None = None,
 ) -> list[dict]:
     """Parameters, GFLOPs and milliseconds of detectors for one image. They take turns.
 
     Args:
         detectors: functions that build them, by name. The first is the teacher.
-        size: (height, width) of the image.
-        image: (H, W, 3) uint8 of this size; None: random pixels.
+        images: (H, W, 3) uint8 at the test size of each detector, by name.
         files: exported files that are timed too, by the name of the detector and the column.
 
     Returns:
@@ -112,15 +115,12 @@ def measure(
         their columns. Times are 20 % quantiles.
     """
     rows, calls, files = [], {}, files or {}
-    generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for name, build in detectors.items():
             model = build().to(device).eval()
             say(f"{name} ...")
             channels = len(view(model).normalization[0])
-            pixels = generator.integers(256, size=(*size, channels), dtype=np.uint8)
-            if image is not None:
-                pixels = image[:, :, :channels].copy()  # writable, as PyTorch wants it
+            pixels = images[name][:, :, :channels].copy()  # writable, as PyTorch wants it
             example = {"image": torch.from_numpy(pixels).permute(2, 0, 1).float()}
             rows.append({"name": name, **size_of(model, example)})
             calls[name, "ms"] = _in_pytorch(model, example)
@@ -130,8 +130,9 @@ def measure(
                 calls[name, "onnx_ms"] = lambda _, run=run: run()
         for place, file in files.items():
             detector = ExportedDetector(file)
-            shape = (*(detector.about["input_size"] or size), 3)
-            seen = np.ascontiguousarray(np.resize(pixels if image is None else image, shape))
+            image = images[place[0]]
+            shape = (*(detector.about["input_size"] or image.shape[:2]), 3)
+            seen = np.ascontiguousarray(np.resize(image, shape))
             calls[place] = lambda _, run=detector.run, seen=seen: run(seen)
         times = times_in_turn(calls, _RUNS, seconds=_SECONDS)
     for row in rows:
@@ -191,11 +192,11 @@ def measured(
     cache: Path,
     about: dict[str, Any],
     detectors: Mapping[str, Callable[[], nn.Module]],
-    size: tuple[int, int],
+    sizes: Mapping[str, tuple[int, int]],
     device: str,
     say: Callable[[str], None],
 ) -> list[dict]:
-    """The rows of :func:`measure`, kept in a file.
+    """The rows of :func:`measure` for random pixels, kept in a file.
 
     They are measured again on another machine, with other versions or another number of threads,
     for another image size, or for other detectors.
@@ -203,18 +204,22 @@ def measured(
     Args:
         cache: JSON file with tables by key.
         about: description of the detectors, as values that JSON can hold.
+        sizes: (height, width) of the image of each detector, by name.
     """
     packages = {}
     for name in ("timm", "onnxruntime"):
         with contextlib.suppress(PackageNotFoundError):
             packages[name] = version(name)
     machine = surroundings(torch.get_num_threads(), jobs=1)
-    about = {**machine, **packages, "device": device, "size": size, "names": [*detectors], **about}
+    shapes = [(name, sizes[name]) for name in detectors]
+    about = {**machine, **packages, "device": device, "detectors": shapes, **about}
     key = sha256_of_text(json.dumps(about, sort_keys=True))[:16]
     tables = read_json(cache) if cache.is_file() else {}
     if key not in tables:
         say(f"Measuring {len(detectors)} detectors on this machine: {machine['hardware']}.")
-        tables[key] = {"about": about, "rows": measure(detectors, size, device, say)}
+        pixels = np.random.default_rng(0)
+        images = {x: pixels.integers(256, size=(*s, 3), dtype=np.uint8) for x, s in shapes}
+        tables[key] = {"about": about, "rows": measure(detectors, images, device, say)}
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(cache, json.dumps(tables, indent=1))
     else:

@@ -45,29 +45,33 @@ def result_rows(
     config: Path,
     weights: Path,
     teacher: nn.Module,
+    teacher_size: tuple[int, int],
     aps: dict[str, dict],
     device: str,
     small: Openvino | None = None,
 ) -> list[dict]:
     """A row for each detector: AP, AP50, and its cost for one test image on this machine.
 
+    The image has the test size of each detector.
+
     Args:
         config, weights: of the student.
+        teacher_size: the teacher's smallest and largest side of a test image.
         aps: "AP" and "AP50" of the teacher and of the students, by name. The teacher is first.
         small: OpenVINO files of the distilled student. They add columns.
     """
     cfg = load_config(str(config))
-    about = {
-        "input_size": None,
-        "min_size": cfg.INPUT.MIN_SIZE_TEST,
-        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+    image = _test_image(cfg)
+    sides = {"teacher": teacher_size, "student": (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)}
+    images = {
+        name: resized(image, {"input_size": None, "min_size": low, "max_size": high})
+        for name, (low, high) in sides.items()
     }
-    image = resized(_test_image(cfg), about)
     built = {"teacher": lambda: teacher, "student": lambda: load_detector(cfg, str(weights))}
     files = {}
     if small:
         files = {("student", f"{x}_ms"): str(getattr(small, x)) for x in ("openvino", "int8")}
-    costs = measure(built, image.shape[:2], device, image=image, files=files)
+    costs = measure(built, images, device, files=files)
     rows = []
     for name, ap in aps.items():
         cost = costs[0 if name == "teacher" else 1]

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -33,7 +34,7 @@ from .students import (
     spoken,
     yaml_of,
 )
-from .teacher_facts import TeacherFacts, facts_of
+from .teacher_facts import TeacherFacts, facts_of, test_size_of
 from .training import seconds_per_step
 
 MARK = "written by tools/distill.py"
@@ -84,6 +85,20 @@ class Plan:
         """Whether the user names a config of a student."""
         return self.student.endswith((".yaml", ".yml"))
 
+    @cached_property
+    def photos(self) -> int:
+        """The number of photos without labels. Those of a labelled set are left out."""
+        if not self.unlabeled:
+            return 0
+        labelled = (
+            [{"file_name": os.path.join(folder, image["file_name"])} for image in content["images"]]
+            for content, folder in (
+                (read_coco(self.data.train[0], training=True), self.data.train[1]),
+                (read_coco(self.data.test[0], training=False), self.data.test[1]),
+            )
+        )
+        return len(find_photos(self.unlabeled, *labelled))
+
 
 def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     """The measured teacher and candidates. Before that, data and classes are checked.
@@ -93,9 +108,10 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     """
     if plan.unlabeled:
         check_teacher(plan.teacher)
-        plan.say(f"{len(find_photos(plan.unlabeled))} photos without labels")
+        plan.say(f"{plan.photos} photos without labels")
     number = len(class_names(plan.data.train[0]))
     if plan.own_config:
+        _check_own(plan)
         settings = {plan.student: [Setting("_BASE_", plan.student)]}
     else:
         settings = {str(c): model_settings(facts, c, number) for c in candidates_for(plan.student)}
@@ -105,6 +121,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     builders |= {name: lambda s=s: build_detector(_config(s)) for name, s in settings.items()}
     content = read_coco(plan.data.test[0], training=False)
     size = image_size(content, facts.test_size, facts.test_limit)
+    own_size = image_size(content, *test_size_of(plan.student)) if plan.own_config else size
     about = {
         "teacher": sha256_of_text(str(read_detector_config(plan.config))),
         "facts": asdict(facts),
@@ -112,7 +129,8 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     }
 
     def measured_here(builders):
-        return measured(plan.cache, about, builders, size, plan.device, plan.say)
+        sizes = {name: size if name == "teacher" else own_size for name in builders}
+        return measured(plan.cache, about, builders, sizes, plan.device, plan.say)
 
     rows = measured_here(builders)
     if plan.own_config:
@@ -127,6 +145,22 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         lambda name: [str(c) for c in finer(candidate_of(name), _outputs(facts, number))],
         lambda *names: measured_here({name: candidate_builder(name) for name in names}),
     )
+
+
+def _check_own(plan: Plan) -> None:
+    """Refuses a config of the user that distils, or whose batch the GPUs cannot share."""
+    cfg = read_detector_config(plan.student)
+    if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller":
+        raise ConfigError(
+            f"--student {plan.student} is a config that distils (MODEL.META_ARCHITECTURE "
+            "FgBgDistiller): give the config of the student alone."
+        )
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if batch % plan.num_gpus:
+        raise ConfigError(
+            f"--student {plan.student}: SOLVER.IMS_PER_BATCH is {batch}, which cannot be divided "
+            f"equally among {plan.num_gpus} GPUs: set a multiple of {plan.num_gpus}."
+        )
 
 
 def _outputs(facts: TeacherFacts, classes: int) -> int:
@@ -237,10 +271,9 @@ def _schedule(
         fixed: the settings of detector and data.
         ms: time of the student for one image.
     """
-    images = len(read_coco(plan.data.train[0], training=True)["images"])
-    if plan.unlabeled:
-        images += len(find_photos(plan.unlabeled))
-    batch = batch_of(images, facts.batch)
+    images = len(read_coco(plan.data.train[0], training=True)["images"]) + plan.photos
+    # With photos without labels, each GPU gets an image of each kind.
+    batch = batch_of(images, facts.batch, plan.num_gpus, each=2 if plan.photos else 1)
 
     def settings(iterations: int, why: str, **options) -> list[Setting]:
         if plan.own_config:

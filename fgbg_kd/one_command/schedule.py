@@ -16,9 +16,16 @@ EVALUATIONS = 5  # of a training
 _BETWEEN = 200  # iterations at least
 
 
-def batch_of(images: int, teacher_batch: int) -> int:
-    """The teacher's batch, but at most 16 images and at most a quarter of the training images."""
-    return max(2, min(teacher_batch, _LARGEST_BATCH, images // 4))
+def batch_of(images: int, teacher_batch: int, num_gpus: int = 1, each: int = 1) -> int:
+    """The teacher's batch, but at most 16 images and at most a quarter of the training images.
+
+    Args:
+        images: number of training images.
+        num_gpus: the batch is a multiple of it.
+        each: least number of images for each GPU.
+    """
+    batch = max(2, min(teacher_batch, _LARGEST_BATCH, images // 4))
+    return num_gpus * max(each, batch // num_gpus)
 
 
 def iterations_of(
@@ -81,7 +88,7 @@ def schedule_settings(
     # Adam's step grows with the square root of the batch. 0.001 for 4 images is what the configs
     # of configs/ for small data have.
     rate = float(f"{0.0005 * math.sqrt(batch):.1g}")
-    period = max(iterations // evaluations, min(iterations, _BETWEEN))
+    period = max(math.ceil(iterations / evaluations), min(iterations, _BETWEEN))
     return [
         Setting("SOLVER.OPTIMIZER", "AdamW"),
         Setting("SOLVER.BASE_LR", rate, f"0.0005 times the square root of the batch, {batch}"),

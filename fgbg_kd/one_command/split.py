@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -30,7 +31,7 @@ def groups_of(file_names: Sequence[str]) -> tuple[dict[str, str], str]:
     are the groups: neighbours may be frames of one film.
     """
     found = {name: group_of(name) for name in file_names}
-    sizes = [list(found.values()).count(g) for g in set(found.values())]
+    sizes = Counter(found.values()).values()
     if len(sizes) >= _FEW and max(sizes) <= len(file_names) / 2:
         return found, f"{len(sizes)} groups of images, by their names"
     length = -(-len(file_names) // _BLOCKS)

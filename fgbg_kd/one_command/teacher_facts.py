@@ -83,6 +83,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
         side = min(of.input_size)
         recipe |= {"train_sizes": [side], "test_size": side}
         recipe |= {"train_limit": side * 5 // 3, "test_limit": side * 5 // 3}
+        recipe.get("input", {}).pop("MIN_SIZE_TRAIN_SAMPLING", None)  # "range" needs two sizes
     return TeacherFacts(
         name=of.name,
         family=family,
@@ -179,6 +180,12 @@ def _factors(cell: Tensor) -> tuple[list[float], list[float]]:
 def _usual_anchors(strides: Sequence[int]) -> dict[str, list]:
     sizes = [[round(4 * s * octave, 2) for octave in _OCTAVES] for s in strides]
     return {"SIZES": sizes, "ASPECT_RATIOS": [_RATIOS]}
+
+
+def test_size_of(config: str) -> tuple[int, int]:
+    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of a config."""
+    recipe = _recipe(read_detector_config(config))
+    return recipe["test_size"], recipe["test_limit"]
 
 
 def _recipe(cfg: CfgNode | DictConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
@@ -20,10 +19,12 @@ from ..detectors.dense import channel_order, num_classes_of
 from ..engine import FgBgTrainer, load_config, read_config
 from ..experiments.runner import Runner
 from ..utils.errors import RunError
-from ..utils.files import read_json, read_rows, sha256_of_text, write_whole
+from ..utils.files import read_json, read_rows, sha256_of, sha256_of_text, write_whole
+from .teacher_facts import test_size_of
 
 _TRAIN_NET = Path(__file__).parents[2] / "tools" / "train_net.py"
-_STEPS = 8  # of the measurement; the first two are left out
+_FIRST, _LEAST = 2, 6  # steps that are not timed and that are timed, without prefetched batches
+_PREFETCHED = 2  # batches of each loading process, PyTorch's default
 
 
 class BarRunner(Runner):
@@ -99,27 +100,33 @@ def _without_log():
 
 
 def seconds_per_step(config: Path) -> float:
-    """The median time of a training step on this machine, with loading of the images."""
+    """The mean time of a training step on this machine, with the loading of its images.
+
+    The batches that the loading processes have prefetched are used up before.
+    """
     with tempfile.TemporaryDirectory() as folder, _without_log():
         # Photos without labels do not change the time of a step. They are left out here, because
         # otherwise the teacher would first run over all of them.
         opts = ["OUTPUT_DIR", folder, "DATASETS.UNLABELED", "()"]
-        trainer = FgBgTrainer(load_config(str(config), opts))
-        times = []
+        cfg = load_config(str(config), opts)
+        prefetched = _PREFETCHED * cfg.DATALOADER.NUM_WORKERS
+        first, timed = _FIRST + prefetched, max(_LEAST, prefetched)
+        trainer = FgBgTrainer(cfg)
         with EventStorage(1) as trainer.storage:
-            for trainer.iter in range(1, _STEPS + 1):
-                start = time.perf_counter()
+            for trainer.iter in range(1, first + timed + 1):
                 trainer.run_step()
-                times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
+                if trainer.iter == first:
+                    start = time.perf_counter()
+            return (time.perf_counter() - start) / timed
 
 
 def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
     """AP and AP50 of the teacher on the test set, and the check that student and teacher fit.
 
-    {} if its classes are not those of the data. A two-stage teacher may have other classes, because
-    it gives features only. A one-stage teacher is reduced to the student's classes. The result is
-    kept in a file.
+    The images have the teacher's test size. {} if its classes are not those of the data. A
+    two-stage teacher may have other classes, because it gives features only. A one-stage teacher is
+    reduced to the student's classes. The result is kept in a file, until a config or the teacher's
+    checkpoint changes.
 
     Args:
         config: the config that distils, with student.yaml beside it.
@@ -129,11 +136,14 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
         FgBgError: of data, config, teacher or output, as at the start of a training.
     """
     kept = folder / "teacher.json"
-    student = config.with_name("student.yaml")
-    key = sha256_of_text(config.read_text() + student.read_text())
+    cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
+    theirs = cfg.MODEL.KD.TEACHER
+    size, weights = test_size_of(theirs.CONFIG), Path(theirs.WEIGHTS)
+    parts = [config.read_text(), config.with_name("student.yaml").read_text(), str(size)]
+    parts.append(sha256_of(weights) if weights.is_file() else "")
+    key = sha256_of_text("".join(parts))
     if kept.is_file() and read_json(kept)["config"] == key:
         return read_json(kept)["result"]
-    cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
     teacher = FgBgTrainer.build_model(cfg).teacher.detector
     classes = len(training_classes(cfg))
     number = num_classes_of(teacher)
@@ -145,6 +155,7 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     say("teacher: evaluating")
     cfg.defrost()
     cfg.INPUT.FORMAT = channel_order(teacher)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = size
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         found = FgBgTrainer.test(cfg, teacher).get("bbox", {})
     result = {k: found[k] for k in ("AP", "AP50") if math.isfinite(found.get(k, math.nan))}

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from conftest import detector, faster_rcnn, faster_rcnn_cfg, tiny_cfg, tiny_ssd, tiny_ssd_cfg
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import build_augmentation
 
 from fgbg_kd import Teacher
 from fgbg_kd.config import get_fgbg_kd_cfg
@@ -82,6 +84,15 @@ def test_other_teachers_get_a_retinanet_with_common_levels(cfg, build, size, tmp
     assert student.name == "RetinaNet" and found.test_size == size
     assert len(shared_levels(student, view(teacher))) >= 1
     assert not found.own_anchors and {len(a) for a in student.cell_anchors} == {9}
+
+
+def test_the_student_of_a_teacher_with_one_input_size_draws_no_size_from_a_range(tmp_path):
+    cfg = tiny_ssd_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (64, 96), "range"
+    cfg.INPUT.RANDOM_FLIP = "none"
+    made = config_of(model_settings(facts(tmp_path, cfg, tiny_ssd()), SMALL, 2))
+    assert made.INPUT.MIN_SIZE_TRAIN == (96,) and made.INPUT.RANDOM_FLIP == "none"
+    assert len(build_augmentation(made, is_train=True)) == 1  # it asserts that a range has two
 
 
 @pytest.mark.slow
@@ -266,6 +277,7 @@ def test_the_image_has_the_median_proportions_of_the_set():
     images = [{"height": h, "width": 100} for h in (50, 50, 100, 200, 200)]
     assert image_size({"images": images}, 64, 1000) == (64, 64)
     assert image_size({"images": images[:2]}, 64, 100) == (50, 100)
+    assert image_size({"images": images}, 0, 1000) == (100, 100)  # images are not resized
 
 
 def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatch):
@@ -275,7 +287,8 @@ def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatc
 
     def get(size=(64, 64), classes=2):
         about = {"classes": classes}
-        return measured(tmp_path / "m.json", about, {"teacher": None}, size, "cpu", said.append)
+        sizes = {"teacher": size}
+        return measured(tmp_path / "m.json", about, {"teacher": None}, sizes, "cpu", said.append)
 
     assert get() == rows() == get() and len(calls) == 1
     assert "measured before" in said[-1]
@@ -287,6 +300,10 @@ def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatc
     assert len(json.loads((tmp_path / "m.json").read_text())) == 4
 
 
+def pixels_for(detectors, *size):
+    return dict.fromkeys(detectors, np.zeros((*size, 3), np.uint8))
+
+
 def test_a_disturbed_measurement_is_said(monkeypatch):
     monkeypatch.setattr(measure, "has_onnx", lambda: False)
     for slow, said in ((10.0, 0), (20.0, 1)):
@@ -294,7 +311,7 @@ def test_a_disturbed_measurement_is_said(monkeypatch):
         monkeypatch.setattr(measure, "times_in_turn", lambda *a, times=times, **k: times)
         lines = []
         built = {"teacher": detector, "student": detector}
-        found = measure.measure(built, (64, 64), "cpu", lines.append)
+        found = measure.measure(built, pixels_for(built, 64, 64), "cpu", lines.append)
         assert [r["ms"] for r in found] == [10.0, 5.0] and found[1]["speedup"] == 2.0
         assert sum("other work disturbs the measurement" in x for x in lines) == said
 
@@ -304,6 +321,6 @@ def test_a_detector_is_measured_in_both_runtimes_and_a_two_stage_teacher_in_one(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(measure, "_RUNS", 1)
     built = {"teacher": faster_rcnn, "student": detector, "ssd": tiny_ssd}
-    teacher, student, ssd = measure.measure(built, (64, 96), "cpu")
+    teacher, student, ssd = measure.measure(built, pixels_for(built, 64, 96), "cpu")
     assert teacher["onnx_ms"] is None and student["onnx_ms"] > 0 and ssd["onnx_ms"] > 0
     assert student["speedup"] == pytest.approx(teacher["ms"] / student["ms"], abs=0.02)

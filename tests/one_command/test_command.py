@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -16,8 +19,9 @@ import fgbg_kd
 from fgbg_kd.deploy import open_detector
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
-from fgbg_kd.one_command import measure, students
+from fgbg_kd.one_command import command, measure, outcome, plan, students, training
 from fgbg_kd.one_command.backbone import backbone_settings
+from fgbg_kd.one_command.measure import Wish
 from fgbg_kd.one_command.teacher_facts import facts_of
 from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
 from fgbg_kd.teacher import build_teacher
@@ -163,6 +167,33 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
 
 
+def test_other_labels_or_another_device_need_another_plan(arguments, tmp_path):
+    output, labels = arguments["output"], tmp_path / "labels.json"
+    text = open(arguments["train"][0]).read()
+    labels.write_text(text)
+    train = [str(labels), arguments["train"][1]]
+    teacher, test = (list(arguments[k]) for k in ("teacher", "test"))
+    asked = command._Asked(teacher, train, test, [], Wish(), "resnet18", 0, 0.0, "", "")
+
+    def known(asked=asked):
+        return command._known_plan(output, asked.request())
+
+    output.mkdir()
+    for name in ("student", "distilled"):
+        (output / f"{name}.yaml").write_text("")
+    request = asked.request()
+    for lacking in ({"data", "device", "unlabeled"}, set()):  # first a plan of an earlier version
+        old = {k: v for k, v in request.items() if k not in lacking}
+        (output / "plan.json").write_text(json.dumps({"request": old, "taken": "x"}))
+        assert known() == {"taken": "x"} and known(asked._replace(device="cpu")) == {}
+    labels.write_text(text.replace('"category_id": 1', '"category_id": 2', 1))
+    assert known() == {}
+    (output / "distilled").mkdir()
+    (output / "distilled" / "metrics.json").write_text("")
+    with pytest.raises(RunError, match="a training of another command .data was "):
+        known()
+
+
 def test_photos_without_labels_stand_in_the_config_that_distils_only(
     arguments, without_onnx, tmp_path, monkeypatch
 ):
@@ -182,6 +213,21 @@ def test_photos_without_labels_stand_in_the_config_that_distils_only(
             fgbg_kd.distill(**arguments | changes)
 
 
+def test_labelled_images_are_no_photos_without_labels_and_gpus_share_the_batch(
+    arguments, without_onnx, tmp_path, monkeypatch, coco
+):
+    monkeypatch.setattr("fgbg_kd.one_command.command.check_gpus", lambda number: None)
+    _, photos = write_coco(tmp_path / "photos", 5, seed=4)
+    shutil.copy(f"{coco[1]}/3.png", f"{photos}/labelled.png")
+    real, calls = plan.find_photos, []
+    monkeypatch.setattr(plan, "find_photos", lambda *a: calls.append(a) or real(*a))
+    said = []
+    changes = {"unlabeled": photos, "num_gpus": 3, "configs_only": True, "say": said.append}
+    fgbg_kd.distill(**arguments | changes)
+    assert "5 photos without labels" in said and len(calls) == 1
+    assert read_config(str(tmp_path / "out" / "student.yaml")).SOLVER.IMS_PER_BATCH == 6
+
+
 @pytest.mark.parametrize("classes", [2, 80])
 def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     classes, arguments, without_onnx, tmp_path, monkeypatch
@@ -196,6 +242,88 @@ def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     found = teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append)
     assert found.keys() == ({"AP", "AP50"} if classes == 2 else set())
     assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
+
+
+def test_each_detector_is_timed_at_its_own_test_size(
+    arguments, without_onnx, tmp_path, monkeypatch
+):
+    """The teacher's is 96 pixels, and that of the user's student is 48."""
+
+    def larger(cfg):
+        cfg.INPUT.MIN_SIZE_TEST = 96
+
+    cfg = tiny_cfg()
+    cfg.INPUT.MIN_SIZE_TEST = 48
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    seen = []
+
+    def measured(detectors, images, *rest, **options):
+        seen.append([min(images[name].shape[:2]) for name in detectors])
+        return [{"name": name, "ms": 1.0, "parameters_m": 1.0, "gflops": 1.0} for name in detectors]
+
+    def trained(self, name, config, folder, *rest):
+        return {"AP": 1.0, "AP50": 2.0}
+
+    for module in (measure, outcome):
+        monkeypatch.setattr(module, "measure", measured)
+    monkeypatch.setattr(BarRunner, "run", trained)
+    for name in ("onnx", "openvino", "picture", "page"):
+        monkeypatch.setattr(command, f"write_{name}", lambda *a, **k: None)
+    teacher = save_teacher(tmp_path, edit=larger)
+    student = {"student": str(tmp_path / "mine.yaml"), "parameters": None}
+    fgbg_kd.distill(**arguments | student | {"teacher": teacher})
+    assert seen == [[96, 48], [96, 48]]  # the candidates' table, and the table at the end
+
+
+def test_the_ap_of_the_teacher_is_of_its_test_size_and_of_its_present_weights(
+    arguments, tmp_path, monkeypatch
+):
+    def larger(cfg):
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 200
+
+    teacher, output, seen = save_teacher(tmp_path, edit=larger), tmp_path / "out", []
+    cfg = tiny_cfg(arguments["test"], "own")
+    output.mkdir()
+    (output / "student.yaml").write_text(cfg.dump())
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher
+    (output / "distilled.yaml").write_text(cfg.dump())
+
+    def evaluated(cfg, model):
+        seen.append((cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
+        return {"bbox": {"AP": float(len(seen)), "AP50": 50.0}}
+
+    monkeypatch.setattr(training.FgBgTrainer, "test", evaluated)
+
+    def get():
+        return teacher_ap(output / "distilled.yaml", output / "teacher", print)["AP"]
+
+    (output / "teacher").mkdir()
+    assert get() == get() == 1.0 and seen == [(96, 200)]
+    save_teacher(tmp_path, seed=2, edit=larger)  # trained again, with the same path
+    assert get() == 2.0
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_the_time_of_a_step_holds_the_loading_of_images(workers, monkeypatch):
+    """A loader gives each process's prefetched batches at once. Later, every fourth step waits."""
+    clock = [0.0]
+
+    class Trainer:
+        def __init__(self, cfg):
+            pass
+
+        def run_step(self):
+            at_once = self.iter <= 2 + 2 * workers
+            clock[0] += 0.5 + (2.0 if self.iter % 4 == 0 and not at_once else 0.0)
+
+    cfg = SimpleNamespace(DATALOADER=SimpleNamespace(NUM_WORKERS=workers))
+    monkeypatch.setattr(training, "FgBgTrainer", Trainer)
+    monkeypatch.setattr(training, "load_config", lambda *a: cfg)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    waits = {0: 2, 4: 2}[workers]  # in steps 4 and 8 of 3 to 8; in 12 and 16 of 11 to 18
+    steps = {0: 6, 4: 8}[workers]
+    assert training.seconds_per_step(Path("a.yaml")) == pytest.approx(0.5 + 2 * waits / steps)
 
 
 @pytest.mark.slow
@@ -223,6 +351,30 @@ def test_a_config_of_the_user_is_the_student_with_its_own_schedule(
     found = read_config(str(tmp_path / "out" / "distilled.yaml"))
     assert found.MODEL.FPN.OUT_CHANNELS == 24 and found.SOLVER.MAX_ITER == 77
     assert found.MODEL.KD.STUDENT == "RetinaNet" and found.DATASETS.TRAIN_JSON
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "META_ARCHITECTURE",
+            "FgBgDistiller",
+            "mine.yaml is a config that distils .*student alone",
+        ),
+        ("IMS_PER_BATCH", 7, "IMS_PER_BATCH is 7, which cannot be divided equally among 2 GPUs"),
+    ],
+)
+def test_a_config_of_the_user_that_cannot_be_trained_is_refused_before_the_measurement(
+    key, value, message, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measure, "measure", None)  # would raise if it were called
+    monkeypatch.setattr("fgbg_kd.one_command.command.check_gpus", lambda number: None)
+    cfg = tiny_cfg()
+    (cfg.MODEL if key in cfg.MODEL else cfg.SOLVER)[key] = value
+    (tmp_path / "mine.yaml").write_text(cfg.dump())
+    call = {"student": str(tmp_path / "mine.yaml"), "parameters": None, "num_gpus": 2}
+    with pytest.raises(ConfigError, match=message):
+        fgbg_kd.distill(**arguments | call)
 
 
 @pytest.mark.parametrize(

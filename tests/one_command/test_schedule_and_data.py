@@ -1,6 +1,7 @@
 """The schedule, the split of a test part, and data of other formats."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import CLASSES, write_coco
 from PIL import Image
 
 from fgbg_kd.data.validation import check_coco
-from fgbg_kd.one_command.data import prepare
+from fgbg_kd.one_command.data import digest_of, prepare
 from fgbg_kd.one_command.schedule import (
     batch_of,
     iterations_in,
@@ -28,6 +29,14 @@ from fgbg_kd.utils.errors import ConfigError, DataError
 )
 def test_the_batch_is_the_teachers_within_bounds(images, teacher, batch):
     assert batch_of(images, teacher) == batch
+
+
+@pytest.mark.parametrize(
+    "images, num_gpus, each, batch",
+    [(30, 2, 1, 6), (30, 1, 1, 7), (30, 4, 2, 8), (8, 4, 1, 4), (1000, 3, 2, 15), (8, 1, 2, 2)],
+)
+def test_each_gpu_gets_equally_many_images_and_enough(images, num_gpus, each, batch):
+    assert batch_of(images, 16, num_gpus, each) == batch
 
 
 def test_the_length_follows_the_teacher_the_data_and_the_weights():
@@ -51,9 +60,10 @@ def test_hours_are_divided_by_the_measured_step():
 
 
 def test_a_short_training_is_evaluated_at_its_end_only():
-    for iterations, period in ((100, 100), (300, 200), (5000, 1000)):
+    for iterations, period in ((100, 100), (300, 200), (5000, 1000), (1003, 201)):
         settings = {s.key: s.value for s in schedule_settings(8, iterations, "")}
         assert settings["TEST.EVAL_PERIOD"] == period
+        assert -(-iterations // period) <= 5  # evaluations, with the one at the end
     settings = {s.key: s.value for s in schedule_settings(8, 5000, "", evaluations=1)}
     assert settings["TEST.EVAL_PERIOD"] == 5000
 
@@ -87,6 +97,22 @@ def test_files_of_one_film_make_blocks_of_neighbours():
     groups, how = groups_of(names)
     assert how == "20 blocks of neighbouring file names"
     assert len({groups[n] for n in names[:5]}) == 1 and groups[names[0]] != groups[names[5]]
+
+
+def test_the_groups_of_many_images_are_counted_in_one_pass(monkeypatch):
+    compared = []
+
+    class Group(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    monkeypatch.setattr("fgbg_kd.one_command.split.group_of", lambda name: Group(name[:-1]))
+    names = [f"{i}{side}" for i in range(300) for side in "ab"]
+    assert groups_of(names)[1] == "300 groups of images, by their names"
+    assert len(compared) <= 2 * len(names)
 
 
 def content_of(names):
@@ -232,6 +258,88 @@ def test_pascal_voc_gives_the_same_boxes_as_coco(lists, coco, tmp_path):
     assert {c["name"] for c in files[0]["categories"]} == {
         c["name"] for c in files[1]["categories"]
     }
+
+
+def write_lists(folder, **parts):
+    """ImageSets of a VOC folder, from the numbers of the images of each part."""
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    for name, numbers in parts.items():
+        text = "".join(f"{i}  1\n" for i in numbers) + "  \n"  # a line of blanks
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+
+
+def names_in(file):
+    return {i["file_name"] for i in json.loads(open(file).read())["images"]}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_val_of_voc_is_the_test_part_and_is_not_trained_on(again, coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path, coco)
+    write_lists(tmp_path, train=range(8), val=range(8, 12), trainval=range(12))
+    where = [str(tmp_path)]
+    data = prepare(where, where if again else [], tmp_path / "data")
+    assert names_in(data.train[0]) == {f"{i}.png" for i in range(8)}
+    assert names_in(data.test[0]) == {f"{i}.png" for i in range(8, 12)}
+
+
+def test_trainval_of_voc_is_trained_on_if_val_is_not_the_test_part(coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path, coco)
+    write_lists(tmp_path, train=range(8), val=range(8, 10), trainval=range(10), test=(10, 11))
+    data = prepare([str(tmp_path)], [], tmp_path / "data")
+    assert len(names_in(data.train[0])) == 10 and len(names_in(data.test[0])) == 2
+    (tmp_path / "ImageSets" / "Main" / "test.txt").unlink()
+    other = write_coco(tmp_path / "other", 4, seed=5)
+    data = prepare([str(tmp_path)], other, tmp_path / "data")
+    assert len(names_in(data.train[0])) == 10 and data.test == other
+
+
+def test_images_that_are_in_both_parts_are_refused_or_named_in_a_warning(coco, tmp_path, caplog):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path / "voc", coco)
+    write_lists(tmp_path / "voc", train=range(8), val=range(6, 12))
+    write_yolo(tmp_path / "yolo", coco)
+    about = tmp_path / "yolo" / "data.yaml"
+    about.write_text(about.read_text().replace("../valid", "../train"))
+    plain = tmp_path / "plain"
+    write_voc(plain, coco)
+    for train, test, count in (
+        ("voc", [], "2 of 6"),
+        ("yolo", [], "8 of 8"),
+        ("plain", 1, "12 of"),
+    ):
+        where = [str(tmp_path / train)]
+        message = f"{count} .*test images are training images too, such as .*png.*give another --te"
+        with pytest.raises(DataError, match=message):
+            prepare(where, where if test else [], tmp_path / "data")
+    assert "training images too" not in caplog.text
+    assert prepare(coco, coco, tmp_path / "data").test == coco
+    assert "12 of 12 test images are training images too" in caplog.text
+
+
+def test_the_digest_of_a_set_changes_with_its_labels(coco, tmp_path):
+    write_voc(tmp_path / "voc", coco)
+    write_lists(tmp_path / "voc", train=range(8), val=range(8, 12))
+    write_yolo(tmp_path / "yolo", coco)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "0.xml").write_text("<annotation/>")
+    yolo = tmp_path / "yolo"
+    for path, file in (
+        (tmp_path / "voc", "Annotations/3.xml"),
+        (tmp_path / "voc", "ImageSets/Main/val.txt"),
+        (tmp_path / "plain", "0.xml"),
+        (yolo, "train/labels/1.txt"),
+        (yolo / "data.yaml", "../valid/labels/3.txt"),
+        (yolo / "data.yaml", "../data.yaml"),
+    ):
+        before = digest_of([str(path)])
+        (path.parent / "result.txt").write_text("no label")
+        assert digest_of([str(path)]) == before
+        with open(os.path.normpath(path / file), "a") as opened:
+            opened.write("\n")
+        assert digest_of([str(path)]) != before
+    assert digest_of([]) == digest_of(["gone"]) == ""
 
 
 @pytest.mark.parametrize("lists", [True, False])
