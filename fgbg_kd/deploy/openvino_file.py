@@ -4,6 +4,7 @@ The package openvino is needed, and nncf for int8: ``pip install -e '.[openvino]
 """
 
 import contextlib
+import functools
 import json
 import logging
 import sys
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +68,7 @@ def quantize_openvino(source: str, output: str, images: Iterable[np.ndarray]) ->
     openvino, nncf = _need("openvino"), _need("nncf")
     nncf.set_log_level(logging.ERROR)
     images = list(images)
-    network = openvino.Core().read_model(source)
+    network = _core(openvino).read_model(source)
     about = network.get_rt_info(METADATA).value
     smaller = nncf.quantize(network, nncf.Dataset(images), subset_size=len(images))
     smaller.set_rt_info(about, METADATA)
@@ -90,8 +92,7 @@ def open_openvino(file: str) -> tuple[Callable, str]:
     Raises:
         DeployError: the package openvino is missing.
     """
-    openvino = _need("openvino")
-    core = openvino.Core()
+    core = _core(_need("openvino"))
     network = core.read_model(file)
     options = {
         "INFERENCE_PRECISION_HINT": "f32",
@@ -106,6 +107,20 @@ def open_openvino(file: str) -> tuple[Callable, str]:
 
     known = network.has_rt_info(METADATA)
     return run, network.get_rt_info(METADATA).value if known else ""
+
+
+@functools.cache
+def _core(openvino: ModuleType) -> Any:
+    """The Core of OpenVINO that all detectors of this process share.
+
+    With its first plugin, a Core sets the stack on which the thread handles signals. At its end it
+    frees this stack and restores the one before. If two of them end in the order of their
+    beginning, that one is free already, and the next signal ends the process. So this Core is the
+    first and does not end.
+    """
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
+    return core
 
 
 def _need(name: str) -> ModuleType:

@@ -1,5 +1,6 @@
 """An OpenVINO file detects what PyTorch does, and its int8 file about the same."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,28 @@ def test_int8_is_smaller_and_detects_about_the_same(openvino_file, tmp_path, mon
     with pytest.raises(ZeroDivisionError):
         deploy.quantize(source, str(output), [photo(64, 64)])
     assert sorted(tmp_path.iterdir()) == names and [p.read_bytes() for p in names] == before
+
+
+DETECTORS_END = """
+import gc, signal, subprocess, sys
+from fgbg_kd.deploy import ExportedDetector
+first = ExportedDetector(sys.argv[1])
+second = ExportedDetector(sys.argv[1])
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("a signal came"))  # as PyTorch's DataLoader does
+subprocess.run(["true"])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_outlives_its_detectors(openvino_file):
+    """The last signal came to freed memory if each detector had its own Core of OpenVINO."""
+    command = [sys.executable, "-c", DETECTORS_END, openvino_file[2]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "a signal came\n", done.stderr[-2000:]
 
 
 def test_what_openvino_cannot_do_is_said(tmp_path, monkeypatch):
