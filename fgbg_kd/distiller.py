@@ -27,6 +27,7 @@ from .matching import (
     select_unwarped,
     shared_levels,
     shrink_of,
+    usual_size,
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
 from .teacher import Teacher, accelerate, build_teacher, check_teacher_file
@@ -166,7 +167,7 @@ class FgBgDistiller(nn.Module):
             "unlabeled_weight": kd.UNLABELED.LOSS_WEIGHT,
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
-            "image_size": _usual_size(cfg),
+            "image_size": usual_size(cfg),
         }
 
     @property
@@ -319,16 +320,6 @@ def _labeled_first(batched_inputs: list[dict]) -> tuple[list[dict], int]:
             "into each batch, as ResumableLoader.mix does."
         )
     return labeled + photos, len(labeled)
-
-
-def _usual_size(cfg) -> tuple[int, int] | None:
-    """(height, width) of a training image with sides 3 : 4; None: images are not resized."""
-    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
-    short = sizes[len(sizes) // 2]
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
-        short = (sizes[0] + sizes[-1]) // 2
-    short = min(short, cfg.INPUT.MAX_SIZE_TRAIN * 3 // 4)
-    return (short, short * 4 // 3) if short else None
 
 
 def _method_of(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:

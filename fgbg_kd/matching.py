@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,6 +101,16 @@ def shrink_of(
         )
         return 1.0
     return math.sqrt(math.prod(size) / math.prod(teacher.input_size))
+
+
+def usual_size(cfg: CfgNode) -> tuple[int, int] | None:
+    """(height, width) of a training image of a config, with sides 3 : 4; None: not resized."""
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    short = sizes[len(sizes) // 2]
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        short = (sizes[0] + sizes[-1]) // 2
+    short = min(short, cfg.INPUT.MAX_SIZE_TRAIN * 3 // 4)
+    return (short, short * 4 // 3) if short else None
 
 
 def select(

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd import METHOD_REGISTRY, Method
-from fgbg_kd.distiller import _usual_size
+from fgbg_kd.matching import usual_size
 from fgbg_kd.utils.errors import TeacherError
 
 
@@ -264,7 +264,7 @@ def test_the_usual_size_is_that_of_an_image_with_sides_3_to_4(sizes, sampling, l
     cfg = tiny_cfg()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sizes, sampling
     cfg.INPUT.MAX_SIZE_TRAIN = largest
-    assert _usual_size(cfg) == usual
+    assert usual_size(cfg) == usual
 
 
 class BoxesOnly(Method):
