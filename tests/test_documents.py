@@ -200,6 +200,7 @@ PROMISES = (
 )
 LOAD = """
 import sys
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -212,12 +213,23 @@ class Strict(DetectionCheckpointer):
 
 def load(cfg, kind):
     cfg.merge_from_file(f"{kind}.yaml")
-    Strict(build_model(cfg)).load(f"{kind}/model_final.pth")
+    model = build_model(cfg).eval()
+    Strict(model).load(f"{kind}/model_final.pth")
+    return model
 
-load(get_cfg(), "stock")
+@torch.no_grad()
+def detections(model):
+    image = torch.randint(0, 256, (3, 64, 80), generator=torch.Generator().manual_seed(0))
+    return model([{"image": image.byte()}])[0]["instances"]
+
+found = detections(load(get_cfg(), "stock"))
 assert "fgbg_kd" not in sys.modules
 import fgbg_kd
 load(fgbg_kd.get_fgbg_kd_cfg(), "timm")
+ours = detections(load(fgbg_kd.get_fgbg_kd_cfg(), "stock"))
+assert len(found) > 0 and torch.equal(found.pred_boxes.tensor, ours.pred_boxes.tensor)
+assert torch.equal(found.scores, ours.scores)
+assert torch.equal(found.pred_classes, ours.pred_classes)
 """
 
 

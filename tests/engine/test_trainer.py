@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from conftest import (
 )
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -91,57 +88,6 @@ def test_the_checkpoint_is_the_plain_students(coco, distil_cfg, tmp_path):
         for a, b in zip(plain(batch), trainer.model(batch)):
             assert len(a["instances"]) > 0
             assert torch.equal(a["instances"].scores, b["instances"].scores)
-
-
-STOCK = """
-import sys, torch
-from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
-torch.set_num_threads(1)  # as the tests have it: the sums of more are rounded otherwise
-cfg = get_cfg()
-cfg.merge_from_file(sys.argv[1])
-model = build_model(cfg).eval()
-DetectionCheckpointer(model).load(sys.argv[2])
-with torch.no_grad():
-    found = [x["instances"].get_fields() for x in model(torch.load(sys.argv[3]))]
-assert "fgbg_kd" not in sys.modules
-torch.save([(f["pred_boxes"].tensor, f["scores"], f["pred_classes"]) for f in found], sys.argv[4])
-"""
-
-
-@pytest.mark.slow
-def test_stock_detectron2_loads_the_checkpoint_and_detects_the_same(coco, distil_cfg, tmp_path):
-    """Runs in a process without this package, with stock keys and a stock backbone."""
-
-    def edit(cfg):
-        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "RetinaNet", "cpu"
-        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_fpn_backbone", 0
-        cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.NORM = 18, "BN"
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-        for key in ("RETINANET", "ANCHOR_GENERATOR"):
-            cfg.MODEL[key] = tiny_cfg().MODEL[key]
-        cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 16, 0.0
-        return cfg
-
-    (tmp_path / "stock.yaml").write_text(edit(get_cfg()).dump())
-    edit(distil_cfg).MODEL.META_ARCHITECTURE = "FgBgDistiller"
-    trainer = train(FgBgTrainer, distil_cfg, tmp_path / "kd", 3)
-    batch = [{k: x[k] for k in ("image", "height", "width")} for x in make_batch()]
-    torch.save(batch, tmp_path / "batch.pt")
-    files = ("stock.yaml", "kd/model_final.pth", "batch.pt", "found.pt")
-    arguments = [sys.executable, "-c", STOCK, *(str(tmp_path / f) for f in files)]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with torch.no_grad():
-        ours = [x["instances"] for x in trainer.model.eval()(batch)]
-    for (boxes, scores, classes), found in zip(torch.load(tmp_path / "found.pt"), ours):
-        assert len(scores) == len(found) > 0
-        assert torch.equal(classes, found.pred_classes)
-        torch.testing.assert_close(scores, found.scores)
-        torch.testing.assert_close(boxes, found.pred_boxes.tensor)
 
 
 @pytest.fixture(scope="module")
