@@ -74,6 +74,7 @@ def test_outputs_and_boxes_equal_opencvs(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.slow
 def test_a_file_of_the_official_size_fills_the_whole_network(name, tmp_path):
     path = zeros(tmp_path / f"{name}.weights", OFFICIAL[name])
     with torch.device("meta"):

@@ -110,6 +110,7 @@ def official(kind):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("ssd300", marks=pytest.mark.slow), "ssdlite320"])
+@pytest.mark.slow
 def test_torchvisions_file_loads_whole_and_the_80_classes_of_its_91_are_kept(kind, tmp_path):
     model, cfg = official(kind)
     path = str(tmp_path / "official.pth")
@@ -337,6 +338,7 @@ def test_wrong_lists_of_default_boxes_are_refused():
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt", "xml"])
+@pytest.mark.slow
 def test_an_exported_file_detects_the_same_in_photos_of_two_sizes(suffix, tmp_path):
     from deploy.small import photo
 

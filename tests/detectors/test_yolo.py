@@ -327,6 +327,7 @@ def assert_same(network, path, nms_inside=True):
 
 @pytest.mark.parametrize("nms_inside", [True, False])
 @pytest.mark.parametrize("file", ["a.onnx", "a.pt", "a.xml"])
+@pytest.mark.slow
 def test_an_exported_tiny_detects_what_pytorch_does_in_other_sizes(file, nms_inside, tmp_path):
     if file.endswith("onnx"):
         pytest.importorskip("onnx")

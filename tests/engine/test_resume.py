@@ -270,6 +270,7 @@ end = "b.pth" if option == "careless" and first else "a.pth"
 
 
 @pytest.mark.parametrize("option", ["careful", "careless"])
+@pytest.mark.slow
 def test_the_tool_kills_a_training_and_compares_its_end(option, tmp_path, monkeypatch, capsys):
     """With a small program for the training. test_distributed kills a real one."""
     (tmp_path / "train_net.py").write_text(TRAINING)

@@ -406,6 +406,7 @@ def test_photos_have_no_part_in_the_detectors_losses_and_a_part_in_the_terms(nam
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_a_weight_adds_the_detectors_losses_on_the_photos(name):
     batch = mixed()
     absent, half, whole = (

@@ -144,6 +144,7 @@ def test_the_configs_are_written_before_anything_is_trained(arguments, without_o
     assert read_config(str(tmp_path / "out" / "distilled.yaml")).SOLVER.MAX_ITER == 20
 
 
+@pytest.mark.slow
 def test_hours_become_iterations_and_the_users_changes_stay(
     arguments, without_onnx, tmp_path, monkeypatch
 ):
@@ -229,6 +230,7 @@ def test_labelled_images_are_no_photos_without_labels_and_gpus_share_the_batch(
 
 
 @pytest.mark.parametrize("classes", [2, 80])
+@pytest.mark.slow
 def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     classes, arguments, without_onnx, tmp_path, monkeypatch
 ):
@@ -244,6 +246,7 @@ def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
 
 
+@pytest.mark.slow
 def test_each_detector_is_timed_at_its_own_test_size(
     arguments, without_onnx, tmp_path, monkeypatch
 ):
