@@ -15,6 +15,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.common import accumulation_dtype
 from ..utils.errors import DetectorError
 
 Maps = Sequence[Tensor]  # one per level
@@ -250,7 +251,7 @@ class DenseView(DetectorView):
 
 def full_precision(x: Tensor) -> Tensor:
     """The tensor in fp32 or better: exponentials overflow in fp16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(accumulation_dtype(x))
 
 
 def decoded(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:

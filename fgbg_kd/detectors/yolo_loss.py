@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..ops import pack
-from ..ops.common import upload
+from ..ops.common import accumulation_dtype, upload
 from .darknet import YoloLayer
 from .dense import full_precision
 
@@ -57,7 +57,7 @@ def yolo_losses(
         gt_boxes, gt_classes: N tensors (B_i, 4), XYXY in pixels, and (B_i,).
         image_sizes: N pairs (height, width) in pixels, before padding. Padding is background.
     """
-    dtype = torch.promote_types(raw[0].dtype, torch.float32)
+    dtype = accumulation_dtype(raw[0])
     truths = pack([x.to(dtype) for x in gt_boxes])  # (N, B_max, 4)
     rows = [(i, h * w) for i, (h, w) in enumerate(image_sizes) for _ in range(len(gt_boxes[i]))]
     image, area = upload([*rows, (0, 0)], truths, torch.long)[:-1].unbind(1)  # (B,) each
