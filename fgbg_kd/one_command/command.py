@@ -117,8 +117,8 @@ def distill(
     _check(wish, student, iterations, hours, dry_run)
     check_gpus(num_gpus)
     data = map(_listed, (teacher, train, test, unlabeled))
-    asked = _Asked(*data, wish, student, iterations, hours, backbone_weights, device)
-    how = {"compare": compare, "say": say, "num_gpus": num_gpus, "imports": tuple(imports)}
+    asked = _Asked(*data, wish, student, iterations, hours, backbone_weights, device, num_gpus)
+    how = {"compare": compare, "say": say, "imports": tuple(imports)}
     stop = "dry_run" if dry_run else "configs_only" if configs_only else ""
     return _run(asked, Path(output), stop, how)
 
@@ -136,6 +136,7 @@ class _Asked(NamedTuple):
     hours: float
     backbone_weights: str
     device: str
+    num_gpus: int
 
     def request(self) -> dict[str, Any]:
         """The arguments and what their files hold, as values that JSON can hold."""
@@ -178,6 +179,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
             device=asked.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             output=output,
             cache=output.parent / "measured_students.json",
+            num_gpus=asked.num_gpus,
             **how,
         )
         rows = known.get("rows") or student_table(plan, facts_of(config, loaded))
@@ -235,7 +237,8 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
         return {}
     plan = read_json(file)
     # A plan of an earlier version lacks these keys. Its data count as unchanged.
-    old = {"unlabeled": [], "device": "", "data": request["data"], **plan.pop("request")}
+    old = {"unlabeled": [], "device": "", "num_gpus": 1, "data": request["data"]}
+    old |= plan.pop("request")
     if old == json.loads(json.dumps(request)):
         written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
         return plan if written else {}

@@ -168,13 +168,13 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     assert read_config(str(student)).SOLVER.MAX_ITER > 660 and len(seen) == 4
 
 
-def test_other_labels_or_another_device_need_another_plan(arguments, tmp_path):
+def test_other_labels_another_device_or_other_gpus_need_another_plan(arguments, tmp_path):
     output, labels = arguments["output"], tmp_path / "labels.json"
     text = open(arguments["train"][0]).read()
     labels.write_text(text)
     train = [str(labels), arguments["train"][1]]
     teacher, test = (list(arguments[k]) for k in ("teacher", "test"))
-    asked = command._Asked(teacher, train, test, [], Wish(), "resnet18", 0, 0.0, "", "")
+    asked = command._Asked(teacher, train, test, [], Wish(), "resnet18", 0, 0.0, "", "", 1)
 
     def known(asked=asked):
         return command._known_plan(output, asked.request())
@@ -183,10 +183,12 @@ def test_other_labels_or_another_device_need_another_plan(arguments, tmp_path):
     for name in ("student", "distilled"):
         (output / f"{name}.yaml").write_text("")
     request = asked.request()
-    for lacking in ({"data", "device", "unlabeled"}, set()):  # first a plan of an earlier version
+    later = {"data", "device", "unlabeled", "num_gpus"}
+    for lacking in (later, set()):  # first a plan of an earlier version
         old = {k: v for k, v in request.items() if k not in lacking}
         (output / "plan.json").write_text(json.dumps({"request": old, "taken": "x"}))
         assert known() == {"taken": "x"} and known(asked._replace(device="cpu")) == {}
+        assert known(asked._replace(num_gpus=2)) == {}  # another batch
     labels.write_text(text.replace('"category_id": 1', '"category_id": 2', 1))
     assert known() == {}
     (output / "distilled").mkdir()
