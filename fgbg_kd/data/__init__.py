@@ -4,7 +4,7 @@ from ..utils.errors import DataError
 from .classes import check_num_classes, check_same_classes, match_categories, training_classes
 from .coco_files import register_datasets
 from .evaluator import BoxEvaluator
-from .mapper import NamingMapper
+from .mapper import NamingMapper, resize_of, test_size_of
 
 __all__ = [
     "BoxEvaluator",
@@ -14,5 +14,7 @@ __all__ = [
     "check_same_classes",
     "match_categories",
     "register_datasets",
+    "resize_of",
+    "test_size_of",
     "training_classes",
 ]

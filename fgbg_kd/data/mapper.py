@@ -1,12 +1,14 @@
-"""Detectron2's mapper with this package's image reader. Its errors name the image."""
+"""Detectron2's mapper with this package's image reader, and the sizes in which it reads."""
 
 import copy
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data.transforms import AugInput
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..utils.errors import DataError
 from .images import read_image
@@ -41,3 +43,27 @@ class NamingMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[1:])
         return dataset_dict
+
+
+def test_size_of(cfg: CfgNode | DictConfig) -> tuple[int, int] | None:
+    """Smallest and largest side of a test image in a config; None: a Python config lacks them.
+
+    The smallest side is 0 where images are not resized, as in Detectron2.
+    """
+    if isinstance(cfg, CfgNode):
+        return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    resize = resize_of(OmegaConf.select(cfg, "dataloader.test")) or {}
+    side, limit = resize.get("short_edge_length"), resize.get("max_size")
+    sides = set(side) if isinstance(side, ListConfig) else {side}  # (800, 800) is 800, too
+    if len(sides) != 1 or None in (*sides, limit):
+        return None
+    return sides.pop(), limit
+
+
+def resize_of(loader: DictConfig | None) -> DictConfig | None:
+    """The ResizeShortestEdge of a Python config's loader (dataloader.test); None: it has none."""
+    steps = None if loader is None else OmegaConf.select(loader, "mapper.augmentations")
+    if not isinstance(steps, ListConfig):
+        return None
+    found = (s for s in steps if isinstance(s, DictConfig) and "short_edge_length" in s)
+    return next(found, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..data import register_datasets, training_classes
+from ..data import register_datasets, test_size_of, training_classes
 from ..data.classes import class_names
 from ..data.unlabeled import find_photos
 from ..data.validation import read_coco
@@ -34,7 +34,7 @@ from .students import (
     spoken,
     yaml_of,
 )
-from .teacher_facts import TeacherFacts, facts_of, test_size_of
+from .teacher_facts import TeacherFacts, facts_of
 from .training import seconds_per_step
 
 MARK = "written by tools/distill.py"
@@ -80,10 +80,11 @@ class Plan:
     imports: tuple[str, ...] = ()
     num_gpus: int = 1
 
-    @property
-    def own_config(self) -> bool:
-        """Whether the user names a config of a student."""
-        return self.student.endswith((".yaml", ".yml"))
+    @cached_property
+    def own_config(self) -> CfgNode | None:
+        """The user's config of a student; None: the student is found."""
+        named = self.student.endswith((".yaml", ".yml"))
+        return read_detector_config(self.student) if named else None
 
     @cached_property
     def photos(self) -> int:
@@ -111,21 +112,21 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         plan.say(f"{plan.photos} photos without labels")
     number = len(class_names(plan.data.train[0]))
     if plan.own_config:
-        _check_own(plan)
+        _check_own(plan, plan.own_config)
         settings = {plan.student: [Setting("_BASE_", plan.student)]}
     else:
         settings = {str(c): model_settings(facts, c, number) for c in candidates_for(plan.student)}
     smallest = next(iter(settings.values()))
-    _check_pair(_config([*smallest, *data_settings(plan.data)]), plan.teacher)
+    _check_pair(_config(plan, [*smallest, *data_settings(plan.data)]), plan.teacher)
     builders = {"teacher": lambda: build_detector(read_detector_config(plan.config))}
-    builders |= {name: lambda s=s: build_detector(_config(s)) for name, s in settings.items()}
+    builders |= {name: lambda s=s: build_detector(_config(plan, s)) for name, s in settings.items()}
     content = read_coco(plan.data.test[0], training=False)
     size = image_size(content, facts.test_size, facts.test_limit)
-    own_size = image_size(content, *test_size_of(plan.student)) if plan.own_config else size
+    own_size = image_size(content, *test_size_of(plan.own_config)) if plan.own_config else size
     about = {
         "teacher": sha256_of_text(str(read_detector_config(plan.config))),
         "facts": asdict(facts),
-        "students": sha256_of_text("".join(str(_config(s)) for s in settings.values())),
+        "students": sha256_of_text("".join(str(_config(plan, s)) for s in settings.values())),
     }
 
     def measured_here(builders):
@@ -137,7 +138,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         return rows
 
     def candidate_builder(name: str):
-        return lambda: build_detector(_config(model_settings(facts, candidate_of(name), number)))
+        return lambda: build_detector(config_of(model_settings(facts, candidate_of(name), number)))
 
     return refined(
         rows,
@@ -147,9 +148,8 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     )
 
 
-def _check_own(plan: Plan) -> None:
+def _check_own(plan: Plan, cfg: CfgNode) -> None:
     """Refuses a config of the user that distils, or whose batch the GPUs cannot share."""
-    cfg = read_detector_config(plan.student)
     if cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller":
         raise ConfigError(
             f"--student {plan.student} is a config that distils (MODEL.META_ARCHITECTURE "
@@ -169,13 +169,12 @@ def _outputs(facts: TeacherFacts, classes: int) -> int:
     return len(sizes) * len(ratios) * (classes + 4)
 
 
-def _config(settings: Sequence[Setting]) -> CfgNode:
-    """:func:`~.students.config_of`, also for settings with a _BASE_."""
-    first, *rest = settings
-    if first.key != "_BASE_":
+def _config(plan: Plan, settings: Sequence[Setting]) -> CfgNode:
+    """:func:`~.students.config_of`, also for settings whose _BASE_ is the user's config."""
+    if plan.own_config is None:
         return config_of(settings)
-    cfg = read_detector_config(first.value)
-    for setting in rest:
+    cfg = plan.own_config.clone()
+    for setting in settings[1:]:
         *groups, name = setting.key.split(".")
         node = cfg
         for group in groups:
@@ -301,7 +300,7 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
     folder = plan.output.resolve()
     family = facts.family
     if plan.own_config:
-        family = read_detector_config(plan.student).MODEL.META_ARCHITECTURE
+        family = plan.own_config.MODEL.META_ARCHITECTURE
     student = [*settings, Setting("OUTPUT_DIR", str(folder / "plain"))]
     if not plan.own_config:
         student.append(Setting("VERSION", 2))
