@@ -15,7 +15,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import training_classes
+from .data import test_size_of, training_classes
 from .detectors.dense import (
     DenseOutput,
     DenseView,
@@ -42,6 +42,7 @@ class Teacher:
         view: its :class:`~fgbg_kd.detectors.dense.DetectorView`.
         class_names: names of its classes in the order of their indices; None: not known.
         weights: path or URL of its checkpoint; "": not known.
+        test_size: smallest and largest side of its test images; None: not known.
         cache: a :class:`~fgbg_kd.teacher_cache.TeacherCache`, or None.
     """
 
@@ -53,6 +54,7 @@ class Teacher:
         cache: bool = False,
         class_names: Sequence[str] | None = None,
         weights: str = "",
+        test_size: tuple[int, int] | None = None,
     ):
         """
         Args:
@@ -70,7 +72,7 @@ class Teacher:
         self.precision = precision
         self.cache = TeacherCache() if cache else None
         self.class_names = None if class_names is None else list(class_names)
-        self.weights = weights
+        self.weights, self.test_size = weights, test_size
         self._same_input: bool | None = None
 
     @torch.no_grad()
@@ -175,7 +177,14 @@ def build_teacher(
     except (ConfigError, CheckpointError) as error:
         raise TeacherError(f"The teacher {config} (MODEL.KD.TEACHER): {error}") from error
     names = _class_names(detector, cfg, list(classes))
-    return Teacher(detector, precision=precision, cache=cache, class_names=names, weights=weights)
+    return Teacher(
+        detector,
+        precision=precision,
+        cache=cache,
+        class_names=names,
+        weights=weights,
+        test_size=test_size_of(cfg),
+    )
 
 
 def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | None:

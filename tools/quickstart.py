@@ -76,9 +76,10 @@ def main() -> None:
     records = pick(DatasetCatalog.get(cfg.DATASETS.TEST[0]), 4)
     rows, models = [], {}
     for config, title, result, checkpoint in runs:
-        model = load_detector(load_config(str(configs[config])), str(checkpoint))
-        rows.append(row(title, result, model, cfg, records[0]["file_name"]))
-        models.setdefault(title.split(",")[0], model)  # of the first seed
+        own_cfg = load_config(str(configs[config]))
+        model = load_detector(own_cfg, str(checkpoint))
+        rows.append(row(title, result, model, own_cfg, records[0]["file_name"]))
+        models.setdefault(title.split(",")[0], (own_cfg, model))  # of the first seed
     (output / "results.json").write_text(json.dumps(rows, indent=1))
     picture = np.vstack([draw_side_by_side(cfg, r, models, score=0.3) for r in records])
     cv2.imwrite(str(output / "comparison.png"), picture)

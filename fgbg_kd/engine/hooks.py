@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..distiller import FgBgDistiller
+from ..teacher import Teacher
 from ..utils.errors import TeacherError
 from .ema import WeightAverage
 from .evaluation_trial import Evaluation, EvaluationTrial
@@ -25,7 +26,7 @@ def run_hooks(
     checkpoint_period: int,
     ema_decay: float,
     min_ap: float,
-    test_teacher: Callable[[nn.Module], dict],
+    test_teacher: Callable[[Teacher], dict],
     evaluations: Callable[[], Iterable[Evaluation]],
 ) -> list[HookBase]:
     """This package's hooks for a run. Register them before Detectron2's hooks.
@@ -57,18 +58,18 @@ def run_hooks(
 class TeacherCheck(HookBase):
     """Measures the teacher before the first iteration and stops the run if it is too weak."""
 
-    def __init__(self, min_ap: float, test: Callable[[nn.Module], dict]):
+    def __init__(self, min_ap: float, test: Callable[[Teacher], dict]):
         """
         Args:
             min_ap: COCO AP (0 to 100) that the teacher must reach. 0: the AP is not measured.
-            test: evaluates a detector. It returns results in the format of DefaultTrainer.test.
+            test: evaluates a teacher. It returns results in the format of DefaultTrainer.test.
         """
         self.min_ap, self.test = min_ap, test
 
     def before_train(self):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
-        results = self.test(unwrapped(self.trainer.model).teacher.detector)
+        results = self.test(unwrapped(self.trainer.model).teacher)
         # Only the first process has the results, but all processes must stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if ap is None:

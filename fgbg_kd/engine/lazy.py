@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg, student_model
-from ..data import BoxEvaluator, NamingMapper, check_same_classes, training_classes
+from ..data import BoxEvaluator, NamingMapper, check_same_classes, resize_of, training_classes
 from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
 from ..teacher import Teacher, check_teacher_file
@@ -185,7 +185,7 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
         checkpoint_period=period,
         ema_decay=train.get("ema_decay", 0),
         min_ap=train.get("teacher_min_ap", 0),
-        test_teacher=lambda x: evaluate_lazy(cfg, x, channel_order(x)),
+        test_teacher=lambda x: evaluate_lazy(cfg, x.detector, _test_for(x, cfg)),
         evaluations=lambda: _evaluations(cfg),
     )
     return [
@@ -207,19 +207,27 @@ def _evaluations(cfg: DictConfig):
         yield instantiate(cfg.dataloader.test), evaluators
 
 
-def evaluate_lazy(cfg: DictConfig, model: nn.Module, image_format: str = "") -> dict:
-    """Results of ``dataloader.evaluator`` on ``dataloader.test``; {} if the config has none.
+def _test_for(teacher: Teacher, cfg: DictConfig) -> DictConfig:
+    """``dataloader.test`` with images in a teacher's channel order and test size."""
+    test = copy.deepcopy(cfg.dataloader.test)
+    test.mapper.image_format = channel_order(teacher.detector)
+    resize = resize_of(test)
+    if resize is not None and teacher.test_size is not None:
+        side, resize.max_size = teacher.test_size
+        resize.short_edge_length = [side, side]  # both for "range" and for "choice"
+    return test
+
+
+def evaluate_lazy(cfg: DictConfig, model: nn.Module, test: DictConfig | None = None) -> dict:
+    """Results of ``dataloader.evaluator`` on a test set; {} if the config has no evaluator.
 
     Args:
-        image_format: "RGB" or "BGR": the model's channel order. "": the order that the config's
-            mapper gives.
+        test: config of its loader. None: ``dataloader.test``.
     """
     if cfg.dataloader.get("evaluator") is None:
         return {}
-    test = copy.deepcopy(cfg.dataloader.test)
-    if image_format:
-        test.mapper.image_format = image_format
-    results = inference_on_dataset(model, instantiate(test), instantiate(cfg.dataloader.evaluator))
+    loader = instantiate(cfg.dataloader.test if test is None else test)
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
     return results

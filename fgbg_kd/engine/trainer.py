@@ -15,7 +15,6 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n, setup_logger
-from torch import nn
 
 from ..config import get_fgbg_kd_cfg
 from ..data import (
@@ -80,6 +79,16 @@ def read_config(config_file: str, opts: list[str] = ()):
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logger.warning("Detectron2 has mixed precision on CUDA only: SOLVER.AMP is turned off.")
         cfg.SOLVER.AMP.ENABLED = False
+    return cfg
+
+
+def read_for(teacher: Teacher, cfg):
+    """A copy of a config that reads test images for a teacher: in its channel order and size."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.FORMAT = channel_order(teacher.detector)
+    if teacher.test_size is not None:
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = teacher.test_size
     return cfg
 
 
@@ -249,17 +258,14 @@ class FgBgTrainer(DefaultTrainer):
             loader = self.build_test_loader(self.cfg, name)
             yield loader, [self.build_evaluator(self.cfg, name)]
 
-    def test_teacher(self, teacher: nn.Module) -> dict:
-        """Results on DATASETS.TEST. The images are read in the teacher's channel order."""
-        cfg = self.cfg.clone()
-        if len(cfg.DATASETS.TEST) != 1:
+    def test_teacher(self, teacher: Teacher) -> dict:
+        """Results on DATASETS.TEST, whose images are read by :func:`read_for`."""
+        if len(self.cfg.DATASETS.TEST) != 1:
             raise TeacherError(
                 f"MODEL.KD.TEACHER.MIN_AP needs one test set, but DATASETS.TEST names "
-                f"{tuple(cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
+                f"{tuple(self.cfg.DATASETS.TEST)}: name one, or set MIN_AP 0."
             )
-        cfg.defrost()
-        cfg.INPUT.FORMAT = channel_order(teacher)
-        return self.test(cfg, teacher)
+        return self.test(read_for(teacher, self.cfg), teacher.detector)
 
     # Detectron2 v0.6 does not save the optimizer. These two methods equal those of its main branch.
     def state_dict(self):

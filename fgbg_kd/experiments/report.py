@@ -230,7 +230,7 @@ def _pictures(groups, plain: dict, load, say, lacks) -> list[dict]:
         models = {}
         for run in filter(None, (teacher, before, after)):
             with _or_lacks(lacks, f"{run.group}: its detections in the pictures"):
-                models[run.group] = load(run)[1]
+                models[run.group] = load(run)[:2]
         order = sorted(gain, key=lambda image: (-gain[image], image))
         for title, chosen in (
             ("Images that gained most", [i for i in order[:_COUNT] if gain[i] > 0]),

@@ -16,13 +16,9 @@ from ..data.images import read_image
 from .drawing import draw_boxes
 
 
-def read_input(cfg: CfgNode, path: str, order: str = "") -> dict:
-    """Reads an image file as Detectron2's model input, resized to INPUT.MIN_SIZE_TEST.
-
-    Args:
-        order: channel order; "": INPUT.FORMAT.
-    """
-    image = read_image(path, order or cfg.INPUT.FORMAT)
+def read_input(cfg: CfgNode, path: str) -> dict:
+    """Reads an image file as Detectron2's model input, resized to INPUT.MIN_SIZE_TEST."""
+    image = read_image(path, cfg.INPUT.FORMAT)
     height, width = image.shape[:2]
     augmented = AugInput(image)
     ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)(augmented)
@@ -32,7 +28,11 @@ def read_input(cfg: CfgNode, path: str, order: str = "") -> dict:
 
 @torch.no_grad()
 def draw_side_by_side(
-    cfg: CfgNode, record: dict, models: Mapping[str, nn.Module], score: float, width: int = 320
+    cfg: CfgNode,
+    record: dict,
+    models: Mapping[str, tuple[CfgNode, nn.Module]],
+    score: float,
+    width: int = 320,
 ) -> np.ndarray:
     """Draws ground truth and the detections of each model in a row of panels with titles.
 
@@ -40,10 +40,9 @@ def draw_side_by_side(
     their classes differ. Otherwise their labels would cover each other.
 
     Args:
-        cfg: config with the input of the models, and with DATASETS.TEST for the class names. A
-            model with an ``input_format`` gets the image in this channel order.
+        cfg: config whose DATASETS.TEST gives the class names.
         record: the image as Detectron2's dataset dict.
-        models: detectors by name.
+        models: by name, a detector and the config by which it reads images.
         score: detections with a lower score are not drawn.
         width: width of a panel in pixels.
 
@@ -58,9 +57,8 @@ def draw_side_by_side(
     numbers = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
     truth = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     panels = [("ground truth", draw_boxes(image, truth, numbers, classes, scale=scale))]
-    for name, model in models.items():
-        inputs = read_input(cfg, record["file_name"], getattr(model, "input_format", ""))
-        found = model([inputs])[0]["instances"].to("cpu")
+    for name, (own_cfg, model) in models.items():
+        found = model([read_input(own_cfg, record["file_name"])])[0]["instances"].to("cpu")
         found = found[found.scores >= score]
         found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
         boxes = found.pred_boxes.tensor

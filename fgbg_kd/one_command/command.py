@@ -287,9 +287,7 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     config, weights = output / "student.yaml", output / "distilled" / "model_final.pth"
     onnx = write_onnx(config, weights, output / "student.onnx", say)
     small = write_openvino(config, weights, output, say)
-    facts = facts_of(plan.config, plan.teacher)
-    teacher = plan.teacher.detector, (facts.test_size, facts.test_limit)
-    found = result_rows(config, weights, *teacher, aps, plan.device, small)
+    found = result_rows(config, weights, plan.teacher, aps, plan.device, small)
     say(f"\n{result_table(found)}\n")
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
     _say_two_stages(plan)

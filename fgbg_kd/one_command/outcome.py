@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog
-from torch import nn
 
+from ..data import test_size_of
 from ..data.images import pick, read_image
 from ..deploy import average_precision, export_config, export_files, resized
 from ..detectors.load import load_detector
-from ..engine import FgBgTrainer, load_config
+from ..engine import FgBgTrainer, load_config, read_for
 from ..experiments.report import write_report
 from ..experiments.side_by_side import draw_side_by_side
 from ..experiments.visualize import write
+from ..teacher import Teacher
 from ..utils.errors import FgBgError
 from ..utils.files import read_json, sha256_of, sha256_of_text, write_whole
 from ..utils.markdown import table_of
@@ -44,8 +45,7 @@ class Openvino(NamedTuple):
 def result_rows(
     config: Path,
     weights: Path,
-    teacher: nn.Module,
-    teacher_size: tuple[int, int],
+    teacher: Teacher,
     aps: dict[str, dict],
     device: str,
     small: Openvino | None = None,
@@ -56,18 +56,20 @@ def result_rows(
 
     Args:
         config, weights: of the student.
-        teacher_size: the teacher's smallest and largest side of a test image.
         aps: "AP" and "AP50" of the teacher and of the students, by name. The teacher is first.
         small: OpenVINO files of the distilled student. They add columns.
     """
     cfg = load_config(str(config))
     image = _test_image(cfg)
-    sides = {"teacher": teacher_size, "student": (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)}
+    sides = {"teacher": teacher.test_size or test_size_of(cfg), "student": test_size_of(cfg)}
     images = {
         name: resized(image, {"input_size": None, "min_size": low, "max_size": high})
         for name, (low, high) in sides.items()
     }
-    built = {"teacher": lambda: teacher, "student": lambda: load_detector(cfg, str(weights))}
+    built = {
+        "teacher": lambda: teacher.detector,
+        "student": lambda: load_detector(cfg, str(weights)),
+    }
     files = {}
     if small:
         files = {("student", f"{x}_ms"): str(getattr(small, x)) for x in ("openvino", "int8")}
@@ -152,10 +154,10 @@ def write_picture(folder: Path, students: Sequence[str], with_teacher: bool) -> 
     cfg = load_config(str(folder / "student.yaml"))
     models = {}
     if with_teacher:  # built as in the training, where it has the student's classes
-        distiller = FgBgTrainer.build_model(load_config(str(folder / "distilled.yaml")))
-        models["teacher"] = distiller.teacher.detector
+        teacher = FgBgTrainer.build_model(load_config(str(folder / "distilled.yaml"))).teacher
+        models["teacher"] = read_for(teacher, cfg), teacher.detector
     for name in students:
-        models[name] = load_detector(cfg, str(folder / name / "model_final.pth"))
+        models[name] = cfg, load_detector(cfg, str(folder / name / "model_final.pth"))
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     records = [r for r in records if r["annotations"]] or records
     rows = [draw_side_by_side(cfg, r, models, _SCORE) for r in pick(records, _DRAWN)]

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..config import get_fgbg_kd_cfg
+from ..data import resize_of
 from ..detectors.dense import DenseView, DetectorView
 from ..detectors.load import read_detector_config
 from ..teacher import Teacher
@@ -182,12 +183,6 @@ def _usual_anchors(strides: Sequence[int]) -> dict[str, list]:
     return {"SIZES": sizes, "ASPECT_RATIOS": [_RATIOS]}
 
 
-def test_size_of(config: str) -> tuple[int, int]:
-    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST of a config."""
-    recipe = _recipe(read_detector_config(config))
-    return recipe["test_size"], recipe["test_limit"]
-
-
 def _recipe(cfg: CfgNode | DictConfig) -> dict[str, Any]:
     """Sizes of images, augmentation and schedule."""
     if not isinstance(cfg, CfgNode):
@@ -212,8 +207,7 @@ def _python_recipe(cfg: DictConfig) -> dict[str, Any]:
     default = get_fgbg_kd_cfg()
     found = {}
     for part in ("train", "test"):
-        steps = OmegaConf.select(cfg, f"dataloader.{part}.mapper.augmentations") or []
-        resize = next((s for s in steps if "short_edge_length" in s), {})
+        resize = resize_of(OmegaConf.select(cfg, f"dataloader.{part}")) or {}
         found[part] = resize.get("short_edge_length"), resize.get("max_size")
     train, test = found["train"][0], found["test"][0]
     sizes = [train] if isinstance(train, int) else list(train or default.INPUT.MIN_SIZE_TRAIN)

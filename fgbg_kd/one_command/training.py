@@ -14,13 +14,13 @@ from pathlib import Path
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
-from ..data import training_classes
-from ..detectors.dense import channel_order, num_classes_of
-from ..engine import FgBgTrainer, load_config, read_config
+from ..data import test_size_of, training_classes
+from ..detectors.dense import num_classes_of
+from ..detectors.load import read_detector_config
+from ..engine import FgBgTrainer, load_config, read_config, read_for
 from ..experiments.runner import Runner
 from ..utils.errors import RunError
 from ..utils.files import read_json, read_rows, sha256_of, sha256_of_text, write_whole
-from .teacher_facts import test_size_of
 
 _TRAIN_NET = Path(__file__).parents[2] / "tools" / "train_net.py"
 _FIRST, _LEAST = 2, 6  # steps that are not timed and that are timed, without prefetched batches
@@ -138,26 +138,23 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     kept = folder / "teacher.json"
     cfg = load_config(str(config), ["OUTPUT_DIR", str(folder)])
     theirs = cfg.MODEL.KD.TEACHER
-    size, weights = test_size_of(theirs.CONFIG), Path(theirs.WEIGHTS)
+    size, weights = test_size_of(read_detector_config(theirs.CONFIG)), Path(theirs.WEIGHTS)
     parts = [config.read_text(), config.with_name("student.yaml").read_text(), str(size)]
     parts.append(sha256_of(weights) if weights.is_file() else "")
     key = sha256_of_text("".join(parts))
     if kept.is_file() and read_json(kept)["config"] == key:
         return read_json(kept)["result"]
-    teacher = FgBgTrainer.build_model(cfg).teacher.detector
-    classes = len(training_classes(cfg))
-    number = num_classes_of(teacher)
+    teacher = FgBgTrainer.build_model(cfg).teacher
+    detector, classes = teacher.detector, len(training_classes(cfg))
+    number = num_classes_of(detector)
     if number is None:
-        number = getattr(getattr(teacher, "roi_heads", teacher), "num_classes", classes)
+        number = getattr(getattr(detector, "roi_heads", detector), "num_classes", classes)
     if number != classes:  # of a teacher that gives features only
         say(f"teacher: it has {number} classes, not the {classes} of the data. It gets no AP.")
         return {}
     say("teacher: evaluating")
-    cfg.defrost()
-    cfg.INPUT.FORMAT = channel_order(teacher)
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = size
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        found = FgBgTrainer.test(cfg, teacher).get("bbox", {})
+        found = FgBgTrainer.test(read_for(teacher, cfg), detector).get("bbox", {})
     result = {k: found[k] for k in ("AP", "AP50") if math.isfinite(found.get(k, math.nan))}
     write_whole(kept, json.dumps({"config": key, "result": result}))
     return result

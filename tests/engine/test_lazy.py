@@ -17,9 +17,11 @@ from omegaconf import OmegaConf
 
 from fgbg_kd import FgBgDistiller, build_teacher
 from fgbg_kd.config import student_model
-from fgbg_kd.data import BoxEvaluator, register_datasets
+from fgbg_kd.data import BoxEvaluator, mapper, register_datasets
 from fgbg_kd.engine import (
     FgBgTrainer,
+    evaluate_lazy,
+    lazy,
     load_lazy_config,
     load_lazy_student,
     train_lazy,
@@ -202,6 +204,27 @@ def test_a_weak_teacher_stops_the_run(config, tmp_path):
     with pytest.raises(TeacherError, match="MIN_AP 99"):
         run(config, "train.teacher_min_ap=99")
     assert not (tmp_path / "lazy" / "model_final.pth").exists()
+
+
+def test_the_teacher_is_measured_at_its_own_test_size(config, tmp_path, monkeypatch):
+    """The student's is 64 pixels, which its config gives as a list."""
+
+    def larger(cfg):
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 200
+
+    seen = []
+
+    def evaluated(model, loader, evaluator):
+        seen.append(tuple(next(iter(loader))[0]["image"].shape[1:]))
+        return {}
+
+    monkeypatch.setattr(lazy, "inference_on_dataset", evaluated)
+    cfg = load_lazy_config(config)
+    teacher = build_teacher(*save_teacher(tmp_path, edit=larger))
+    assert mapper.test_size_of(cfg) == (64, 1333) and teacher.test_size == (96, 200)
+    evaluate_lazy(cfg, teacher.detector)
+    evaluate_lazy(cfg, teacher.detector, lazy._test_for(teacher, cfg))
+    assert [min(shape) for shape in seen] == [64, 96]
 
 
 def test_what_breaks_evaluation_stops_the_run_before_the_first_step(

@@ -192,6 +192,20 @@ def test_min_ap_needs_one_set_to_measure_on(distil_cfg, tmp_path):
         trainer.train()
 
 
+def test_the_teacher_is_measured_at_its_own_test_size(distil_cfg, tmp_path, monkeypatch):
+    seen = []
+    measure = staticmethod(lambda cfg, model: seen.append((cfg.INPUT, model)))
+    monkeypatch.setattr(FgBgTrainer, "test", measure)
+    trainer = make_trainer(FgBgTrainer, distil_cfg, tmp_path / "kd", 5)
+    teacher = trainer.model.teacher
+    assert teacher.test_size == (64, distil_cfg.INPUT.MAX_SIZE_TEST)
+    teacher.test_size = 96, 200
+    trainer.test_teacher(teacher)
+    ((found, detector),) = seen
+    assert (found.MIN_SIZE_TEST, found.MAX_SIZE_TEST) == (96, 200) and detector is teacher.detector
+    assert distil_cfg.INPUT.MIN_SIZE_TEST == trainer.cfg.INPUT.MIN_SIZE_TEST == 64
+
+
 @pytest.mark.slow
 def test_measuring_the_teacher_does_not_change_training(distil_cfg, tmp_path):
     train(FgBgTrainer, distil_cfg, tmp_path / "a", 2)

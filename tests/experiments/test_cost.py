@@ -104,7 +104,8 @@ def test_the_picture_has_a_panel_each(coco):
     register_datasets(cfg)
     model = build_model(cfg).eval()
     record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[3]
-    picture = draw_side_by_side(cfg, record, {"a": model, "b": model}, score=0.5, width=100)
+    models = {"a": (cfg, model), "b": (cfg, model)}
+    picture = draw_side_by_side(cfg, record, models, score=0.5, width=100)
     assert picture.ndim == 3 and picture.shape[1] == 3 * (100 + 4)
     assert (picture[:22] == 0).any()  # the titles
     inputs = read_input(cfg, record["file_name"])
@@ -122,7 +123,7 @@ def test_the_picture_has_the_best_of_overlapping_detections(coco, monkeypatch):
     monkeypatch.setattr(
         side_by_side, "draw_boxes", lambda *a, **k: (drawn.append(a), draw_boxes(*a, **k))[1]
     )
-    draw_side_by_side(cfg, record, {"a": lambda _: [{"instances": found}]}, score=0.5)
+    draw_side_by_side(cfg, record, {"a": (cfg, lambda _: [{"instances": found}])}, score=0.5)
     (_, truth, *_), (_, _, numbers, *_) = drawn
     assert len(truth) == 3 and numbers.tolist() == [1, 0]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import timm
 import torch
@@ -307,6 +308,28 @@ def test_the_ap_of_the_teacher_is_of_its_test_size_and_of_its_present_weights(
     assert get() == get() == 1.0 and seen == [(96, 200)]
     save_teacher(tmp_path, seed=2, edit=larger)  # trained again, with the same path
     assert get() == 2.0
+
+
+def test_the_picture_shows_each_detector_at_its_own_test_size(arguments, tmp_path, monkeypatch):
+    def larger(cfg):
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.FORMAT = 96, "RGB"
+
+    cfg = tiny_cfg(arguments["test"], "shown")
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    cfg.MODEL.META_ARCHITECTURE = "FgBgDistiller"
+    cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = save_teacher(tmp_path, edit=larger)
+    (tmp_path / "distilled.yaml").write_text(cfg.dump())
+    seen = set()
+
+    def drawn(cfg, record, models, score):
+        for name, (own, _) in models.items():
+            seen.add((name, own.INPUT.MIN_SIZE_TEST, own.INPUT.FORMAT))
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(outcome, "load_detector", lambda *a: None)
+    monkeypatch.setattr(outcome, "draw_side_by_side", drawn)
+    outcome.write_picture(tmp_path, ["distilled"], with_teacher=True)
+    assert seen == {("teacher", 96, "RGB"), ("distilled", 64, "BGR")}
 
 
 @pytest.mark.parametrize("workers", [0, 4])
