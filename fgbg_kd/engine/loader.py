@@ -6,6 +6,7 @@ wrong, because the loading processes are some batches ahead of the training.
 
 import contextlib
 import itertools
+import logging
 import random
 import signal
 import sys
@@ -21,6 +22,8 @@ from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from ..utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def derived_seed(seed: int, *key: int) -> int:
@@ -91,7 +94,14 @@ class ResumableLoader:
         self.streams = [_Stream(sampler, self.batch_size, self._wide(dataset))]
         self.num_workers = num_workers
         self.start = 0
-        allow_many_open_files()
+        limit = allow_many_open_files()
+        needed = 100 + 6 * num_workers * self.batch_size  # two batches of three tensors an image
+        if num_workers and limit < needed:
+            logger.warning(
+                f"A process may open only {limit} files on this system, and {num_workers} loading "
+                f"processes may need {needed}. At the limit, the training would wait for ever. Let "
+                f"an administrator raise it (ulimit -n {needed}), or set DATALOADER.NUM_WORKERS 0."
+            )
 
     def _wide(self, dataset: Sequence[dict]) -> list[bool] | None:
         return [x["width"] > x["height"] for x in dataset] if self.grouping else None
@@ -194,21 +204,26 @@ class _Stream(NamedTuple):
                 bucket.clear()
 
 
-def allow_many_open_files() -> None:
+def allow_many_open_files() -> int:
     """Raises this process's limit of open files as far as a user may, to 65536 at most.
 
     Loading processes keep a file open for each tensor that they send. At the limit (1024 on many
     systems) they fail in a thread of their own, and the training would wait for them for ever.
+
+    Returns:
+        The limit now.
     """
     try:
         import resource
     except ImportError:  # not on Windows, which has no such limit
-        return
+        return sys.maxsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # a system may set a limit of its own
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _leave_interrupts_to_the_training(_worker: int) -> None:

@@ -154,3 +154,15 @@ def test_a_loader_may_open_more_files_than_a_low_limit_allows():
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_limit_of_open_files_that_is_too_low_is_told_before_the_training(
+    data_cfg, monkeypatch, caplog
+):
+    monkeypatch.setattr("fgbg_kd.engine.loader.allow_many_open_files", lambda: 64)
+    FgBgTrainer.build_train_loader(data_cfg)
+    assert "ulimit" not in caplog.text  # no loading process
+    data_cfg.DATALOADER.NUM_WORKERS = 2
+    FgBgTrainer.build_train_loader(data_cfg)
+    needed = 100 + 6 * 2 * data_cfg.SOLVER.IMS_PER_BATCH
+    assert f"only 64 files on this system, and 2 loading processes may need {needed}" in caplog.text
