@@ -225,7 +225,8 @@ def _as(default, value, name: str, source: str):
     """A value that yacs takes for a key with this default: yacs reads the text "2024" as a number.
 
     Raises:
-        ConfigError: one value where several are needed, or a number or a date where text is needed.
+        ConfigError: one value where several are needed, a float where a whole number is needed, or
+            a number or a date where text is needed.
     """
     read = value
     if isinstance(value, str):
@@ -236,6 +237,9 @@ def _as(default, value, name: str, source: str):
             f"{source}: {name} takes several values, and {read!r} is one: write ({read!r},) with "
             "the comma."
         )
+    if type(default) is int and isinstance(read, float):
+        hint = f": write {read:.0f}." if read.is_integer() else "."
+        raise ConfigError(f"{source}: {name} is a whole number, and {value} is a float{hint}")
     if not isinstance(default, str) or read is None or isinstance(read, (str, tuple, list)):
         return value
     if isinstance(value, str):  # of the command line, or in quotes: it is kept as it was written

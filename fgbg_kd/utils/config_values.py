@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST = {
     "SOLVER.MAX_ITER": 1,
-    "SOLVER.BASE_LR": 0,
+    "SOLVER.BASE_LR": 0.0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "DATALOADER.NUM_WORKERS": 0,
 }
@@ -22,7 +22,7 @@ _CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
 _LEAST_IN_PYTHON = {
     "train.max_iter": 1,
     "train.checkpointer.period": 1,
-    "optimizer.lr": 0,
+    "optimizer.lr": 0.0,
     "dataloader.train.num_workers": 0,
 }
 
@@ -31,13 +31,15 @@ def check_values(cfg: CfgNode | DictConfig) -> None:
     """Checks numbers of a YAML or Python config, and names in a YAML config.
 
     Raises:
-        ConfigError: a number is too small or NaN, SOLVER.STEPS do not fit SOLVER.MAX_ITER, or there
-            is nothing of a name.
+        ConfigError: a number is too small, NaN, or a float instead of a whole number, SOLVER.STEPS
+            do not fit SOLVER.MAX_ITER, or there is nothing of a name.
     """
     for key, least in (_LEAST if isinstance(cfg, CfgNode) else _LEAST_IN_PYTHON).items():
         value = _value(cfg, key)
         if isinstance(value, (int, float)) and not value >= least:  # NaN is not >= either
             raise ConfigError(f"{key} is {value}: give a number of at least {least}.")
+        if isinstance(least, int) and isinstance(value, float):  # train.max_iter=9e3
+            raise ConfigError(f"{key} is {value}: give a whole number, such as {value:.0f}.")
     if isinstance(cfg, CfgNode):
         _check_schedule(cfg.SOLVER)
         _check_names(cfg)

@@ -29,7 +29,10 @@ def merge_text(tmp_path, text):
         ),
         ("MODLE: {KD: {GATE: cell}}", r"there is no key MODLE: did you mean MODEL\?"),
         ("MODEL: {KD: {FGBG: {FG_WEIGHT: much}}}", "c.yaml: Type .*float.*str.*FGBG.FG_WEIGHT"),
-        ("MODEL: {KD: {WARMUP_ITERS: 0.5}}", "c.yaml: Type mismatch .*int.*float.*WARMUP_ITERS"),
+        (
+            "MODEL: {KD: {WARMUP_ITERS: 0.5}}",
+            "c.yaml: MODEL.KD.WARMUP_ITERS is a whole number, and 0.5 is a float",
+        ),
         ("MODEL: {KD: off}", "c.yaml: MODEL.KD is a group of keys"),
         ("MODEL: {KD: {METHOD: {cell: 1}}}", "MODEL.KD.METHOD is one value, not a group"),
         ("MODEL: [", "c.yaml is not a valid YAML file"),
@@ -76,6 +79,17 @@ def test_whole_numbers_are_floats_where_floats_are_meant(tmp_path):
     values = cfg.MODEL.KD.FGBG.FG_WEIGHT, cfg.MODEL.KD.TEACHER.MIN_AP, cfg.MODEL.KD.FGBG.BG_WEIGHT
     assert values == (2.0, 35.0, 0.0) and all(isinstance(v, float) for v in values)
     assert cfg.SOLVER.MAX_ITER == 7 and isinstance(cfg.SOLVER.MAX_ITER, int)
+
+
+@pytest.mark.parametrize(
+    "value, hint", [("9e3", ": write 9000"), ("9.0e+3", ": write 9000"), ("0.5", "")]
+)
+def test_a_float_is_refused_where_a_whole_number_is_meant(value, hint, tmp_path):
+    message = f"SOLVER.MAX_ITER is a whole number, and .* is a float{hint}\\.$"
+    with pytest.raises(ConfigError, match=message):
+        merge_text(tmp_path, f"SOLVER: {{MAX_ITER: {value}}}")
+    with pytest.raises(ConfigError, match=message):
+        merge_overrides(get_fgbg_kd_cfg(), ["SOLVER.MAX_ITER", value])
 
 
 @pytest.mark.parametrize("text", ["x = 1", ""])

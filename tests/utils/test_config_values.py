@@ -46,6 +46,9 @@ def test_so_is_a_number_of_a_python_config(key):
     OmegaConf.update(cfg, key, 0)
     with pytest.raises(ConfigError, match=f"{key} is 0"):
         check_values(cfg)
+    OmegaConf.update(cfg, key, 9e3)
+    with pytest.raises(ConfigError, match=f"{key} is 9000.0: give a whole number, such as 9000"):
+        check_values(cfg)
 
 
 def test_a_schedule_that_detectron2_does_not_know_is_refused_with_those_it_knows():
