@@ -297,7 +297,11 @@ class Video:
     def __init__(self, path: Path):
         self.capture = cv2.VideoCapture(str(path))
         if not self.capture.isOpened():
-            raise DataError(f"{path} is neither an image nor a video that OpenCV reads.")
+            raise DataError(
+                f"{path} is neither an image nor a video that OpenCV reads: give an image "
+                f"({', '.join(sorted(IMAGE_SUFFIXES))} and others that Pillow reads) or a video, "
+                "such as .mp4. Save a page of a PDF as an image first."
+            )
         self.count = int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT))
 
     def __iter__(self) -> Iterator[np.ndarray]:
