@@ -2,14 +2,17 @@
 
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import resize_of
 from .detectors.dense import DenseOutput, DenseView, DetectorView, view
 from .methods import Method, get_method
 from .utils.errors import ConfigError, DetectorError, TeacherError
@@ -103,13 +106,22 @@ def shrink_of(
     return math.sqrt(math.prod(size) / math.prod(teacher.input_size))
 
 
-def usual_size(cfg: CfgNode) -> tuple[int, int] | None:
+def usual_size(cfg: CfgNode | DictConfig) -> tuple[int, int] | None:
     """(height, width) of a training image of a config, with sides 3 : 4; None: not resized."""
-    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    if isinstance(cfg, CfgNode):
+        sizes, sampling = sorted(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        limit = cfg.INPUT.MAX_SIZE_TRAIN
+    else:
+        resize = resize_of(OmegaConf.select(cfg, "dataloader.train"))
+        if resize is None:
+            return None
+        sizes, sampling = resize.short_edge_length, resize.get("sample_style", "range")
+        sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
+        limit = resize.get("max_size", sys.maxsize)
     short = sizes[len(sizes) // 2]
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+    if sampling == "range":
         short = (sizes[0] + sizes[-1]) // 2
-    short = min(short, cfg.INPUT.MAX_SIZE_TRAIN * 3 // 4)
+    short = min(short, limit * 3 // 4)
     return (short, short * 4 // 3) if short else None
 
 

@@ -13,6 +13,7 @@ from conftest import (
 )
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 
 from fgbg_kd import METHOD_REGISTRY, Method
 from fgbg_kd.matching import usual_size
@@ -265,6 +266,13 @@ def test_the_usual_size_is_that_of_an_image_with_sides_3_to_4(sizes, sampling, l
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sizes, sampling
     cfg.INPUT.MAX_SIZE_TRAIN = largest
     assert usual_size(cfg) == usual
+    resize = {"short_edge_length": sizes, "sample_style": sampling, "max_size": largest}
+    loader = {"mapper": {"augmentations": [{"flip": True}, resize]}}
+    assert usual_size(OmegaConf.create({"dataloader": {"train": loader}})) == usual
+
+
+def test_a_python_config_without_resizing_has_no_usual_size():
+    assert usual_size(OmegaConf.create({"dataloader": {"train": {"mapper": {}}}})) is None
 
 
 class BoxesOnly(Method):

@@ -24,6 +24,7 @@ from ..config import get_fgbg_kd_cfg, student_model
 from ..data import BoxEvaluator, NamingMapper, check_same_classes, resize_of, training_classes
 from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
+from ..matching import usual_size
 from ..teacher import Teacher, check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained
@@ -287,6 +288,7 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
         tests=_names_of(cfg, "test"),
         classes=training_classes(cfg),
         mapper=instantiate(mapper),
+        longest=(resize_of(data.train) or {}).get("max_size", 0),
         filter_empty=data.train.dataset.get("filter_empty", True),
     )
 
@@ -294,7 +296,8 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
 def build_lazy(cfg: DictConfig) -> nn.Module:
     """Builds ``cfg.model`` and checks its number of classes against the training set.
 
-    As with a YAML config, an FgBgDistiller gets the class names of the training set. If its
+    As with a YAML config, an FgBgDistiller gets the class names of the training set and the usual
+    size of its images, unless the config gives ``classes`` and ``image_size``. If its
     ``warmup_iters`` is -1 or missing, it gets the warm-up length of ``lr_multiplier``.
     """
     classes = training_classes(cfg)
@@ -302,6 +305,8 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     if student_model(cfg.model) is not cfg.model:
         if "classes" not in cfg.model:
             cfg.model.classes = classes
+        if "image_size" not in cfg.model:
+            cfg.model.image_size = usual_size(cfg)
         if cfg.model.get("warmup_iters", -1) == -1:
             length = cfg.get("lr_multiplier", {}).get("warmup_length", 0.0)
             cfg.model.warmup_iters = round(length * cfg.train.max_iter)
