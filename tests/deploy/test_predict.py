@@ -278,3 +278,9 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path, monkeypatch, caps
     assert {p.name for p in out.glob("*.*")} == {*(f"{i}.png" for i in range(12)), "film.mp4"}
     assert len(list(out.glob("more/*.png"))) == 12
     assert cv2.VideoCapture(str(out / "film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+def test_a_pdf_is_refused_with_what_can_be_read(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4\n%%EOF\n")
+    with pytest.raises(DataError, match=r"a.pdf is neither .*\.jpg.*\.mp4.*page of a PDF"):
+        Video(tmp_path / "a.pdf")
