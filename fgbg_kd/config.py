@@ -97,12 +97,12 @@ def _add_methods(cfg: CN) -> None:
     """Options of each method. The method's file in fgbg_kd/methods has the formula."""
     kd = cfg.MODEL.KD
     fgbg = kd.FGBG = CN()
-    fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
+    fgbg.FG_WEIGHT = 24.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
     # Which cells of a box are foreground, and their weights. "scale": its cells on the one level
     # that fits its size, with equal weights. "teacher": its cells on all levels, weighted by the
-    # teacher's quality (GATE_QUALITY). "all": its cells on all levels, with equal weights on each
-    # level. "auto": "scale" for two RetinaNets, two FCOS or a two-stage teacher, otherwise
+    # teacher's score of the object's class. "all": its cells on all levels, with equal weights on
+    # each level. "auto": "scale" for two RetinaNets, two FCOS or a two-stage teacher, otherwise
     # "teacher".
     fgbg.ASSIGN = "auto"
     # Whether each channel of the features is scaled to mean 0 and variance 1 before the cosine:
@@ -112,15 +112,8 @@ def _add_methods(cfg: CN) -> None:
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
-    # Unit over which the qualities of teacher and student are compared: "cell", "object" or
-    # "image". "off" = the gate is open everywhere.
-    fgbg.GATE = "cell"
-    # The teacher's quality (0 to 1) must exceed the student's quality by more than this margin. A
-    # negative margin allows a worse teacher.
-    fgbg.GATE_MARGIN = -0.2
-    # Quality of a foreground prediction, for the gate and for ASSIGN "teacher". "score": the score
-    # of the class of the cell's box. "box": this score times the IoU with the box.
-    fgbg.GATE_QUALITY = "score"
+    # Whether the terms of a cell are scaled by how much better the teacher predicts it.
+    fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off
     kd.DEFEAT = CN({"WEIGHT": 4.0})  # scales loss_kd; 0 = off. 4 on COCO, 3 on VOC (authors)

@@ -365,7 +365,7 @@ def row(method, seed, ap, finished="2026-01-01", options=None, **changes):
         "seed": seed,
         "config": "c.yaml",
         "overrides": [],
-        "options": ({"gate_quality": "score"} if method[:4] == "FgBg" else {}) | (options or {}),
+        "options": ({"kl": "sigmoid"} if method[:4] == "FgBg" else {}) | (options or {}),
         **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), ap),
         "APl": None,
         "seconds_per_step": 0.5,

@@ -26,6 +26,7 @@ def losses_of(model, batch, iteration=0):
 
 
 def test_adds_two_losses_and_keeps_the_students_own(distil_cfg):
+    distil_cfg.MODEL.KD.FGBG.GATE = False  # a random teacher need not be better
     torch.manual_seed(3)
     distiller = build_model(distil_cfg)
     torch.manual_seed(3)
@@ -38,7 +39,7 @@ def test_adds_two_losses_and_keeps_the_students_own(distil_cfg):
 
 
 def test_gradients_reach_student_and_adapters_and_never_the_teacher(distil_cfg):
-    distil_cfg.MODEL.KD.FGBG.GATE, distil_cfg.MODEL.KD.FGBG.ASSIGN = "off", "all"
+    distil_cfg.MODEL.KD.FGBG.GATE, distil_cfg.MODEL.KD.FGBG.ASSIGN = False, "all"
     model = build_model(distil_cfg)
     losses = losses_of(model, make_batch())
     (losses["loss_kd_fg"] + losses["loss_kd_bg"]).backward()
@@ -148,7 +149,7 @@ def test_gate_shares_reach_the_event_storage(distil_cfg):
 
 def test_padding_is_neither_foreground_nor_background(distil_cfg):
     """In a batch with a large image, predictions on a small image's padding change no term."""
-    distil_cfg.MODEL.KD.FGBG.GATE = "off"
+    distil_cfg.MODEL.KD.FGBG.GATE = False
     model = build_model(distil_cfg)
     seen = []
     hook = model.method.register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -189,7 +190,7 @@ def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil
 
 
 def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
-    distil_cfg.MODEL.KD.FGBG.BG_WEIGHT, distil_cfg.MODEL.KD.FGBG.GATE = 0.0, "off"
+    distil_cfg.MODEL.KD.FGBG.BG_WEIGHT, distil_cfg.MODEL.KD.FGBG.GATE = 0.0, False
     model = build_model(distil_cfg)
     calls = []
     model.teacher.detector.head.register_forward_hook(lambda *_: calls.append(1))
@@ -197,9 +198,7 @@ def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
     assert not calls
 
 
-@pytest.mark.parametrize("gate, quality", [("cell", "box"), ("cell", "score"), ("off", "box")])
-def test_the_box_branch_runs_only_for_boxes_in_the_gate(distil_cfg, gate, quality):
-    distil_cfg.MODEL.KD.FGBG.GATE, distil_cfg.MODEL.KD.FGBG.GATE_QUALITY = gate, quality
+def test_the_teachers_box_branch_is_not_run(distil_cfg):
     model, runs, batch = build_model(distil_cfg), [], make_batch()
     images = model.teacher.detector.preprocess_image(batch).tensor
     teacher = model.teacher.view
@@ -207,7 +206,7 @@ def test_the_box_branch_runs_only_for_boxes_in_the_gate(distil_cfg, gate, qualit
     model.teacher.detector.head.bbox_subnet.register_forward_hook(lambda *_: runs.append(1))
     got = teacher.run(images, boxes=False).logits
     assert losses_of(model, batch)["loss_kd_bg"] > 0
-    assert bool(runs) == (gate != "off" and quality == "box")
+    assert not runs
     for a, b in zip(got, expected):
         assert torch.equal(a, b)
 
@@ -215,6 +214,7 @@ def test_the_box_branch_runs_only_for_boxes_in_the_gate(distil_cfg, gate, qualit
 @pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_teacher_runs_in_its_own_precision(distil_cfg, name, dtype):
     distil_cfg.MODEL.KD.TEACHER.PRECISION = name
+    distil_cfg.MODEL.KD.FGBG.GATE = False  # a random teacher need not be better
     model = build_model(distil_cfg)
     seen = []
     model.teacher.detector.head.cls_score.register_forward_hook(lambda *a: seen.append(a[2].dtype))

@@ -34,7 +34,7 @@ from fgbg_kd.utils.errors import TeacherError
 @pytest.mark.parametrize("kinds", [("RetinaNet", "FCOS"), ("FCOS", "RetinaNet"), ("FCOS", "FCOS")])
 def test_fcos_and_retinanet_teach_each_other_both_terms_under_the_gate(kinds):
     student, teacher = (detector(kind, seed=i) for i, kind in enumerate(kinds))
-    model = distiller(student, teacher, assign="all", gate_margin=0.0)
+    model = distiller(student, teacher, assign="all")
     with EventStorage(19) as storage:
         losses = model(make_batch())
         assert 0 < storage.latest()["kd/fg_gate"][0] < 1
@@ -52,7 +52,7 @@ def test_with_other_anchors_the_background_compares_the_best_of_a_cell(key, valu
     def other(cfg):
         cfg.MODEL.ANCHOR_GENERATOR[key] = value
 
-    model = distiller(detector(seed=0), detector(edit=other), gate="off")
+    model = distiller(detector(seed=0), detector(edit=other), gate=False)
     losses, batch = seen_by(model)
     assert not batch.same_anchors
 
@@ -221,7 +221,7 @@ def test_a_two_stage_teacher_teaches_by_its_features_and_the_log_says_why(caplog
     with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
         model = distiller(detector(seed=0), faster_rcnn())
     assert "GeneralizedRCNN, predicts no classes per cell" in caplog.text
-    changes = "BG_WEIGHT 0.0", "ASSIGN scale", "GATE off"
+    changes = "BG_WEIGHT 0.0", "ASSIGN scale", "GATE False"
     assert ", ".join(f"MODEL.KD.FGBG.{change}" for change in changes) in caplog.text
     losses, batch = seen_by(model)
     assert {k for k in losses if "kd" in k} == {"loss_kd_fg"} and losses["loss_kd_fg"] > 0

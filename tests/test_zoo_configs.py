@@ -126,7 +126,7 @@ def load_small(path, coco_like, folder):
     if path.stem == "ssd300_vgg16":  # of 300 x 300 pixels, with all its channels
         cfg.SOLVER.IMS_PER_BATCH = 1
     cfg.SOLVER.WARMUP_ITERS = 0
-    cfg.MODEL.KD.FGBG.GATE = "off"  # a random teacher need not be better anywhere
+    cfg.MODEL.KD.FGBG.GATE = False  # a random teacher need not be better anywhere
     cfg.OUTPUT_DIR = str(folder)
     register_datasets(cfg)
     return cfg

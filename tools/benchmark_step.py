@@ -2,7 +2,7 @@
 """Times the plain training step, the teacher's forward pass and the step of each method, in turn.
 
 Example:
-    tools/benchmark_step.py --images 2 --size 384 640 --methods FgBg "FgBg GATE=off" PKD
+    tools/benchmark_step.py --images 2 --size 384 640 --methods FgBg "FgBg GATE=False" PKD
 
 Weights, images and boxes are random. Times are the 20 %, 50 % and 80 % quantiles. They are measured
 with CUDA events on a GPU, and with the wall clock on a CPU.
@@ -147,7 +147,7 @@ def main() -> None:
         nargs="+",
         default=["FgBg"],
         metavar="METHOD",
-        help='named as in compare.py: PKD "FgBg GATE=off"',
+        help='named as in compare.py: PKD "FgBg GATE=False"',
     )
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     parser.add_argument("--csv", type=Path, help="also write the rows there")

@@ -3,7 +3,7 @@
 
 Example:
     tools/compare.py --config-file configs/quickstart/scenes_distilled.yaml --seeds 5 \\
-        --methods plain FgBg PKD "PKD WEIGHT=2" "FgBg GATE=off" --set SOLVER.MAX_ITER 1000
+        --methods plain FgBg PKD "PKD WEIGHT=2" "FgBg GATE=False" --set SOLVER.MAX_ITER 1000
 
 A method is `plain` (no distillation) or a value of MODEL.KD.METHOD. Options follow as KEY=VALUE.
 A finished run is not repeated. An interrupted run is resumed. Each run is evaluated once, after its

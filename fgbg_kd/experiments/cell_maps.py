@@ -24,10 +24,10 @@ class CellMaps(NamedTuple):
         strides: of each level, in pixels.
         cosine: (1, R), cosine between the adapted features of the student and the features of the
             teacher. None if the channels differ and there is no adapter.
-        gate: (1, R), 1 where the student learns from the teacher. None if the teacher is not dense.
+        gate: (1, R) in [0, 1], how far the student follows the teacher. None if the teacher is not
+            dense.
         kl: (1, R), the background KL times the gate, as in the loss. None if the teacher is not
             dense.
-        margin: the margin of the gate.
     """
 
     cells: Split
@@ -35,7 +35,6 @@ class CellMaps(NamedTuple):
     cosine: Tensor | None = None
     gate: Tensor | None = None
     kl: Tensor | None = None
-    margin: float = 0.0
 
 
 @contextmanager
@@ -77,7 +76,7 @@ def cell_maps(
 ) -> CellMaps:
     """The maps of an image, with the options of FgBg. Another method gets the defaults of FgBg.
 
-    If GATE is off, the map of the gate shows where the gate "cell" would be open.
+    If GATE is False, the map of the gate shows the gate that GATE True would have.
 
     Args:
         inputs: see :func:`run_both`.
@@ -97,19 +96,10 @@ def cell_maps(
         cosine = torch.cat([cosine_similarity(s, t).flatten(1) for s, t in levels], dim=1)
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
-    found = batch.compare(
-        cells, boxes=fgbg.gate_quality == "box", kl=fgbg.kl, temperature=fgbg.temperature
-    )
-    off = fgbg.gate == "off"
-    gate = teacher_gate(
-        found.student_quality,
-        found.teacher_quality,
-        cells,
-        mode="cell" if off else fgbg.gate,
-        margin=fgbg.gate_margin,
-    )
-    kl = found.kl if off else found.kl * gate
-    return CellMaps(cells, batch.strides, cosine, gate, kl, fgbg.gate_margin)
+    found = batch.compare(cells, kl=fgbg.kl, temperature=fgbg.temperature)
+    gate = teacher_gate(found.student_quality, found.teacher_quality, cells)
+    kl = found.kl * gate if fgbg.gate else found.kl
+    return CellMaps(cells, batch.strides, cosine, gate, kl)
 
 
 def own_adapters(distiller: FgBgDistiller) -> Sequence[nn.Module] | None:

@@ -212,9 +212,7 @@ def _columns(maps: dict[str, CellMaps]) -> dict[str, _Column]:
         )
     }
     if last.gate is not None:
-        margin = f" {'-' if last.margin < 0 else '+'} {abs(last.margin):g}" if last.margin else ""
-        gate = _gate_column(_levels(last, last.gate), foreground, background)
-        columns[f"gate: teacher > student{margin}"] = gate
+        columns["gate"] = _gate_column(_levels(last, last.gate), foreground, background)
     for name, one in maps.items():
         if one.cosine is not None:
             cosine = _levels(one, one.cosine)
@@ -231,7 +229,7 @@ def _columns(maps: dict[str, CellMaps]) -> dict[str, _Column]:
         columns["background KL"] = _Column(
             kl,
             [f"sum {np.nansum(x):.2g}" for x in kl],
-            "KL where the gate is open",
+            "KL times the gate",
             cmap="magma",
             norm=PowerNorm(0.5, 0, max(float(last.kl.max()), 1e-9)),
         )
@@ -239,11 +237,11 @@ def _columns(maps: dict[str, CellMaps]) -> dict[str, _Column]:
 
 
 def _gate_column(gate, foreground, background) -> _Column:
-    shares = [_means(gate, masks, "{:.0%}") for masks in (foreground, background)]
+    shares = [_means(gate, masks, "{:.2f}") for masks in (foreground, background)]
     return _Column(
         _only(gate, [f | b for f, b in zip(foreground, background)]),
-        [f"open: foreground {f}, background {b}" for f, b in zip(*shares)],
-        {"open: the student learns": TEACHER_COLOR, "closed": STUDENT_COLOR},
+        [f"mean: foreground {f}, background {b}" for f, b in zip(*shares)],
+        {"1: the teacher is much better": TEACHER_COLOR, "0: it is not better": STUDENT_COLOR},
         cmap=LinearSegmentedColormap.from_list("gate", [STUDENT_COLOR, TEACHER_COLOR]),
         vmin=0,
         vmax=1,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..ops import Comparison, Split, cosine_loss, standardise, teacher_gate
-from ..ops.gate import MODES
 from ..utils.processes import world_mean
 from .adapters import build_adapters
 from .base import (
@@ -19,6 +18,10 @@ from .base import (
     check_positive,
     or_one,
 )
+
+# The gate of an object if predictions are not compared. A good teacher leads by about this much
+# early in training, so that FG_WEIGHT has a similar effect with and without a gate.
+_USUAL_LEAD = 1 / 3
 
 
 @METHOD_REGISTRY.register()
@@ -32,7 +35,8 @@ class FgBg(Method):
     each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`) with STANDARDISE always;
     otherwise the identity. w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher,
     :meth:`fgbg_kd.ops.Split.weighted` by the teacher's quality). g: the gate
-    (:func:`fgbg_kd.ops.teacher_gate`). F: number of foreground cells. tau: temperature.
+    (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1/3 on foreground and 1 on background.
+    F: number of foreground cells. tau: temperature.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Cells with a closed gate still count in the divisors, so
@@ -52,9 +56,7 @@ class FgBg(Method):
         standardise: str,
         kl: str,
         temperature: float,
-        gate: str,
-        gate_margin: float,
-        gate_quality: str,
+        gate: bool,
     ):
         super().__init__()
         check_not_negative("FGBG", fg_weight=fg_weight, bg_weight=bg_weight)
@@ -62,18 +64,15 @@ class FgBg(Method):
         check_choice("FGBG.ASSIGN", assign, ("auto", "teacher", "scale", "all"))
         check_choice("FGBG.STANDARDISE", standardise, ("auto", "always", "never"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
-        check_choice("FGBG.GATE", gate, ("off", *MODES))
-        check_choice("FGBG.GATE_QUALITY", gate_quality, ("score", "box"))
+        check_choice("FGBG.GATE", gate, (True, False))
         self.fg_weight, self.bg_weight = fg_weight, bg_weight
         self.assign = "scale" if assign == "auto" else assign
         self.standardises = standardise == "always"
-        self.kl, self.temperature = kl, temperature
-        self.gate, self.gate_margin, self.gate_quality = gate, gate_margin, gate_quality
+        self.kl, self.temperature, self.gate = kl, temperature, gate
         weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
         self.losses = [name for name, weight in weights.items() if weight > 0]
-        self.needs_quality = gate != "off" or (fg_weight > 0 and self.assign == "teacher")
+        self.needs_quality = gate or (fg_weight > 0 and self.assign == "teacher")
         self.needs_logits = bg_weight > 0 or self.needs_quality
-        self.needs_boxes = self.needs_quality and gate_quality == "box"
         # Only a foreground term needs adapters. DistributedDataParallel fails on unused parameters.
         channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
         self.adapters = build_adapters(*channels)
@@ -85,7 +84,7 @@ class FgBg(Method):
     @classmethod
     def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
         assign = "scale" if options["assign"] in ("auto", "teacher") else options["assign"]
-        return {**options, "bg_weight": 0.0, "gate": "off", "assign": assign}
+        return {**options, "bg_weight": 0.0, "gate": False, "assign": assign}
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class FgBg(Method):
             total = (gate * found.kl).sum()
             divisor = torch.where(num_fg > 0, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * total / or_one(divisor)
-        return losses, shares(cells, gate, found)
+        return losses, shares(cells, gate, self.gate)
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""
@@ -136,7 +135,6 @@ class FgBg(Method):
             return Comparison()
         return batch.compare(
             cells,
-            boxes=self.needs_boxes,
             kl=self.kl if self.bg_weight > 0 else None,
             temperature=self.temperature,
             quality=self.needs_quality,
@@ -144,23 +142,25 @@ class FgBg(Method):
 
     def open_gate(self, cells: Split, found: Comparison) -> Tensor:
         """(N, R): g in [0, 1]; 0 on padding."""
-        if self.gate == "off":
-            return (cells.foreground | cells.background).float()
-        quality = found.student_quality, found.teacher_quality
-        return teacher_gate(*quality, cells, mode=self.gate, margin=self.gate_margin)
+        if not self.gate:
+            return cells.foreground * _USUAL_LEAD + cells.background
+        return teacher_gate(found.student_quality, found.teacher_quality, cells)
 
 
-def shares(cells: Split, gate: Tensor, found: Comparison) -> dict[str, Tensor]:
-    """Statistics: shares of foreground and background cells. NaN: there are no such cells.
+def shares(cells: Split, gate: Tensor, gated: bool) -> dict[str, Tensor]:
+    """Statistics of foreground and background cells. NaN: there are no such cells.
+
+    Args:
+        gated: whether the gate compares predictions.
 
     Returns:
-        kd/fg_gate, kd/bg_gate: share of cells with an open gate. kd/fg_better, kd/bg_better: share
-        of cells in which the teacher's quality is higher than the student's; left out without
-        qualities.
+        kd/fg_gate, kd/bg_gate: mean of the gate. kd/fg_better, kd/bg_better: share of cells in
+        which the teacher is better than the student (foreground) or not worse (background), as the
+        gate compares them. Without a gate they are left out.
     """
     maps = {"gate": gate}
-    if found.teacher_quality is not None:
-        maps["better"] = found.teacher_quality > found.student_quality
+    if gated:
+        maps["better"] = torch.where(cells.foreground, gate > 0, gate == 1).float()
     parts = {"fg": cells.foreground.float(), "bg": cells.background.float()}
     return {
         f"kd/{part}_{what}": (value * mask).sum() / mask.sum()

@@ -1,52 +1,36 @@
-"""The gate: it selects the cells in which the teacher's prediction is better."""
+"""The gate: how far the student follows the teacher at each cell."""
 
 import torch
 from torch import Tensor
 
 from .split import Split
 
-MODES = ("cell", "object", "image")
-
 
 @torch.no_grad()
-def teacher_gate(
-    student: Tensor, teacher: Tensor, cells: Split, *, mode: str, margin: float
-) -> Tensor:
-    """1 where the teacher's quality > the student's quality + margin, else 0.
+def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Tensor:
+    """The gate g: the teacher's lead on an object, and 1 on most of the background.
+
+    - All cells of an object share max(0, t - s). t and s are the highest qualities of teacher and
+      student in the cells of the object. A detector predicts an object in few of its cells. In its
+      other cells, a comparison would be noise.
+    - A background cell has min(1, t / s), with its own qualities. So g is lower only where the
+      teacher sees an object that is not there and the student does not.
 
     Args:
-        student, teacher: (N, R) qualities (:func:`fgbg_kd.ops.prediction_quality`).
+        student, teacher: (N, R) qualities in [0, 1] (:func:`fgbg_kd.ops.prediction_quality`).
         cells: the split of the same cells.
-        mode: the cells that share one decision, by their mean advantage. "cell": each cell decides
-            alone. "object": all cells of a box; each background cell decides alone. "image": all
-            foreground cells of an image, and separately all its background cells.
-        margin: the advantage (teacher's quality - student's quality) must exceed it. A negative
-            margin allows a worse teacher.
 
     Returns:
-        (N, R) float32, without a gradient. It is 0 on padding.
-
-    Raises:
-        ValueError: the mode is unknown.
+        (N, R) in [0, 1], without a gradient. It is 0 on padding.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}: choose one of {MODES}.")
-    real = (cells.foreground | cells.background).float()
-    advantage = teacher - student
-    if mode == "object":
-        owner, num_boxes = cells.box_index.clamp(min=0).long(), cells.boxes.shape[1]
-        mean = _group_mean(advantage, owner, num_boxes, cells.foreground)
-        advantage = torch.where(cells.foreground, mean, advantage)
-    elif mode == "image":
-        whole = torch.zeros_like(cells.box_index, dtype=torch.long)
-        fg = _group_mean(advantage, whole, 1, cells.foreground)
-        bg = _group_mean(advantage, whole, 1, cells.background)
-        advantage = torch.where(cells.foreground, fg, bg)
-    return real * (advantage > margin)
+    lead = (best_of_object(teacher, cells) - best_of_object(student, cells)).clamp(min=0)
+    ratio = torch.where(teacher >= student, 1.0, teacher / student)
+    return torch.where(cells.foreground, lead, torch.where(cells.background, ratio, 0))
 
 
-def _group_mean(value: Tensor, group: Tensor, num_groups: int, mask: Tensor) -> Tensor:
-    """(N, R): for each cell, the mean of the masked values in its image and group."""
-    zeros = value.new_zeros(len(value), num_groups)
-    total, count = (zeros.scatter_add(1, group, x) for x in (value * mask, mask.to(value.dtype)))
-    return (total / count.clamp(min=1)).gather(1, group)
+def best_of_object(quality: Tensor, cells: Split) -> Tensor:
+    """(N, R): at each foreground cell the highest quality in the cells of its object."""
+    owner = cells.box_index.clamp(min=0).long()
+    best = quality.new_zeros(len(quality), cells.boxes.shape[1])
+    best = best.scatter_reduce(1, owner, torch.where(cells.foreground, quality, 0), "amax")
+    return best.gather(1, owner)

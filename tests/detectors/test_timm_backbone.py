@@ -183,7 +183,7 @@ def test_a_light_student_learns_from_a_teacher_of_other_input_and_width(teacher_
     cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT = "mobilenetv3_small_050", "RGB"
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
     cfg.MODEL.KD.TEACHER.CONFIG, cfg.MODEL.KD.TEACHER.WEIGHTS = teacher_files
-    cfg.MODEL.KD.FGBG.GATE = "off"
+    cfg.MODEL.KD.FGBG.GATE = False
     with EventStorage(0):
         losses = build_model(cfg).train()(make_batch())
     assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0

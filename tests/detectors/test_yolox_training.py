@@ -59,10 +59,8 @@ def test_a_pair_trains_a_step(student, teacher, same):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["QFL", "FgBg"])
-def test_methods_that_need_the_normaliser_or_boxes_run(method):
-    options = {"QFL": {}, "FgBg": {"gate_quality": "box"}}[method]
-    model = distiller(yolox_detector(), yolox_detector(seed=2), name=method, **options)
+def test_a_method_that_needs_the_normaliser_runs():
+    model = distiller(yolox_detector(), yolox_detector(seed=2), name="QFL")
     found = losses_of(model)
     assert all(v.isfinite() and v > 0 for v in found.values())
     sum(found.values()).backward()

@@ -55,7 +55,7 @@ def test_the_first_batchs_shares_are_logged_and_a_good_teacher_is_not_warned_of(
 ):
     text = messages(distil_cfg, tmp_path / "run", caplog, 3.0, 20)
     first = re.findall(r"First batch: kd/fg_gate ([\d.]+), kd/fg_better ([\d.]+), kd/bg_gate", text)
-    assert len(first) == 1 and float(first[0][0]) > 0.5
+    assert len(first) == 1 and float(first[0][0]) > 0.5 and float(first[0][1]) == 1
     assert WARNING not in text
 
 

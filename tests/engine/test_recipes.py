@@ -17,7 +17,7 @@ from fgbg_kd.engine.resume import warm_up
 @pytest.fixture(params=["plain", "distilled"])
 def cfg(request, coco, distil_cfg):
     cfg = distil_cfg if request.param == "distilled" else tiny_cfg(coco)
-    cfg.MODEL.KD.FGBG.GATE = "off"  # so that both terms are over 0
+    cfg.MODEL.KD.FGBG.GATE = False  # so that both terms are over 0
     cfg.DATASETS.TEST, cfg.DATASETS.TEST_JSON = (), ""
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
     warm_up(4)  # so that runs in this process round alike
@@ -39,7 +39,7 @@ def test_many_sizes_crop_and_flip_give_both_trainings_the_same_images(coco, dist
         config.INPUT.MIN_SIZE_TRAIN = (48, 64, 97)
         config.INPUT.CROP.ENABLED, config.INPUT.CROP.SIZE = True, [0.5, 0.7]
         config.INPUT.RANDOM_FLIP = "horizontal"
-        config.MODEL.KD.FGBG.GATE = "off"
+        config.MODEL.KD.FGBG.GATE = False
         config.DATASETS.TEST, config.DATASETS.TEST_JSON = (), ""
         trainer = make_trainer(FgBgTrainer, config, tmp_path / name, 6)
         images = seen[name] = []

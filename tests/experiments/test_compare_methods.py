@@ -37,8 +37,8 @@ def compare(monkeypatch, *arguments: str) -> None:
         ("PKD WEIGHT=2", ["MODEL.KD.PKD.WEIGHT", "2"]),
         ("PKD WARMUP_ITERS=5", ["MODEL.KD.WARMUP_ITERS", "5"]),
         (
-            "FgBg GATE=off BG_WEIGHT=0",
-            ["MODEL.KD.FGBG.GATE", "off", "MODEL.KD.FGBG.BG_WEIGHT", "0"],
+            "FgBg GATE=False BG_WEIGHT=0",
+            ["MODEL.KD.FGBG.GATE", "False", "MODEL.KD.FGBG.BG_WEIGHT", "0"],
         ),
         ("FgBg SOLVER.BASE_LR=1", ["SOLVER.BASE_LR", "1"]),
         ("plain SOLVER.MAX_ITER=3", ["SOLVER.MAX_ITER", "3"]),
@@ -60,7 +60,7 @@ def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
         ("PKD KD=1", "PKD does not read KD"),
         # The run would not read the key, so its row would have a wrong name.
         ("plain WEIGHT=1", "plain does not read WEIGHT: it has no options of its own"),
-        ("PKD GATE=off", "PKD does not read GATE: its options"),
+        ("PKD GATE=False", "PKD does not read GATE: its options"),
         ("PKD MODEL.KD.FGBG.FG_WEIGHT=9", "PKD does not read MODEL.KD.FGBG.FG_WEIGHT"),
         ("plain MODEL.KD.FGBG.FG_WEIGHT=9", "plain does not read"),
         # Keys that the comparison sets.

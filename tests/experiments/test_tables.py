@@ -51,9 +51,9 @@ def test_a_table_of_any_rows_keeps_its_cells():
 
 def test_rows_are_grouped_by_comparison_method_and_seed_and_the_later_row_counts():
     rows = [
-        row("FgBg", 2, 1.0, options={"gate": "cell", "bg_weight": 1.0}),
-        row("FgBg", 0, 2.0, options={"gate": "cell"}),
-        row("FgBg GATE=cell", 0, 3.0, options={"gate": "cell"}),
+        row("FgBg", 2, 1.0, options={"gate": True, "bg_weight": 1.0}),
+        row("FgBg", 0, 2.0, options={"gate": True}),
+        row("FgBg GATE=True", 0, 3.0, options={"gate": True}),
         row("PKD MODEL.KD.PKD.WEIGHT=2 SOLVER.MAX_ITER=9", 0, 5.0, options={"weight": 2.0}),
         row("FgBg MODEL.KD.FGBG.BG_WEIGHT=2", 0, 7.0, options={"bg_weight": 2.0}),
         row("FgBg", 0, 6.0, overrides=["SEED", "1"]),
@@ -68,15 +68,15 @@ def test_rows_are_grouped_by_comparison_method_and_seed_and_the_later_row_counts
 
 
 def test_a_row_keeps_its_meaning_when_a_default_changes():
-    typed_without_options = row("FgBg", 0, 4.0, options={"gate": "off", "bg_weight": 3.0})
-    assert name_of(typed_without_options) == "FgBg GATE=off BG_WEIGHT=3"
+    typed_without_options = row("FgBg", 0, 4.0, options={"gate": False, "bg_weight": 3.0})
+    assert name_of(typed_without_options) == "FgBg GATE=False BG_WEIGHT=3"
 
 
 def test_a_table_begins_with_teacher_plain_and_fgbg_and_then_has_the_best_peer():
-    rows = [row("PKD", 0, 5.0), row("FgBg GATE=off", 0, 7.0, options={"gate": "off"})]
+    rows = [row("PKD", 0, 5.0), row("FgBg GATE=False", 0, 7.0, options={"gate": False})]
     rows += [row("MGD WEIGHT=1", 0, 6.0, options={"weight": 1.0}), row("plain", 0, 1.0)]
     rows += [row("FgBg", 0, 2.0), row("teacher", None, 9.0), row("MGD", 0, 3.0)]
-    order = ["teacher", "plain", "FgBg", "FgBg GATE=off", "MGD", "MGD WEIGHT=1", "PKD"]
+    order = ["teacher", "plain", "FgBg", "FgBg GATE=False", "MGD", "MGD WEIGHT=1", "PKD"]
     assert list(group(rows)["c.yaml"]) == order
 
 
@@ -148,13 +148,13 @@ def test_tuning_has_one_row_a_method_with_the_best_choice_in_bold():
 
 def test_a_row_is_named_by_what_its_title_does_not_say():
     node = "MODEL.KD.FGBG"
-    shared = {"overrides": [f"{node}.GATE_QUALITY", "box", f"{node}.GATE_MARGIN", "0"]}
-    options = {"gate_quality": "box", "gate_margin": 0.0, "fg_weight": 8.0}
-    other = {"gate_quality": "score", "gate_margin": -0.2, "fg_weight": 3.0}
+    shared = {"overrides": [f"{node}.KL", "softmax", f"{node}.TEMPERATURE", "2"]}
+    options = {"kl": "softmax", "temperature": 2.0, "fg_weight": 24.0}
+    other = {"kl": "sigmoid", "temperature": 1.0, "fg_weight": 3.0}
     assert name_of(row("FgBg", 0, 1.0, options=options, **shared)) == "FgBg"
-    typed = "FgBg FG_WEIGHT=3 GATE_QUALITY=score GATE_MARGIN=-0.2"
+    typed = "FgBg FG_WEIGHT=3 KL=sigmoid TEMPERATURE=1"
     named = name_of(row(typed, 0, 1.0, options=other, **shared))
-    assert named == "FgBg GATE_QUALITY=score GATE_MARGIN=-0.2 FG_WEIGHT=3"
+    assert named == "FgBg KL=sigmoid TEMPERATURE=1 FG_WEIGHT=3"
     weight = {"overrides": ["MODEL.KD.PKD.WEIGHT", "2"], "options": {"weight": 2.0}}
     assert name_of(row("PKD", 0, 9.0, **weight)) == "PKD"
     assert name_of(row("PKD WEIGHT=2", 0, 9.0, options={"weight": 2.0})) == "PKD WEIGHT=2"
@@ -169,8 +169,8 @@ def test_others_are_compared_with_fgbg_as_the_config_makes_it(with_variant):
     rows = [row("plain", 0, 10.0), row("PKD", 0, 12.0)]
     rows += [row("FgBg", 0, 15.0, options={"fg_weight": 5.0})]
     if with_variant:
-        variant = {"fg_weight": 5.0, "gate": "off"}
-        rows.append(row("FgBg GATE=off", 0, 14.0, options=variant))
+        variant = {"fg_weight": 5.0, "gate": False}
+        rows.append(row("FgBg GATE=False", 0, 14.0, options=variant))
     methods = group(rows)["c.yaml"]
     assert reference(methods) == "FgBg FG_WEIGHT=5"
     table = cells(comparison_tables(methods))

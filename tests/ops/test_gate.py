@@ -5,6 +5,8 @@ import torch
 from conftest import make_batch, tiny_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, pairwise_iou
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fgbg_kd.detectors.dense import view
 from fgbg_kd.ops import prediction_quality, split, teacher_gate
@@ -60,46 +62,71 @@ def test_quality_is_score_of_the_class_times_iou_or_one_minus_the_best_score():
     assert (by_score >= got).all() and (by_score[owned.foreground] > got[owned.foreground]).all()
 
 
-def test_cell_gate_opens_where_the_teacher_is_better_by_the_margin():
-    student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.9]]), torch.tensor([[0.3, 0.5, 0.55, 0.2]])
-    assert teacher_gate(student, teacher, upper_row(), mode="cell", margin=0.0).tolist() == [
-        [1, 0, 1, 0]
-    ]
-    gate = teacher_gate(student, teacher, upper_row(), mode="cell", margin=0.1)
-    assert gate.tolist() == [[1, 0, 0, 0]]
+def gate_of(student, teacher, owned=None):
+    return teacher_gate(torch.tensor([student]), torch.tensor([teacher]), owned or upper_row())
 
 
-def test_object_gate_averages_over_the_cells_of_the_box():
-    student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.1]]), torch.tensor([[0.6, 0.2, 0.4, 0.2]])
-    gate = teacher_gate(student, teacher, upper_row(), mode="object", margin=0.0)
-    assert gate.tolist() == [[1, 1, 0, 1]]  # +0.5 and -0.3 average to +0.1; background by cell
+def test_the_gate_of_an_object_is_the_lead_of_the_teachers_best_cell():
+    """The cells need not be the same: 0.6 against 0.5, not the mean of +0.5 and -0.3."""
+    gate = gate_of([0.1, 0.5, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0])
+    torch.testing.assert_close(gate, torch.tensor([[0.1, 0.1, 1, 1]]))
 
 
-def test_image_gate_averages_foreground_and_background_apart():
-    student, teacher = torch.tensor([[0.1, 0.5, 0.5, 0.1]]), torch.tensor([[0.6, 0.2, 0.3, 0.2]])
-    gate = teacher_gate(student, teacher, upper_row(), mode="image", margin=0.0)
-    assert gate.tolist() == [[1, 1, 0, 0]]
+@pytest.mark.parametrize("teacher", [0.5, 0.2, 0.0])
+def test_an_object_that_the_student_sees_as_well_has_a_closed_gate(teacher):
+    assert gate_of([0.5, 0.1, 1.0, 1.0], [teacher, 0.0, 1.0, 1.0]).tolist() == [[0, 0, 1, 1]]
 
 
-def test_background_does_not_count_for_the_first_object_nor_padding_for_the_background():
-    student = torch.full((1, 4), 0.5)
-    worse_below = torch.tensor([[0.6, 0.6, 0.0, 0.0]])
-    gate = teacher_gate(student, worse_below, upper_row(), mode="object", margin=0.0)
-    assert gate.tolist() == [[1, 1, 0, 0]]
-    box = [torch.tensor([[0.0, 0, 8, 8]])]
-    right_is_padding = split(box, [(16, 8)], [(2, 2)], [8], assign="all")
-    teacher = torch.tensor([[0.6, 0.0, 0.6, 0.0]])
-    gate = teacher_gate(student, teacher, right_is_padding, mode="image", margin=0.0)
-    assert gate.tolist() == [[1, 0, 1, 0]]
+def test_the_gate_of_a_background_cell_is_the_ratio_of_the_qualities_and_at_most_1():
+    """0.2 against 0.8: the teacher sees an object there, and the student does not."""
+    gate = gate_of([0.0, 0.0, 0.8, 0.5], [1.0, 0.0, 0.2, 0.9])
+    torch.testing.assert_close(gate, torch.tensor([[1, 1, 0.25, 1]]))
 
 
-@pytest.mark.parametrize("mode", ["object", "image"])
-def test_the_mean_of_a_group_is_of_its_own_cells_and_compared_with_the_margin(mode):
-    """Two cells by 0.2 and 0.1, so 0.15 on average, not 0.3."""
-    student, teacher = torch.full((1, 4), 0.5), torch.tensor([[0.7, 0.6, 0.5, 0.5]])
-    for margin, opened in ((0.14, 1), (0.16, 0)):
-        gate = teacher_gate(student, teacher, upper_row(), mode=mode, margin=margin)
-        assert gate.tolist() == [[opened, opened, 0, 0]]
+def test_the_gate_is_open_on_background_where_both_are_sure_of_an_object():
+    assert gate_of([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5]).tolist() == [[0, 0, 1, 1]]
+
+
+def test_objects_do_not_share_their_best_cells_nor_take_those_of_the_background():
+    boxes = [torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])]
+    owned = split(boxes, [(16, 16)], [(2, 2)], [8], assign="all")
+    gate = gate_of([0.5, 0.5, 0.1, 0.1], [0.6, 0.9, 1.0, 1.0], owned)
+    torch.testing.assert_close(gate, torch.tensor([[0.1, 0.4, 1, 1]]))
+
+
+def test_the_best_cell_may_be_on_another_level():
+    box = [torch.tensor([[0.0, 0, 16, 16]])]
+    owned = split(box, [(16, 16)], [(2, 2), (1, 1)], [8, 16], assign="all")
+    gate = gate_of([0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6], owned)
+    torch.testing.assert_close(gate, torch.full((1, 5), 0.4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_gate_equals_a_loop_over_the_objects(seed):
+    """Random boxes, some of which own no cell, on two images of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = []
+    for _ in range(2):
+        corner = 40 * torch.rand(5, 2, generator=generator)
+        boxes.append(torch.cat([corner, corner + 30 * torch.rand(5, 2, generator=generator)], 1))
+    owned = split(boxes, [(48, 40), (33, 48)], [(6, 6), (3, 3)], [8, 16], assign="all")
+    s, t = torch.rand(2, *owned.box_index.shape, generator=generator, dtype=torch.float64)
+    expected = torch.zeros_like(s)
+    for n in range(2):
+        for b in range(5):
+            mine = owned.box_index[n] == b
+            if mine.any():
+                expected[n, mine] = max(0.0, float(t[n, mine].max() - s[n, mine].max()))
+        for r in (owned.box_index[n] == -1).nonzero()[:, 0]:
+            expected[n, r] = min(1.0, float(t[n, r] / s[n, r]))
+    torch.testing.assert_close(teacher_gate(s, t, owned), expected)
+
+
+def test_a_quality_that_is_nan_stays_visible():
+    nan = float("nan")
+    gate = gate_of([0.1, 0.1, 0.5, nan], [nan, 0.2, 0.5, 0.5])
+    assert gate.isnan().tolist() == [[True, True, False, True]]
 
 
 @pytest.mark.parametrize(
@@ -122,19 +149,13 @@ def test_the_quality_with_boxes_is_the_score_times_the_iou(a, b, expected):
     assert got.item() == pytest.approx(0.5 * expected)
 
 
-@pytest.mark.parametrize("mode", ["cell", "object", "image"])
-def test_the_gate_is_shut_on_padding_and_carries_no_gradient(mode):
+def test_the_gate_is_0_on_padding_and_has_no_gradient():
     owned = cells()
-    student = torch.zeros(1, 4, requires_grad=True)
-    gate = teacher_gate(student, torch.ones(1, 4), owned, mode=mode, margin=0.0)
+    student = torch.full((1, 4), 0.25, requires_grad=True)
+    gate = teacher_gate(student, torch.ones(1, 4), owned)
     padding = owned.box_index == -2
-    assert padding.sum() == 2 and (gate[padding] == 0).all() and (gate[~padding] == 1).all()
+    assert padding.sum() == 2 and (gate[padding] == 0).all() and (gate[~padding] > 0).all()
     assert not gate.requires_grad
-
-
-def test_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="'maybe'"):
-        teacher_gate(torch.zeros(1, 4), torch.zeros(1, 4), cells(), mode="maybe", margin=0.0)
 
 
 def test_an_image_may_have_more_objects_than_cells():
@@ -142,5 +163,5 @@ def test_an_image_may_have_more_objects_than_cells():
     corner = torch.rand(30, 2, generator=generator) * 12
     owned = split([torch.cat([corner, corner + 3], 1)], [(16, 16)], [(2, 2)], [8], assign="all")
     assert owned.box_index.max() >= 4
-    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned, mode="object", margin=0.0)
+    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned)
     assert gate.tolist() == [[1, 1, 1, 1]]
