@@ -76,7 +76,7 @@ class Scene:
         return cosine_loss(features, self.teacher_features, self.cells.weight, impl)
 
     def compare(self, logits, impl):
-        """Compares as FgBg does by default, without boxes."""
+        """Compares as FgBg does by default."""
         found = compare_predictions(
             logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
         )

@@ -47,11 +47,10 @@ class Batch(NamedTuple):
         shapes = [tuple(f.shape[-2:]) for f in self.student.features]
         return split(self.gt_boxes, self.image_sizes, shapes, self.strides, assign=assign)
 
-    def compare(self, cells: Split, *, boxes: bool = False, **options) -> Comparison:
+    def compare(self, cells: Split, **options) -> Comparison:
         """Compares both predictions per cell: :func:`fgbg_kd.ops.compare_predictions`.
 
         Args:
-            boxes: whether qualities include the IoU. Both outputs must then have decoded boxes.
             options: "kl", "temperature", "quality".
         """
         return compare_predictions(
@@ -60,7 +59,6 @@ class Batch(NamedTuple):
             cells,
             pack(self.gt_classes),
             self.num_classes,
-            boxes=(self.student.boxes, self.teacher.boxes) if boxes else None,
             same_anchors=self.same_anchors,
             **options,
         )

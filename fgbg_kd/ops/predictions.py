@@ -37,7 +37,6 @@ def compare_predictions(
     gt_classes: Tensor,
     num_classes: int,
     *,
-    boxes: tuple[Maps, Maps] | None = None,
     same_anchors: bool = True,
     kl: str | None = "sigmoid",
     temperature: float = 1.0,
@@ -53,8 +52,6 @@ def compare_predictions(
         cells: the split of the same cells.
         gt_classes: (N, B) int64, classes of the boxes in ``cells.boxes``.
         num_classes: K.
-        boxes: decoded boxes of student and teacher, per level (N, A_l*4, H_l, W_l), XYXY in pixels.
-            Quality on foreground is then class score times IoU. None: class score alone.
         same_anchors: False: student and teacher have different anchors (RetinaNet and FCOS). The
             KL then compares the largest logit of each class over the anchors of a cell.
         kl, temperature: see :func:`kl_divergence`. kl None: no KL.
@@ -65,9 +62,7 @@ def compare_predictions(
         raise ValueError(f"kl is {kl!r}: choose 'sigmoid', 'softmax' or None.")
     rest = (cells, gt_classes, num_classes)
     if kl and not same_anchors:
-        found = compare_predictions(
-            student, teacher, *rest, boxes=boxes, kl=None, quality=quality, impl=impl
-        )
+        found = compare_predictions(student, teacher, *rest, kl=None, quality=quality, impl=impl)
         best = [[_best_anchor(x, num_classes) for x in maps] for maps in (student, teacher)]
         apart = compare_predictions(
             best[0], best[1], *rest, kl=kl, temperature=temperature, quality=False, impl=impl
@@ -76,14 +71,13 @@ def compare_predictions(
     if use_triton(impl, student[0]):
         from .predictions_triton import compare  # imported on first use: Triton is optional
 
-        return Comparison(*compare(student, teacher, boxes, *rest, kl, temperature, quality))
-    return _compare_plain(student, teacher, boxes, *rest, kl, temperature, quality)
+        return Comparison(*compare(student, teacher, *rest, kl, temperature, quality))
+    return _compare_plain(student, teacher, *rest, kl, temperature, quality)
 
 
 def _compare_plain(
     student: Maps,
     teacher: Maps,
-    boxes: tuple[Maps, Maps] | None,
     cells: Split,
     gt_classes: Tensor,
     num_classes: int,
@@ -100,10 +94,7 @@ def _compare_plain(
         ]
         found = found._replace(kl=torch.where(cells.background, torch.cat(apart, dim=1), 0))
     if quality:
-        good = [
-            prediction_quality(logits, cells, gt_classes, num_classes, decoded)
-            for logits, decoded in zip((student, teacher), boxes or (None, None))
-        ]
+        good = [prediction_quality(x, cells, gt_classes, num_classes) for x in (student, teacher)]
         found = found._replace(student_quality=good[0], teacher_quality=good[1])
     return found
 
@@ -144,16 +135,13 @@ def kl_divergence(
 
 
 @torch.no_grad()
-def prediction_quality(
-    logits: Maps, cells: Split, gt_classes: Tensor, num_classes: int, boxes: Maps | None = None
-) -> Tensor:
+def prediction_quality(logits: Maps, cells: Split, gt_classes: Tensor, num_classes: int) -> Tensor:
     """How good a detector's prediction is at each cell, in [0, 1].
 
     It compares predictions with the ground truth, not with another head. So the gate works for an
     FCOS teacher and a RetinaNet student.
 
-    - On a foreground cell of box b: the maximum over anchors of sigmoid(logit of b's class). If
-      boxes are given, it is the maximum of sigmoid(logit of b's class) * IoU(decoded box, b).
+    - On a foreground cell of box b: the maximum over anchors of sigmoid(logit of b's class).
     - On a background cell: 1 - the maximum of sigmoid(logit) over anchors and classes.
     - On a padding cell: 0.
 
@@ -162,42 +150,16 @@ def prediction_quality(
         cells: the split of the same cells.
         gt_classes: (N, B) int64.
         num_classes: K.
-        boxes: per level (N, A_l*4, H_l, W_l), decoded, XYXY in pixels; None: class score alone.
 
     Returns:
         (N, R) in fp32 or better.
     """
-    sizes = [h * w for h, w in cells.level_shapes]
-    owner_class = cells.owner(gt_classes).split(sizes, dim=1)
-    owner_box = cells.owner(cells.boxes).split(sizes, dim=1) if boxes else None
-    own, highest = [], []
-    for level, x in enumerate(logits):
-        x = _per_anchor(x, num_classes)  # (N, HW, A, K)
-        highest.append(x.flatten(2).amax(2))
-        index = owner_class[level][..., None, None].expand(*x.shape[:3], 1)
-        score = x.gather(3, index).squeeze(3).sigmoid()  # (N, HW, A)
-        if boxes:
-            score = score * _iou(_per_anchor(boxes[level], 4), owner_box[level][:, :, None])
-        own.append(score.amax(2))
-    foreground, background = torch.cat(own, dim=1), 1 - torch.cat(highest, dim=1).sigmoid()
-    return torch.where(cells.foreground, foreground, torch.where(cells.background, background, 0))
+    best = torch.cat([_best_anchor(x, num_classes).flatten(2) for x in logits], dim=2)  # (N, K, R)
+    own = best.gather(1, cells.owner(gt_classes)[:, None])[:, 0]
+    score = torch.where(cells.foreground, own, best.amax(1)).to(accumulation_dtype(best)).sigmoid()
+    return torch.where(cells.foreground, score, torch.where(cells.background, 1 - score, 0))
 
 
 def _best_anchor(logits: Tensor, num_classes: int) -> Tensor:
     """(N, A*K, H, W) -> (N, K, H, W), the largest logit over anchors."""
     return logits.unflatten(1, (-1, num_classes)).amax(1)
-
-
-def _per_anchor(x: Tensor, channels: int) -> Tensor:
-    """(N, A*channels, H, W) -> (N, H*W, A, channels) in fp32 or better."""
-    n, _, h, w = x.shape
-    x = x.to(accumulation_dtype(x)).reshape(n, -1, channels, h * w)
-    return x.permute(0, 3, 1, 2)
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise IoU of boxes (..., 4) and (..., 4), XYXY; 0 where both are empty."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    area = [(x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (a, b)]
-    return inter / (area[0] + area[1] - inter).clamp(min=1e-6)

@@ -88,47 +88,23 @@ def _highest(logits_at, z_c, channels, mask, ACC: tl.constexpr, CLASSES: tl.cons
 
 
 @triton.jit
-def _overlap(boxes_at, b_c, x0, y0, x1, y1, mask):
-    """IoU of one anchor's decoded box with the cell's owner, per cell."""
-    p0 = tl.load(boxes_at, mask=mask, other=0.0).to(tl.float32)
-    p1 = tl.load(boxes_at + b_c, mask=mask, other=0.0).to(tl.float32)
-    p2 = tl.load(boxes_at + 2 * b_c, mask=mask, other=0.0).to(tl.float32)
-    p3 = tl.load(boxes_at + 3 * b_c, mask=mask, other=0.0).to(tl.float32)
-    inter_w = tl.maximum(tl.minimum(p2, x1) - tl.maximum(p0, x0), 0.0)
-    inter = inter_w * tl.maximum(tl.minimum(p3, y1) - tl.maximum(p1, y0), 0.0)
-    own_area = tl.maximum(x1 - x0, 0.0) * tl.maximum(y1 - y0, 0.0)
-    area = tl.maximum(p2 - p0, 0.0) * tl.maximum(p3 - p1, 0.0)
-    return inter / tl.maximum(own_area + area - inter, 1e-6)
+def _own_quality(logits_at, z_c, num_anchors, classes, own_class, mask, ACC: tl.constexpr):
+    """Sigmoid of the largest logit of own_class over anchors, per cell.
 
-
-@triton.jit
-def _own_quality(
-    logits_at, z_c,  # of class 0 of anchor 0 of each cell
-    boxes_at, b_c,  # of anchor 0 of each cell
-    num_anchors, classes, own_class,
-    x0, y0, x1, y1,  # the owner
-    mask,
-    BOXES: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """Maximum over anchors of sigmoid(logit of own_class); with BOXES, of this times the IoU."""
+    logits_at: of class 0 of anchor 0.
+    """
     best = tl.zeros([mask.shape[0]], ACC) + float("-inf")
     for a in range(num_anchors):
         z = tl.load(logits_at + (a * classes + own_class) * z_c, mask=mask, other=0.0).to(ACC)
-        if BOXES:
-            z = _sigmoid(z) * _overlap(boxes_at + a * 4 * b_c, b_c, x0, y0, x1, y1, mask)
         best = tl.maximum(best, z)
-    return best if BOXES else _sigmoid(best)
+    return _sigmoid(best)
 
 
 @triton.jit
 def compare_kernel(
     student,  # logits (N, A*K, HW), any strides
     teacher,  # likewise; without KL the anchors may differ
-    s_boxes,  # (N, A*4, HW) decoded, any strides
-    t_boxes,
     box_index,  # (N, R) contiguous
-    boxes,  # (N, B, 4) contiguous
     box_classes,  # (N, B) contiguous
     out,  # (3, N, R): KL, quality of student, of teacher
     s_channels,
@@ -141,13 +117,10 @@ def compare_kernel(
     num_boxes,  # B
     s_n, s_c, s_p,
     t_n, t_c, t_p,
-    sb_n, sb_c, sb_p,
-    tb_n, tb_c, tb_p,
     INVERSE_T: tl.constexpr,  # a constant, since an argument would be rounded to fp32
     KL: tl.constexpr,
     SOFTMAX: tl.constexpr,
     QUALITY: tl.constexpr,
-    BOXES: tl.constexpr,
     ACC: tl.constexpr,
     CLASSES: tl.constexpr,
     CELLS: tl.constexpr,
@@ -164,18 +137,9 @@ def compare_kernel(
         foreground = owner >= 0
         box = n * num_boxes + tl.where(foreground, owner, 0)
         own_class = tl.load(box_classes + box, mask=foreground, other=0)
-        x0 = tl.load(boxes + box * 4, mask=foreground, other=0.0)
-        y0 = tl.load(boxes + box * 4 + 1, mask=foreground, other=0.0)
-        x1 = tl.load(boxes + box * 4 + 2, mask=foreground, other=0.0)
-        y1 = tl.load(boxes + box * 4 + 3, mask=foreground, other=0.0)
-        s_good = _own_quality(
-            s_at, s_c, s_boxes + n * sb_n + cell * sb_p, sb_c, s_channels // classes, classes,
-            own_class, x0, y0, x1, y1, foreground, BOXES, ACC,
-        )  # fmt: skip
-        t_good = _own_quality(
-            t_at, t_c, t_boxes + n * tb_n + cell * tb_p, tb_c, t_channels // classes, classes,
-            own_class, x0, y0, x1, y1, foreground, BOXES, ACC,
-        )  # fmt: skip
+        s_anchors, t_anchors = s_channels // classes, t_channels // classes
+        s_good = _own_quality(s_at, s_c, s_anchors, classes, own_class, foreground, ACC)
+        t_good = _own_quality(t_at, t_c, t_anchors, classes, own_class, foreground, ACC)
         other = exists & ~background  # foreground and padding; padding has quality 0
         tl.store(out + plane + at, tl.where(foreground, s_good, 0), mask=other)
         tl.store(out + 2 * plane + at, tl.where(foreground, t_good, 0), mask=other)
@@ -273,9 +237,7 @@ def _tile(classes: int, softmax: bool) -> tuple[int, int, int]:
 def _compare(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    decoded: Sequence[Tensor],
     box_index: Tensor,
-    boxes: Tensor,
     box_classes: Tensor,
     num_classes: int,
     kl: bool,
@@ -283,33 +245,26 @@ def _compare(
     quality: bool,
     temperature: float,
 ) -> Tensor:
-    """(3, N, R): KL, student's quality, teacher's quality. Parts that are off are not written.
-
-    decoded: boxes on all levels of the student, then on all levels of the teacher. If it is empty,
-    quality is the class score alone.
-    """
-    with_boxes, num_levels = len(decoded) > 0, len(student)
+    """(3, N, R): KL, student's quality, teacher's quality. Parts that are off are not written."""
     acc = accumulation_dtype(student[0], teacher[0])
     out = box_index.new_empty(3, *box_index.shape, dtype=acc)
     group, block, cells = _tile(num_classes, softmax)
-    box_index, boxes, box_classes = (x.contiguous() for x in (box_index, boxes, box_classes))
+    box_index, box_classes = box_index.contiguous(), box_classes.contiguous()
     with on_device_of(out):
-        for i, (first, n, channels, h, w) in enumerate(levels(student)):
-            s, t = student[i].flatten(2), teacher[i].flatten(2)
-            bs, bt = (decoded[j].flatten(2) if with_boxes else s for j in (i, num_levels + i))
+        for (first, n, channels, h, w), *maps in zip(levels(student), student, teacher):
+            s, t = (x.flatten(2) for x in maps)
             compare_kernel[(triton.cdiv(h * w, cells), n)](
-                s, t, bs, bt, box_index, boxes, box_classes, out,
+                s, t, box_index, box_classes, out,
                 channels, t.shape[1], num_classes, group, h * w, first, out.shape[2],
-                boxes.shape[1],
-                *s.stride(), *t.stride(), *bs.stride(), *bt.stride(),
+                box_classes.shape[1], *s.stride(), *t.stride(),
                 INVERSE_T=1 / temperature, KL=kl, SOFTMAX=softmax, QUALITY=quality,
-                BOXES=with_boxes, ACC=triton_dtype(acc), CLASSES=block, CELLS=cells,
+                ACC=triton_dtype(acc), CLASSES=block, CELLS=cells,
             )  # fmt: skip
     return out
 
 
 @_compare.register_fake
-def _(student, teacher, decoded, box_index, *options):
+def _(student, teacher, box_index, *options):
     dtype = accumulation_dtype(student[0], teacher[0])
     return box_index.new_empty(3, *box_index.shape, dtype=dtype)
 
@@ -344,9 +299,9 @@ def _(student, teacher, weight, num_classes, softmax, temperature):
 
 
 def _setup(ctx, inputs, output):
-    student, teacher, decoded, box_index, _, _, num_classes, kl, softmax, _, temperature = inputs
+    student, teacher, box_index, _, num_classes, kl, softmax, _, temperature = inputs
     ctx.options = (num_classes, softmax, temperature)
-    ctx.kl, ctx.num_decoded = kl, len(decoded)
+    ctx.kl = kl
     ctx.save_for_backward(*student, *teacher, box_index)
 
 
@@ -357,7 +312,7 @@ def _backward(ctx, grad):
     if ctx.kl:
         weight = torch.where(box_index == BACKGROUND, grad[0], 0)
         grads = kl_grad(student, teacher, weight, *ctx.options)
-    return grads, [None] * len(teacher), [None] * ctx.num_decoded, *[None] * 8
+    return grads, [None] * len(teacher), *[None] * 7
 
 
 _compare.register_autograd(_backward, setup_context=_setup)
@@ -366,7 +321,6 @@ _compare.register_autograd(_backward, setup_context=_setup)
 def compare(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    boxes: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     cells: Split,
     gt_classes: Tensor,
     num_classes: int,
@@ -378,9 +332,7 @@ def compare(
     out = _compare(
         list(student),
         list(teacher),
-        [*boxes[0], *boxes[1]] if boxes and quality else [],
         cells.box_index,
-        cells.boxes,
         gt_classes,
         num_classes,
         kl is not None,

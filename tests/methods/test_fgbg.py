@@ -125,13 +125,11 @@ def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_p
 
 def random_batch():
     """One image of 32 x 32 pixels, two levels; a large box and a small one in it."""
-    generator = torch.Generator().manual_seed(8)
+    generator = torch.Generator().manual_seed(11)
 
     def output():
         maps = [[torch.randn(1, 4, n, n, generator=generator) for n in (4, 2)] for _ in range(2)]
-        corner = [24 * torch.rand(1, 2, 2, n, n, generator=generator) for n in (4, 2)]
-        decoded = [torch.cat([x, x + 12], 2).flatten(1, 2) for x in corner]  # two anchors a cell
-        return DenseOutput(*maps, decoded)
+        return DenseOutput(*maps)  # two anchors a cell
 
     boxes, classes = torch.tensor([[0.0, 0, 24, 16], [0, 0, 8, 8]]), torch.tensor([0, 1])
     return Batch(output(), output(), [boxes], [classes], [(32, 32)], [8, 16], num_classes=2)

@@ -259,26 +259,16 @@ SHAPES_2 = [(7, 9), (4, 5)]  # of strides 8 and 16
 def predictions(
     anchors, classes, shapes=SHAPES_2, channels_last=False, dtype=torch.float32, seed=0
 ):
-    """Random logits, and boxes of about 24 pixels near each cell, per level; N = 2.
+    """Random logits per level; N = 2.
 
     Args:
         anchors: number of anchors per cell, per level.
     """
-    logits, boxes = [], []
-    for i, ((h, w), a, stride) in enumerate(zip(shapes, anchors, (8, 16))):
-        logits.append(randn(2, a * classes, h, w, seed=seed + i, scale=2))
-        y, x = torch.meshgrid(*(stride * (torch.arange(n) + 0.5) for n in (h, w)), indexing="ij")
-        centre = torch.stack([x, y, x, y]).to(DEVICE) + torch.tensor(
-            [-12.0, -12, 12, 12], device=DEVICE
-        ).reshape(4, 1, 1)
-        noise = randn(2, a * 4, h, w, seed=seed + 50 + i, scale=4)
-        boxes.append(centre.repeat(a, 1, 1) + noise)
-    return tuple([layout(m.to(dtype), channels_last) for m in maps] for maps in (logits, boxes))
-
-
-def compare(student, teacher, *args, boxes=False, **options):
-    pair = (student[1], teacher[1]) if boxes else None
-    return compare_predictions(student[0], teacher[0], *args, boxes=pair, **options)
+    logits = [
+        randn(2, a * classes, h, w, seed=seed + i, scale=2)
+        for i, ((h, w), a) in enumerate(zip(shapes, anchors))
+    ]
+    return [layout(x.to(dtype), channels_last) for x in logits]
 
 
 SCENE = {
@@ -288,26 +278,24 @@ SCENE = {
 }
 
 
-# Pairwise: scene, dtype, layout, KL, boxes, anchors per cell on each level.
+# Pairwise: scene, dtype, layout, KL, anchors per cell on each level.
 PASS_CASES = [
-    ("boxes", torch.float32, False, "sigmoid", True, (3, 3)),
-    ("boxes", torch.bfloat16, True, "softmax", False, (3, 2)),
-    ("boxes", torch.float32, True, None, True, (1, 1)),
-    ("boxes", torch.float32, False, None, False, (3, 2)),
-    ("all foreground", torch.bfloat16, False, "sigmoid", False, (1, 1)),
-    ("all foreground", torch.float32, True, "softmax", True, (3, 2)),
-    ("all foreground", torch.bfloat16, True, None, True, (3, 3)),
-    ("nothing", torch.float32, True, "sigmoid", False, (3, 2)),
-    ("nothing", torch.bfloat16, False, "softmax", True, (1, 1)),
-    ("nothing", torch.bfloat16, False, None, False, (3, 3)),
+    ("boxes", torch.float32, False, "sigmoid", (3, 3)),
+    ("boxes", torch.bfloat16, True, "softmax", (3, 2)),
+    ("boxes", torch.float32, True, None, (1, 1)),
+    ("boxes", torch.float32, False, None, (3, 2)),
+    ("all foreground", torch.bfloat16, False, "sigmoid", (1, 1)),
+    ("all foreground", torch.float32, True, "softmax", (3, 3)),
+    ("all foreground", torch.bfloat16, True, None, (3, 2)),
+    ("nothing", torch.float32, True, "sigmoid", (3, 2)),
+    ("nothing", torch.bfloat16, False, "softmax", (1, 1)),
+    ("nothing", torch.bfloat16, False, None, (3, 3)),
 ]
 
 
-@pytest.mark.parametrize("scene, dtype, channels_last, kl, with_boxes, anchors", PASS_CASES)
+@pytest.mark.parametrize("scene, dtype, channels_last, kl, anchors", PASS_CASES)
 @pytest.mark.slow
-def test_one_pass_gives_the_qualities_and_the_kl(
-    scene, dtype, channels_last, kl, with_boxes, anchors
-):
+def test_one_pass_gives_the_qualities_and_the_kl(scene, dtype, channels_last, kl, anchors):
     """The second image is smaller than the batch, so it has padding."""
     boxes = [torch.tensor(b, dtype=torch.float32, device=DEVICE).reshape(-1, 4)
              for b in SCENE[scene]]  # fmt: skip
@@ -318,7 +306,7 @@ def test_one_pass_gives_the_qualities_and_the_kl(
         for i in range(2)
     ]
     plain, fused = (
-        compare(*both, cells, classes, 5, kl=kl, boxes=with_boxes, impl=impl)
+        compare_predictions(*both, cells, classes, 5, kl=kl, impl=impl)
         for impl in ("torch", "triton")
     )
     for name, expected in plain._asdict().items():
@@ -331,8 +319,7 @@ def test_one_pass_gives_the_qualities_and_the_kl(
     assert (fused.student_quality[cells.box_index == PADDING] == 0).all()
 
 
-@pytest.mark.parametrize("with_boxes", [True, False])
-def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
+def test_other_anchors_are_compared_by_the_best_of_each_class():
     """Three anchors and one: quality uses each one's anchors, the KL uses the largest logit."""
     boxes = [torch.tensor([[3.0, 3, 30, 40], [20, 20, 29, 29]], device=DEVICE)] * 2
     shapes = [(5, 6), (3, 3)]
@@ -340,21 +327,20 @@ def test_other_anchors_are_compared_by_the_best_of_each_class(with_boxes):
     classes = torch.tensor([[4, 0], [1, 2]], device=DEVICE)
     both = [predictions((a, a), 5, shapes, seed=50 * a) for a in (3, 1)]
     plain, fused = (
-        compare(*both, cells, classes, 5, same_anchors=False, boxes=with_boxes, impl=impl)
+        compare_predictions(*both, cells, classes, 5, same_anchors=False, impl=impl)
         for impl in ("torch", "triton")
     )
     for expected, got in zip(plain, fused):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    best = [[x.unflatten(1, (-1, 5)).amax(1) for x in logits] for logits, _ in both]
+    best = [[x.unflatten(1, (-1, 5)).amax(1) for x in logits] for logits in both]
     apart = [kl_divergence(s, t, 5, "sigmoid").flatten(1) for s, t in zip(*best)]
     apart = torch.where(cells.background, torch.cat(apart, dim=1), 0)
     torch.testing.assert_close(plain.kl, apart)
-    if not with_boxes:
-        for maps, quality in zip(best, plain[1:]):
-            score = torch.cat([x.sigmoid().flatten(2) for x in maps], dim=2)  # (N, K, R)
-            own = score.gather(1, cells.owner(classes)[:, None])[:, 0]
-            expected = torch.where(cells.foreground, own, (1 - score.amax(1)) * cells.background)
-            torch.testing.assert_close(quality, expected)
+    for maps, quality in zip(best, plain[1:]):
+        score = torch.cat([x.sigmoid().flatten(2) for x in maps], dim=2)  # (N, K, R)
+        own = score.gather(1, cells.owner(classes)[:, None])[:, 0]
+        expected = torch.where(cells.foreground, own, (1 - score.amax(1)) * cells.background)
+        torch.testing.assert_close(quality, expected)
     assert cells.foreground.any() and (cells.box_index == PADDING).any()
 
 
@@ -363,8 +349,8 @@ def test_with_other_anchors_temperature_and_kind_reach_the_kl_and_quality_can_be
     cells, classes, (student, _) = one_box_scene()
     teacher = predictions((1, 1), 3, [(2, 3), (1, 2)], seed=80)
     options = {"kl": "softmax", "temperature": 2.0, "quality": False, "impl": impl}
-    got = compare(student, teacher, cells, classes, 3, same_anchors=False, **options)
-    best = [[x.unflatten(1, (-1, 3)).amax(1) for x in maps[0]] for maps in (student, teacher)]
+    got = compare_predictions(student, teacher, cells, classes, 3, same_anchors=False, **options)
+    best = [[x.unflatten(1, (-1, 3)).amax(1) for x in maps] for maps in (student, teacher)]
     apart = [kl_divergence(s, t, 3, "softmax", 2.0).flatten(1) for s, t in zip(*best)]
     expected = torch.where(cells.background, torch.cat(apart, dim=1), 0)
     torch.testing.assert_close(got.kl, expected, rtol=1e-5, atol=1e-6)
@@ -374,15 +360,15 @@ def test_with_other_anchors_temperature_and_kind_reach_the_kl_and_quality_can_be
 def test_what_is_not_said_is_the_sigmoid_kl_of_temperature_1_with_the_same_anchors():
     cells, classes, both = one_box_scene()
     said = {"kl": "sigmoid", "temperature": 1.0, "same_anchors": True, "quality": True}
-    plain, full = compare(*both, cells, classes, 3), compare(*both, cells, classes, 3, **said)
+    plain, full = (compare_predictions(*both, cells, classes, 3, **o) for o in ({}, said))
     assert all(torch.equal(a, b) for a, b in zip(plain, full))
 
 
 def test_half_precision_is_compared_in_fp32():
     cells, classes, both = one_box_scene()
-    half = [[[x.half() for x in maps] for maps in output] for output in both]
-    full = [[[x.float() for x in maps] for maps in output] for output in half]
-    got, expected = (compare(*x, cells, classes, 3, boxes=True, impl="torch") for x in (half, full))
+    half = [[x.half() for x in maps] for maps in both]
+    full = [[x.float() for x in maps] for maps in half]
+    got, expected = (compare_predictions(*x, cells, classes, 3, impl="torch") for x in (half, full))
     assert all(x.dtype == torch.float32 for x in got)
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
@@ -398,10 +384,9 @@ def one_box_scene():
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_only_the_kl_on_background_has_a_gradient(impl):
-    cells, classes, ((logits, boxes), teacher) = one_box_scene()
-    leaf = logits[0].clone().requires_grad_()
-    student = ([leaf, logits[1]], boxes)
-    found = compare(student, teacher, cells, classes, 3, boxes=True, impl=impl)
+    cells, classes, (student, teacher) = one_box_scene()
+    leaf = student[0].clone().requires_grad_()
+    found = compare_predictions([leaf, student[1]], teacher, cells, classes, 3, impl=impl)
     assert not found.student_quality.requires_grad and not found.teacher_quality.requires_grad
     found.kl.sum().backward()  # weight 1 also where the KL is masked
     touched = (leaf.grad != 0).any(1).flatten(1)
@@ -410,17 +395,17 @@ def test_only_the_kl_on_background_has_a_gradient(impl):
 
 @pytest.mark.slow
 def test_the_losses_compile_without_a_graph_break():
-    cells, classes, ((logits, boxes), teacher) = one_box_scene()
+    cells, classes, (student, teacher) = one_box_scene()
 
     def loss(maps):
-        cosine = cosine_loss(maps, teacher[0], cells.weight, "triton")
-        found = compare((maps, boxes), teacher, cells, classes, 3, boxes=True, impl="triton")
+        cosine = cosine_loss(maps, teacher, cells.weight, "triton")
+        found = compare_predictions(maps, teacher, cells, classes, 3, impl="triton")
         gate = (found.teacher_quality > found.student_quality).float()
         return cosine + (gate * found.kl).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    expected, grads = run(loss, logits)
-    got, compiled_grads = run(compiled, logits)
+    expected, grads = run(loss, student)
+    got, compiled_grads = run(compiled, student)
     torch.testing.assert_close(got, expected)
     for a, b in zip(compiled_grads, grads):
         assert b.abs().sum() > 0
@@ -433,13 +418,11 @@ def test_the_comparison_is_registered_soundly():
     from fgbg_kd.ops import predictions_triton
 
     shapes = [(2, 2), (1, 1)]
-    (logits, boxes), (target, decoded) = (predictions((3, 3), 3, shapes, seed=s) for s in (0, 50))
+    student, teacher = (predictions((3, 3), 3, shapes, seed=s) for s in (0, 50))
     arguments = (
-        [s.requires_grad_() for s in logits],
-        target,
-        [*boxes, *decoded],
+        [s.requires_grad_() for s in student],
+        teacher,
         torch.full((2, 5), BACKGROUND, dtype=torch.int32, device=DEVICE),
-        torch.zeros(2, 1, 4, device=DEVICE),
         torch.zeros(2, 1, dtype=torch.long, device=DEVICE),
         3, True, True, True, 1.5,
     )  # fmt: skip
