@@ -54,18 +54,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def run_both(distiller: FgBgDistiller, inputs: dict) -> Batch:
     """Runs student and teacher on an image, without gradients and in eval mode.
 
-    The heads of both run, even if the method does not need them.
+    Both predict classes, even if the method does not need them.
 
     Args:
         inputs: "image" and "instances", as from a training mapper.
     """
     student, teacher = dense_student(distiller.student), distiller.teacher
-    dense = teacher.view.dense
+    dense, boxes = teacher.view.dense, distiller.method.needs_boxes
     (inputs,) = student.as_seen([inputs])
     with evaluating(distiller.student):
         images = student.preprocess([inputs])
-        output = student.with_boxes(student.run(images.tensor))
-        target = teacher(images, [inputs], student, logits=dense, boxes=dense, cached=False)
+        output = student.run(images.tensor, boxes=boxes)
+        target = teacher(images, [inputs], student, logits=dense, boxes=boxes, cached=False)
         gt = [inputs["instances"].to(distiller.device)]
         return distiller.match(output, target, images, gt)
 
