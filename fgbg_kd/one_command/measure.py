@@ -36,9 +36,10 @@ HEADINGS = {
     "openvino_ms": "ms, OpenVINO (CPU)",
     "int8_ms": "ms, int8 (CPU)",
     "int8_AP": "AP, int8",
-    "speedup": "times as fast",
+    "speedup": "times as fast, PyTorch",
 }
 _RUNS, _SECONDS = 50, 60  # largest number of runs, and of seconds, of a measurement
+_BLOCK = 10  # runs of a detector in a turn
 # Other work on the machine only makes calls slower. So this quantile is steadier than the median.
 _QUANTILE = 0.2
 _STEADY = 1.3  # if the teacher's 80 % quantile is over this many 20 % quantiles, a message says so
@@ -134,7 +135,7 @@ def measure(
             shape = (*(detector.about["input_size"] or image.shape[:2]), 3)
             seen = np.ascontiguousarray(np.resize(image, shape))
             calls[place] = lambda _, run=detector.run, seen=seen: run(seen)
-        times = times_in_turn(calls, _RUNS, seconds=_SECONDS)
+        times = times_in_turn(calls, _RUNS, seconds=_SECONDS, block=_BLOCK)
     for row in rows:
         for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):
             found = times.get((row["name"], column))

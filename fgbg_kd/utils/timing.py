@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_BLOCK = 10  # so that a median does not depend on the first calls of a turn
+
 
 def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
     """Median latency of each call, in milliseconds.
@@ -15,7 +17,8 @@ def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str,
         calls: by name. Each gets the number of the run.
         runs: number of measured runs.
     """
-    return {name: float(np.median(x)) for name, x in times_in_turn(calls, runs).items()}
+    times = times_in_turn(calls, runs, block=_BLOCK)
+    return {name: float(np.median(x)) for name, x in times.items()}
 
 
 def times_in_turn(
@@ -23,6 +26,7 @@ def times_in_turn(
     runs: int,
     timer: Callable[[Callable[[], Any]], float] | None = None,
     seconds: float = float("inf"),
+    block: int = 1,
 ) -> dict[str, list[float]]:
     """Milliseconds of each run of each call, after three runs to warm up.
 
@@ -32,7 +36,9 @@ def times_in_turn(
         calls: by name. Each gets the number of the run.
         runs: number of measured runs at most.
         timer: from a call to milliseconds; None: :func:`wall_clock`.
-        seconds: after which no run begins; five runs are measured in any case.
+        seconds: after which no turn begins; five runs are measured in any case.
+        block: runs of a call in a turn. Idle threads of ONNX Runtime stay busy for a while after a
+            call, and slow down the first calls of the next one.
     """
     timer = timer or wall_clock
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -40,11 +46,12 @@ def times_in_turn(
         for call in calls.values():
             call(i)
     stop = time.perf_counter() + seconds
-    for i in range(runs):
-        if i >= 5 and time.perf_counter() > stop:
+    for first in range(0, runs, block):
+        if first >= 5 and time.perf_counter() > stop:
             break
         for name, call in calls.items():
-            times[name].append(timer(lambda call=call, i=i: call(i)))
+            for i in range(first, min(first + block, runs)):
+                times[name].append(timer(lambda call=call, i=i: call(i)))
     return times
 
 
