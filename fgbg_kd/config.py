@@ -112,7 +112,8 @@ def _add_methods(cfg: CN) -> None:
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
-    # Whether the terms of a cell are scaled by how much better the teacher predicts it.
+    # Whether objects are scaled by the teacher's lead, and background cells by the ratio of the
+    # qualities. False = 1/3 on objects, 1 on background.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off
@@ -303,7 +304,7 @@ def get_fgbg_kd_cfg() -> CN:
 
 
 def method_options(cfg: CN, name: str = "") -> dict:
-    """Options of a method as keyword arguments: {"fg_weight": 8.0, ...}.
+    """Options of a method as keyword arguments: {"fg_weight": 24.0, ...}.
 
     Args:
         name: name of the method; "": the name in MODEL.KD.METHOD. A method without a node in

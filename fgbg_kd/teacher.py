@@ -25,6 +25,7 @@ from .detectors.dense import (
     warped,
 )
 from .detectors.load import load_detector, read_detector_config, weights_of
+from .ops.common import upload
 from .teacher_cache import TeacherCache
 from .utils.errors import CheckpointError, ConfigError, TeacherError
 
@@ -133,7 +134,7 @@ class Teacher:
             return None
         height, width = self.view.input_size
         factors = [(width / w, height / h) for h, w in images.image_sizes]
-        return torch.tensor(factors, device=images.tensor.device)
+        return upload(factors, images.tensor, torch.float32)
 
     def _fits(self, images: ImageList) -> bool:
         sizes = {tuple(images.tensor.shape[-2:]), *map(tuple, images.image_sizes)}
@@ -205,9 +206,14 @@ def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | No
 def check_teacher_file(weights: str, student_weights: str, output_dir: str) -> None:
     """Refuses teacher weights that the student also starts from, or that the run would overwrite.
 
+    Args:
+        weights: of the teacher. "": not known.
+
     Raises:
         TeacherError: the weights are such a file.
     """
+    if not weights:
+        return
     path, name = os.path.realpath(weights), os.path.basename(weights)
     if path == os.path.realpath(student_weights or "."):
         raise TeacherError(
@@ -303,7 +309,7 @@ def accelerate(detector: nn.Module) -> nn.Module:
         norm = getattr(conv, "norm", None)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, _FIXED_NORMS):
             continue
-        if norm.weight is None:  # a batch norm without affine parameters stays
+        if norm.weight is None or norm.running_var is None:  # such a batch norm stays
             continue
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale

@@ -196,6 +196,10 @@ def test_only_a_checkpoint_of_the_runs_own_folder_is_overwritten_by_it(tmp_path,
     check_teacher_file(str(tmp_path / "teacher.pth"), "", str(tmp_path))
 
 
+def test_a_teacher_without_a_file_is_not_taken_for_a_student_without_one(tmp_path):
+    check_teacher_file("", "", str(tmp_path))
+
+
 def test_a_link_to_the_students_weights_is_the_same_file(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"x")
     (tmp_path / "b.pth").symlink_to("a.pth")

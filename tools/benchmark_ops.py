@@ -35,7 +35,7 @@ from _benchmark import (  # noqa: E402
     show,
 )
 
-from fgbg_kd.ops import compare_predictions, cosine_loss, split  # noqa: E402
+from fgbg_kd.ops import compare_predictions, cosine_loss, split, teacher_gate  # noqa: E402
 
 CASES = {  # number of images of 800x1333, anchors per cell
     "RetinaNet, 16 images": (16, 9),
@@ -80,11 +80,11 @@ class Scene:
         found = compare_predictions(
             logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
         )
-        gate = (found.teacher_quality > found.student_quality).float()
+        gate = teacher_gate(found.student_quality, found.teacher_quality, self.cells)
         return (gate * found.kl).sum()
 
     def counts(self) -> dict[str, tuple[float, float, int]]:
-        """Memory traffic of forward and backward by operator, with an open gate in all cells.
+        """Memory traffic of forward and backward by operator, with a gate of 1 in all cells.
 
         Returns:
             For each operator: the smallest possible number of bytes, the number of bytes that the

@@ -3,7 +3,7 @@
 
 Examples:
     tools/train_net.py --config-file configs/quickstart/digits_distilled.yaml OUTPUT_DIR output/run
-    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.method.fg_weight=4
+    tools/train_net.py --config-file my_distilled.py train.max_iter=9000 model.method.fg_weight=12
     tools/train_net.py --import l1.py --config-file my_distilled.yaml MODEL.KD.METHOD L1
 """
 

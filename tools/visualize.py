@@ -9,7 +9,7 @@ Example:
 Each picture shows an image. The first row has ground truth and detections. Each other row is a
 level, with four maps:
 - the object that owns each cell,
-- where the gate is open (MODEL.KD.FGBG.GATE),
+- the gate: how far the student follows the teacher (MODEL.KD.FGBG.GATE),
 - the cosine between the features of student and teacher,
 - the background KL, as in the loss.
 

@@ -8,7 +8,7 @@ dataloader, optimizer, lr_multiplier = _zoo.dataloader, _zoo.optimizer, _zoo.lr_
 model = L(FgBgDistiller)(
     student=_zoo.model,
     teacher=L(build_teacher)(config="COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-    method=dict(name="FgBg", fg_weight=8.0, bg_weight=1.0),
+    method=dict(name="FgBg"),
 )
 train = _zoo.train
 train.output_dir = "output/COCO-Detection/lazy_retinanet_R101_3x_to_R50_1x"

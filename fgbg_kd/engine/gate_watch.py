@@ -1,4 +1,4 @@
-"""Warns early in a run if the teacher is hardly ever better than the student."""
+"""Warns early in a run if the teacher hardly leads the student."""
 
 import logging
 
@@ -6,48 +6,42 @@ from detectron2.engine import HookBase
 
 logger = logging.getLogger(__name__)
 
-_SHARES = "kd/fg_better", "kd/bg_better"
-
 
 class GateWatch(HookBase):
-    """Warns if the teacher is better than the student on almost no foreground cell.
+    """Warns if the teacher finds the objects hardly better than the student.
 
-    The hook averages two statistics over the first iterations: kd/fg_better and kd/bg_better. They
-    are the shares of foreground and background cells on which the teacher's quality is higher. A
-    method without a gate does not write them, so the hook does nothing. Reading them from the event
-    storage does not wait for the GPU.
+    The hook averages kd/fg_gate over the first iterations: the mean gate on objects, which is the
+    teacher's lead. Without a gate, a method does not write kd/fg_better, and the hook does nothing.
+    Reading both from the event storage does not wait for the GPU.
     """
 
-    def __init__(self, iterations: int = 100, least: float = 0.05):
+    def __init__(self, iterations: int = 100, least: float = 0.02):
         """
         Args:
             iterations: number of iterations to average, from the start of a new run.
-            least: the hook warns if the teacher is better on a smaller share of the foreground
-                cells.
+            least: the hook warns if the mean is lower. A lead is in [0, 1].
         """
         self.iterations, self.least = iterations, least
-        self.shares = {name: [] for name in _SHARES}
+        self.leads: list[float] = []
 
     def after_step(self):
         trainer = self.trainer
         if trainer.start_iter > 0 or trainer.iter >= self.iterations:
             return
         latest = trainer.storage.latest()
-        for name, shares in self.shares.items():  # a batch without objects has no kd/fg_better
-            share, when = latest.get(name, (0.0, -1))
-            if when == trainer.iter:
-                shares.append(share)
-        if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and all(self.shares.values()):
-            self._judge(*(sum(shares) / len(shares) for shares in self.shares.values()))
+        lead, when = latest.get("kd/fg_gate", (0.0, -1))
+        if when == trainer.iter and "kd/fg_better" in latest:  # a batch without objects has neither
+            self.leads.append(lead)
+        if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and self.leads:
+            self._judge(sum(self.leads) / len(self.leads))
 
-    def _judge(self, foreground: float, background: float):
-        if foreground < self.least:
+    def _judge(self, lead: float):
+        if lead < self.least:
             logger.warning(
-                f"The teacher is hardly ever better than the student: in the first "
-                f"{self.trainer.iter + 1} iterations it was better on {foreground:.1%} of the "
-                f"foreground cells and {background:.1%} of the background cells. Check that "
-                "MODEL.KD.TEACHER.CONFIG is the config that the teacher was trained with (classes, "
-                "INPUT.FORMAT, PIXEL_MEAN). Check that the student does not start from better "
-                "weights (MODEL.WEIGHTS). Set MODEL.KD.TEACHER.MIN_AP to measure the teacher "
-                "before training."
+                f"The teacher is hardly better than the student: in the first "
+                f"{self.trainer.iter + 1} iterations, its best score on an object was higher by "
+                f"{lead:.3f} on average. Check that MODEL.KD.TEACHER.CONFIG is the config that the "
+                "teacher was trained with (classes, INPUT.FORMAT, PIXEL_MEAN). Check that the "
+                "student does not start from better weights (MODEL.WEIGHTS). Set "
+                "MODEL.KD.TEACHER.MIN_AP to measure the teacher before training."
             )

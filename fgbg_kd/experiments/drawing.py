@@ -241,7 +241,7 @@ def _gate_column(gate, foreground, background) -> _Column:
     return _Column(
         _only(gate, [f | b for f, b in zip(foreground, background)]),
         [f"mean: foreground {f}, background {b}" for f, b in zip(*shares)],
-        {"1: the teacher is much better": TEACHER_COLOR, "0: it is not better": STUDENT_COLOR},
+        {"1: the student follows the teacher": TEACHER_COLOR, "0: it does not": STUDENT_COLOR},
         cmap=LinearSegmentedColormap.from_list("gate", [STUDENT_COLOR, TEACHER_COLOR]),
         vmin=0,
         vmax=1,

@@ -39,8 +39,8 @@ class FgBg(Method):
     F: number of foreground cells. tau: temperature.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
-    processes changes the scale of a term. Cells with a closed gate still count in the divisors, so
-    a term shrinks as the student improves. In a batch without objects, L_bg is divided by the
+    processes changes the scale of a term. The gate is not in the divisors, so L_fg shrinks as
+    the student improves. In a batch without objects, L_bg is divided by the
     number of background cells. Without this divisor, such a batch would weigh a hundred times as
     much as other batches.
     """
@@ -161,9 +161,9 @@ def shares(cells: Split, gate: Tensor, gated: bool) -> dict[str, Tensor]:
     maps = {"gate": gate}
     if gated:
         maps["better"] = torch.where(cells.foreground, gate > 0, gate == 1).float()
-    parts = {"fg": cells.foreground.float(), "bg": cells.background.float()}
+    parts = {"fg": cells.foreground, "bg": cells.background}
     return {
-        f"kd/{part}_{what}": (value * mask).sum() / mask.sum()
+        f"kd/{part}_{what}": torch.where(mask, value, 0).sum() / mask.sum()
         for part, mask in parts.items()
         for what, value in maps.items()
     }

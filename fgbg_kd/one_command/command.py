@@ -213,7 +213,7 @@ def _check(wish: Wish, student: str, iterations: int, hours: float, dry_run: boo
     if iterations and hours:
         raise ConfigError("--iterations and --hours both set the length: give only one of them.")
     for name, value in (("iterations", iterations), ("hours", hours)):
-        if value < 0:
+        if not value >= 0:
             raise ConfigError(f"--{name} is {value}: give a number over 0.")
     if student.endswith((".yaml", ".yml")) and not os.path.isfile(student):
         raise ConfigError(f"--student {student}: there is no such file. Correct the path.")
@@ -236,9 +236,7 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
                 )
         return {}
     plan = read_json(file)
-    # A plan of an earlier version lacks these keys. Its data count as unchanged.
-    old = {"unlabeled": [], "device": "", "num_gpus": 1, "data": request["data"]}
-    old |= plan.pop("request")
+    old = plan.pop("request")
     if old == json.loads(json.dumps(request)):
         written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
         return plan if written else {}

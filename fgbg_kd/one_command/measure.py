@@ -24,7 +24,7 @@ from ..utils.errors import ConfigError, FgBgError
 from ..utils.files import read_json, sha256_of_text, write_whole
 from ..utils.markdown import table_of
 from ..utils.packages import installed
-from ..utils.timing import times_in_turn
+from ..utils.timing import BLOCK, times_in_turn
 
 # Column of the table by the name of a runtime.
 RUNTIMES = {"pytorch": "ms", "onnx": "onnx_ms"}
@@ -38,8 +38,8 @@ HEADINGS = {
     "int8_AP": "AP, int8",
     "speedup": "times as fast, PyTorch",
 }
-_RUNS, _SECONDS = 50, 60  # largest number of runs, and of seconds, of a measurement
-_BLOCK = 10  # runs of a detector in a turn
+_RUNS = 50  # largest number of runs of a measurement
+_SECONDS = 60  # after which no turn begins
 # Other work on the machine only makes calls slower. So this quantile is steadier than the median.
 _QUANTILE = 0.2
 _STEADY = 1.3  # if the teacher's 80 % quantile is over this many 20 % quantiles, a message says so
@@ -135,7 +135,7 @@ def measure(
             shape = (*(detector.about["input_size"] or image.shape[:2]), 3)
             seen = np.ascontiguousarray(np.resize(image, shape))
             calls[place] = lambda _, run=detector.run, seen=seen: run(seen)
-        times = times_in_turn(calls, _RUNS, seconds=_SECONDS, block=_BLOCK)
+        times = times_in_turn(calls, _RUNS, seconds=_SECONDS, block=BLOCK)
     for row in rows:
         for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):
             found = times.get((row["name"], column))

@@ -65,7 +65,7 @@ class BarRunner(Runner):
 
 
 def shown_values(losses: dict[str, float], rows: list[dict]) -> str:
-    """Losses, share of the gate and last AP, for the bar.
+    """Losses, mean of the gate on objects and last AP, for the bar.
 
     Args:
         losses: by name: "total_loss", "loss_kd_fg", ...
@@ -125,8 +125,8 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
 
     The images have the teacher's test size. {} if its classes are not those of the data. A
     two-stage teacher may have other classes, because it gives features only. A one-stage teacher is
-    reduced to the student's classes. The result is kept in a file, until a config or the teacher's
-    checkpoint changes.
+    reduced to the student's classes. The result is kept in a file, until a config, the teacher's
+    checkpoint or the test annotations change.
 
     Args:
         config: the config that distils, with student.yaml beside it.
@@ -140,7 +140,7 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     theirs = cfg.MODEL.KD.TEACHER
     size, weights = test_size_of(read_detector_config(theirs.CONFIG)), Path(theirs.WEIGHTS)
     parts = [config.read_text(), config.with_name("student.yaml").read_text(), str(size)]
-    parts.append(sha256_of(weights) if weights.is_file() else "")
+    parts += [sha256_of(f) for f in (weights, Path(cfg.DATASETS.TEST_JSON)) if f.is_file()]
     key = sha256_of_text("".join(parts))
     if kept.is_file() and read_json(kept)["config"] == key:
         return read_json(kept)["result"]

@@ -13,8 +13,8 @@ def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Tensor:
     - All cells of an object share max(0, t - s). t and s are the highest qualities of teacher and
       student in the cells of the object. A detector predicts an object in few of its cells. In its
       other cells, a comparison would be noise.
-    - A background cell has min(1, t / s), with its own qualities. So g is lower only where the
-      teacher sees an object that is not there and the student does not.
+    - A background cell has min(1, t / s), with its own qualities. So g is clearly lower only where
+      the teacher gives a high score to an object that is not there, and the student a lower one.
 
     Args:
         student, teacher: (N, R) qualities in [0, 1] (:func:`fgbg_kd.ops.prediction_quality`).

@@ -96,7 +96,7 @@ def _own_quality(logits_at, z_c, num_anchors, classes, own_class, mask, ACC: tl.
     best = tl.zeros([mask.shape[0]], ACC) + float("-inf")
     for a in range(num_anchors):
         z = tl.load(logits_at + (a * classes + own_class) * z_c, mask=mask, other=0.0).to(ACC)
-        best = tl.maximum(best, z)
+        best = tl.maximum(best, z, propagate_nan=tl.PropagateNan.ALL)
     return _sigmoid(best)
 
 

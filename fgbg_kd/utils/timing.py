@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_BLOCK = 10  # so that a median does not depend on the first calls of a turn
+BLOCK = 5  # runs of a call in a turn, so that few of them follow the call of another detector
 
 
 def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
@@ -17,7 +17,7 @@ def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str,
         calls: by name. Each gets the number of the run.
         runs: number of measured runs.
     """
-    times = times_in_turn(calls, runs, block=_BLOCK)
+    times = times_in_turn(calls, runs, block=BLOCK)
     return {name: float(np.median(x)) for name, x in times.items()}
 
 
@@ -36,7 +36,7 @@ def times_in_turn(
         calls: by name. Each gets the number of the run.
         runs: number of measured runs at most.
         timer: from a call to milliseconds; None: :func:`wall_clock`.
-        seconds: after which no turn begins; five runs are measured in any case.
+        seconds: after which no turn begins. At least five runs and one whole turn are measured.
         block: runs of a call in a turn. Idle threads of ONNX Runtime stay busy for a while after a
             call, and slow down the first calls of the next one.
     """
@@ -59,6 +59,6 @@ def wall_clock(call: Callable[[], Any]) -> float:
     """Milliseconds of a call, with the work that it leaves to the GPU."""
     start = time.perf_counter()
     call()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - start)

@@ -74,7 +74,7 @@ from fgbg_kd import FgBgDistiller, build_teacher
 model = L(FgBgDistiller)(
     student=_student,
     teacher=L(build_teacher)(config={teacher[0]!r}, weights={teacher[1]!r}),
-    method=dict(fg_weight=8.0, bg_weight=1.0),
+    method=dict(bg_weight=1.0),
 )
 """
 
@@ -184,7 +184,7 @@ def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_
 
 @pytest.mark.slow
 def test_overrides_reach_the_method(config, recorded):
-    run(config, "model.method.fg_weight=0", "model.method.gate=off", "train.max_iter=1")
+    run(config, "model.method.fg_weight=0", "model.method.gate=False", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg", "loss_kd_bg"}
     recorded.clear()
     run(config, "model.method.fg_weight=0", "model.method.bg_weight=0", "train.max_iter=1")
@@ -378,7 +378,7 @@ def test_the_pages_python_config_and_command_are_read(tmp_path):
     ]
     (tmp_path / "my_distilled.py").write_text(text)
     cfg = load_lazy_config(str(tmp_path / "my_distilled.py"), arguments[4:])
-    assert cfg.train.max_iter == 9000 and dict(cfg.model.method) == dict(name="FgBg", fg_weight=4)
+    assert cfg.train.max_iter == 9000 and dict(cfg.model.method) == dict(name="FgBg", fg_weight=12)
     assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
     assert instantiate(student_model(cfg.model)).num_classes == 80
     assert cfg.dataloader.test.mapper.image_format == "BGR"

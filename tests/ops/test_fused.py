@@ -319,6 +319,18 @@ def test_one_pass_gives_the_qualities_and_the_kl(scene, dtype, channels_last, kl
     assert (fused.student_quality[cells.box_index == PADDING] == 0).all()
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_nan_in_the_logit_of_an_object_stays_in_its_quality(impl):
+    cells = split([torch.tensor([[0.0, 0, 16, 8]], device=DEVICE)], [(16, 16)], [(2, 2)], [8],
+                  assign="all", impl="torch")  # fmt: skip
+    student, teacher = torch.zeros(2, 1, 4, 2, 2, device=DEVICE)  # two anchors of two classes
+    student[0, 1, 0, 0] = teacher[0, 3, 0, 1] = float("nan")
+    classes = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+    found = compare_predictions([student], [teacher], cells, classes, 2, kl=None, impl=impl)
+    assert found.student_quality.isnan().tolist() == [[True, False, False, False]]
+    assert found.teacher_quality.isnan().tolist() == [[False, True, False, False]]
+
+
 def test_other_anchors_are_compared_by_the_best_of_each_class():
     """Three anchors and one: quality uses each one's anchors, the KL uses the largest logit."""
     boxes = [torch.tensor([[3.0, 3, 30, 40], [20, 20, 29, 29]], device=DEVICE)] * 2
