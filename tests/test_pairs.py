@@ -36,7 +36,7 @@ TEACHERS = {**STUDENTS, "GeneralizedRCNN": lambda seed: faster_rcnn()}
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.slow
 def test_a_pair_trains_a_step_and_auto_means_what_its_families_ask_for(student, teacher):
-    model = distiller(STUDENTS[student](1), TEACHERS[teacher](2), gate="off")
+    model = distiller(STUDENTS[student](1), TEACHERS[teacher](2), gate=False)
     alike = student == teacher and student in ("RetinaNet", "FCOS")
     dense = teacher in STUDENTS
     assert model.method.standardises == (not alike)

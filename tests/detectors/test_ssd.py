@@ -239,7 +239,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_train(name):
     student, teacher = (build() for build in PAIRS[name])
-    model = distiller(student, teacher, gate="off")
+    model = distiller(student, teacher, gate=False)
     losses, batch = seen_by(model, make_batch(boxes=(((5, 5, 30, 40), (0, 0, 64, 60)), ())))
     assert batch.same_anchors == (name == "SSD from SSD")
     shapes = [[x.shape[-2:] for x in of.features] for of in (batch.student, batch.teacher)]

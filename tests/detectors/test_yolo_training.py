@@ -105,7 +105,7 @@ def distilling():
         cfg.MODEL.YOLO.NORM = "FrozenBN"  # trained batch norm would use per-process statistics
         torch.manual_seed(seed)
         models.append(build_model(cfg))
-    return distiller(*models, gate="off").double()  # so that rounding does not hide a difference
+    return distiller(*models, gate=False).double()  # so that rounding does not hide a difference
 
 
 def gradients(model, batch):

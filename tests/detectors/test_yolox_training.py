@@ -47,7 +47,7 @@ MAKERS = {
     ],
 )
 def test_a_pair_trains_a_step(student, teacher, same):
-    model = distiller(MAKERS[student](seed=1), MAKERS[teacher](seed=2), gate="off", assign="all")
+    model = distiller(MAKERS[student](seed=1), MAKERS[teacher](seed=2), gate=False, assign="all")
     assert model.same_anchors == same and [x.stride for x in model.levels] == [8, 16, 32]
     found = losses_of(model)
     assert found["loss_kd_fg"] > 0 and found["loss_kd_bg"] > 0

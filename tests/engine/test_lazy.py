@@ -378,7 +378,8 @@ def test_the_pages_python_config_and_command_are_read(tmp_path):
     ]
     (tmp_path / "my_distilled.py").write_text(text)
     cfg = load_lazy_config(str(tmp_path / "my_distilled.py"), arguments[4:])
-    assert cfg.train.max_iter == 9000 and dict(cfg.model.method) == dict(name="FgBg", fg_weight=12)
+    assert cfg.train.max_iter == 9000
+    assert dict(cfg.model.method) == dict(name="FgBg", bg_weight=0.5, fg_weight=12)
     assert model_zoo.get_checkpoint_url(cfg.model.teacher.config)
     assert instantiate(student_model(cfg.model)).num_classes == 80
     assert cfg.dataloader.test.mapper.image_format == "BGR"
