@@ -179,7 +179,7 @@ def test_the_python_config_trains_a_step(coco_like, tmp_path):
     cfg.dataloader.train.dataset.names = small.DATASETS.TRAIN[0]
     cfg.dataloader.train.mapper.augmentations[0].short_edge_length = (64, 96)
     cfg.dataloader.train.num_workers, cfg.dataloader.train.total_batch_size = 0, 2
-    cfg.dataloader.evaluator, cfg.model.method.gate = None, "off"
+    cfg.dataloader.evaluator, cfg.model.method.gate = None, False
     cfg.train.init_checkpoint, cfg.train.max_iter = "", 1
     cfg.train.output_dir, cfg.train.log_period = str(tmp_path), 1
     train_lazy(cfg)
