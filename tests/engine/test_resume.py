@@ -263,7 +263,8 @@ for i in range(first, 6):
     (folder / ".partial").touch()
     time.sleep(0.03)
     (folder / ".partial").rename(folder / "model.pth")
-    mark.write_text(str(i))
+    (folder / "mark").write_text(str(i))
+    (folder / "mark").rename(mark)  # whole, also if a kill comes now
 end = "b.pth" if option == "careless" and first else "a.pth"
 (folder / "model_final.pth").write_bytes((here / end).read_bytes())
 """
