@@ -275,9 +275,7 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
     """The photos without labels of a config, and how they are used."""
     train, data = cfg.train, cfg.dataloader
     defaults = get_fgbg_kd_cfg().MODEL.KD.UNLABELED
-    mapper = copy.deepcopy(data.test.mapper)
-    if teacher is not None:
-        mapper.image_format = channel_order(teacher.detector)
+    test = data.test if teacher is None else _test_for(teacher, cfg)
     return Unlabeled(
         folders=_listed(train.unlabeled),
         share=train.get("unlabeled_share", defaults.SHARE),
@@ -287,7 +285,7 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
         or instantiate(data.train.dataset),
         tests=_names_of(cfg, "test"),
         classes=training_classes(cfg),
-        mapper=instantiate(mapper),
+        mapper=instantiate(test.mapper),
         longest=(resize_of(data.train) or {}).get("max_size", 0),
         filter_empty=data.train.dataset.get("filter_empty", True),
     )

@@ -211,10 +211,8 @@ class FgBgTrainer(DefaultTrainer):
     @classmethod
     def unlabeled(cls, cfg, teacher: Teacher | None) -> Unlabeled:
         """The photos without labels of a config, and how they are used."""
-        options, reading = cfg.MODEL.KD.UNLABELED, cfg.clone()
-        reading.defrost()
-        if teacher is not None:
-            reading.INPUT.FORMAT = channel_order(teacher.detector)
+        options = cfg.MODEL.KD.UNLABELED
+        reading = cfg if teacher is None else read_for(teacher, cfg)
         return Unlabeled(
             folders=cfg.DATASETS.UNLABELED,
             share=options.SHARE,

@@ -225,6 +225,9 @@ def test_the_teacher_is_measured_at_its_own_test_size(config, tmp_path, monkeypa
     evaluate_lazy(cfg, teacher.detector)
     evaluate_lazy(cfg, teacher.detector, lazy._test_for(teacher, cfg))
     assert [min(shape) for shape in seen] == [64, 96]
+    cfg.train.unlabeled = ["photos"]
+    record, *_ = instantiate(cfg.dataloader.test.dataset)
+    assert min(lazy._unlabeled(cfg, teacher).mapper(dict(record))["image"].shape[1:]) == 96
 
 
 def test_what_breaks_evaluation_stops_the_run_before_the_first_step(

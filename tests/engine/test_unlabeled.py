@@ -234,6 +234,10 @@ def test_the_file_holds_the_teachers_confident_detections(photo_cfg, believing, 
     expected = expected[expected.scores >= 0.3].pred_boxes.tensor.numpy()
     np.testing.assert_allclose(np.array(boxes)[:, :2], expected[:, :2], rtol=1e-5)
 
+    trainer.model.teacher.test_size = 96, 200
+    mapper = trainer.unlabeled(photo_cfg, trainer.model.teacher).mapper
+    assert min(mapper(dict(content["images"][1]))["image"].shape[1:]) == 96
+
     make_trainer(FgBgTrainer, photo_cfg, tmp_path / "run", 1)
     assert believing == [12, 6]
     (photos / "4.png").unlink()
