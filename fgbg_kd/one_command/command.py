@@ -14,8 +14,8 @@ from ..engine.launch import check_gpus
 from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
+from .choose import Wish, table
 from .data import Data, digest_of, prepare
-from .measure import Wish, table
 from .outcome import (
     result_rows,
     result_table,

@@ -1,11 +1,10 @@
-"""Measures candidates and teacher on this machine, and chooses the largest that is fast enough."""
+"""Measures candidates and teacher on this machine: parameters, GFLOPs and latency."""
 
 import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from ..deploy.deployable import dense_view
 from ..detectors.dense import view
 from ..experiments.cost import size_of
 from ..experiments.runner import surroundings
-from ..utils.errors import ConfigError, FgBgError
+from ..utils.errors import FgBgError
 from ..utils.files import read_json, sha256_of_text, write_whole
-from ..utils.markdown import table_of
 from ..utils.packages import installed
 from ..utils.timing import BLOCK, times_in_turn
 
-# Column of the table by the name of a runtime.
-RUNTIMES = {"pytorch": "ms", "onnx": "onnx_ms"}
 HEADINGS = {
     "parameters_m": "parameters (M)",
     "gflops": "GFLOPs",
@@ -39,44 +35,10 @@ HEADINGS = {
     "speedup": "times as fast, PyTorch",
 }
 _RUNS = 50  # largest number of runs of a measurement
-_SECONDS = 60  # after which no turn begins
+_SECONDS = 30  # of each runtime, after which no turn begins
 # Other work on the machine only makes calls slower. So this quantile is steadier than the median.
 _QUANTILE = 0.2
 _STEADY = 1.3  # if the teacher's 80 % quantile is over this many 20 % quantiles, a message says so
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user asks of the student. None: no wish.
-
-    Attributes:
-        speedup: how many times as fast as the teacher.
-        latency: milliseconds per image at most.
-        parameters: millions of parameters at most.
-        runtime: where speed-up and latency are measured, "pytorch" or "onnx".
-    """
-
-    speedup: float | None = None
-    latency: float | None = None
-    parameters: float | None = None
-    runtime: str = "pytorch"
-
-    def __str__(self) -> str:
-        named = ("speedup", "latency", "parameters")
-        return " ".join(f"--{n} {v:g}" for n in named if (v := getattr(self, n)) is not None)
-
-    def check(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ConfigError: a value is not over 0, or the runtime is unknown.
-        """
-        for name in ("speedup", "latency", "parameters"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name} is {value}: give a number over 0.")
-        if self.runtime not in RUNTIMES:
-            raise ConfigError(f"--runtime is {self.runtime!r}: choose from {tuple(RUNTIMES)}.")
 
 
 def has_onnx() -> bool:
@@ -135,9 +97,14 @@ def measure(
             shape = (*(detector.about["input_size"] or image.shape[:2]), 3)
             seen = np.ascontiguousarray(np.resize(image, shape))
             calls[place] = lambda _, run=detector.run, seen=seen: run(seen)
-        times = times_in_turn(calls, _RUNS, seconds=_SECONDS, block=BLOCK)
+        columns, times = ["ms", "onnx_ms", *dict.fromkeys(column for _, column in files)], {}
+        for (
+            column
+        ) in columns:  # threads of ONNX Runtime stay busy after a call, so PyTorch is apart
+            turn = {place: call for place, call in calls.items() if place[1] == column}
+            times |= times_in_turn(turn, _RUNS, seconds=_SECONDS, block=BLOCK)
     for row in rows:
-        for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):
+        for column in columns:
             found = times.get((row["name"], column))
             row[column] = round(float(np.quantile(found, _QUANTILE)), 2) if found else None
         row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
@@ -226,123 +193,3 @@ def measured(
     else:
         say(f"The candidates were measured before. Their table is read from {cache}.")
     return tables[key]["rows"]
-
-
-def refined(
-    rows: list[dict],
-    wish: Wish,
-    finer: Callable[[str], list[str]],
-    measure_pair: Callable[[str, str], list[dict]],
-) -> list[dict]:
-    """Adds candidates between the chosen one and the next larger one, by bisection.
-
-    Without them, the student can be much faster than the user asks. Each is measured together with
-    the chosen one. So it does not matter if the machine is now slower than when ``rows`` were
-    measured.
-
-    Args:
-        rows: those of :func:`measure`. The first is the teacher.
-        finer: function from the name of a candidate to the names of larger ones, fast to slow.
-        measure_pair: function from the names of two candidates to their rows.
-    """
-    try:
-        taken = choose(rows, wish)
-    except ConfigError:  # is raised again when the table is shown
-        return rows
-    known = {row["name"] for row in rows}
-    names = [name for name in finer(taken["name"]) if name not in known]
-    low, high = 0, len(names)
-    while low < high and (wish.speedup or wish.latency):
-        middle = (low + high) // 2
-        again, row = measure_pair(taken["name"], names[middle])
-        row = dict(row)
-        for column in RUNTIMES.values():
-            if row[column] and again[column]:
-                row[column] = round(row[column] * taken[column] / again[column], 2)
-        row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
-        rows = [*rows, row]
-        if _fitting([row], rows[0], wish):
-            low = middle + 1
-        else:
-            high = middle
-    return rows
-
-
-def _fitting(candidates: Sequence[dict], teacher: dict, wish: Wish) -> list[dict]:
-    """The rows that meet a wish."""
-    column, infinity = RUNTIMES[wish.runtime], float("inf")
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
-    if not (wish.speedup or wish.latency):
-        return small
-    most = min(
-        wish.latency or infinity, teacher[column] / wish.speedup if wish.speedup else infinity
-    )
-    return [r for r in small if r[column] is not None and r[column] <= most]
-
-
-def choose(rows: Sequence[dict], wish: Wish) -> dict:
-    """The largest candidate that meets a wish.
-
-    Its backbone is that of the candidate with the most parameters. Of the candidates with this
-    backbone, it has the most GFLOPs.
-
-    Args:
-        rows: those of :func:`measure`. The first is the teacher.
-
-    Raises:
-        ConfigError: no candidate meets the wish. The message names the nearest one.
-    """
-    teacher, *candidates = rows
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or float("inf"))]
-    if not small:
-        least = min(candidates, key=lambda r: r["parameters_m"])
-        raise ConfigError(
-            f"No candidate has at most {wish.parameters:g} M parameters: the smallest, "
-            f"{least['name']}, has {least['parameters_m']} M. Raise --parameters, or give only "
-            "--student NAME."
-        )
-    timed = [r for r in small if r[RUNTIMES[wish.runtime]] is not None]
-    if wish.speedup or wish.latency:
-        _check_timed(timed, teacher, wish)
-    fits = _fitting(small, teacher, wish)
-    if not fits:
-        raise _too_slow(min(timed, key=lambda r: r[RUNTIMES[wish.runtime]]), teacher, wish)
-    largest = max(fits, key=lambda r: (r["parameters_m"], r["gflops"]))
-    backbone = largest["name"].split(",")[0]
-    return max((r for r in fits if r["name"].split(",")[0] == backbone), key=lambda r: r["gflops"])
-
-
-def _check_timed(timed: list[dict], teacher: dict, wish: Wish) -> None:
-    """Refuses a wish for a runtime in which nothing was measured."""
-    if not timed:
-        raise ConfigError(
-            "--runtime onnx: no candidate was measured in ONNX Runtime. It needs the packages onnx "
-            "and onnxruntime: pip install -e '.[export]'."
-        )
-    if wish.speedup and teacher[RUNTIMES[wish.runtime]] is None:
-        raise ConfigError(
-            "--speedup with --runtime onnx: the teacher has no ONNX file, so there is nothing to "
-            "compare with. Give --latency, or --runtime pytorch."
-        )
-
-
-def _too_slow(fastest: dict, teacher: dict, wish: Wish) -> ConfigError:
-    column = RUNTIMES[wish.runtime]
-    times = ""
-    if teacher[column] is not None:
-        ratio = teacher[column] / fastest[column]
-        times = f", {ratio:.1f} times as fast as the teacher"
-    return ConfigError(
-        f"No candidate meets {wish}: the fastest, {fastest['name']}, takes {fastest[column]} ms"
-        f"{times}. Lower --speedup, raise --latency, name another --student, or give smaller "
-        "images (INPUT.MIN_SIZE_TEST in the teacher's config)."
-    )
-
-
-def table(rows: Sequence[dict], taken: str = "") -> str:
-    """The table of candidates in Markdown. An arrow marks the one that is taken."""
-    shown = []
-    for row in rows:
-        cells = {k: "–" if v is None else v for k, v in row.items()}
-        shown.append(cells | {"": "<- taken" if row["name"] == taken else ""})
-    return table_of(shown, HEADINGS)

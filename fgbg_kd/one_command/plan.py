@@ -21,8 +21,9 @@ from ..teacher import Teacher
 from ..utils.errors import ConfigError
 from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .backbone import backbone_settings
+from .choose import Wish, choose, refined, table
 from .data import Data
-from .measure import Wish, choose, image_size, measured, refined, table
+from .measure import image_size, measured
 from .schedule import batch_of, iterations_in, iterations_of, schedule_settings
 from .students import (
     Setting,

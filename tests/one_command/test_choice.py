@@ -15,7 +15,8 @@ from fgbg_kd.detectors.dense import view
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.matching import same_anchors, shared_levels
 from fgbg_kd.one_command import measure
-from fgbg_kd.one_command.measure import Wish, choose, image_size, measured, refined, table
+from fgbg_kd.one_command.choose import RUNTIMES, Wish, choose, refined, table
+from fgbg_kd.one_command.measure import image_size, measured
 from fgbg_kd.one_command.students import (
     CANDIDATES,
     Candidate,
@@ -243,7 +244,7 @@ def test_candidates_between_two_of_the_list_come_close_to_the_wish(wish):
     before = choose(coarse, Wish(**wish))
     rows = refined(coarse, Wish(**wish), larger, measure_pair)
     taken = choose(rows, Wish(**wish))
-    column = measure.RUNTIMES[wish.get("runtime", "pytorch")]
+    column = RUNTIMES[wish.get("runtime", "pytorch")]
     asked = wish["speedup"]
     assert asked <= teacher[column] / taken[column] < 1.15 * asked
     assert teacher[column] / before[column] > 1.15 * asked

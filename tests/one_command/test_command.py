@@ -22,7 +22,7 @@ from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.engine import read_config
 from fgbg_kd.one_command import command, measure, outcome, plan, students, training
 from fgbg_kd.one_command.backbone import backbone_settings
-from fgbg_kd.one_command.measure import Wish
+from fgbg_kd.one_command.choose import Wish
 from fgbg_kd.one_command.teacher_facts import facts_of
 from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
 from fgbg_kd.teacher import build_teacher
