@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-BLOCK = 5  # runs of a call in a turn, so that few of them follow the call of another detector
+BLOCK = 5  # runs of a call in a turn, where calls of different runtimes take turns
+# Seconds before a block. After a call, idle threads of ONNX Runtime stay busy for about 40 ms, and
+# those of PyTorch for about 8 ms. They would slow down the next call.
+_REST = 0.05
 
 
 def latency(calls: dict[str, Callable[[int], Any]], runs: int = 30) -> dict[str, float]:
@@ -37,8 +40,8 @@ def times_in_turn(
         runs: number of measured runs at most.
         timer: from a call to milliseconds; None: :func:`wall_clock`.
         seconds: after which no turn begins. At least five runs and one whole turn are measured.
-        block: runs of a call in a turn. Idle threads of ONNX Runtime stay busy for a while after a
-            call, and slow down the first calls of the next one.
+        block: runs of a call in a turn. Before a block of more than one run, nothing runs for 50 ms,
+            until the threads of the previous call sleep.
     """
     timer = timer or wall_clock
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -50,6 +53,8 @@ def times_in_turn(
         if first >= 5 and time.perf_counter() > stop:
             break
         for name, call in calls.items():
+            if block > 1:
+                time.sleep(_REST)
             for i in range(first, min(first + block, runs)):
                 times[name].append(timer(lambda call=call, i=i: call(i)))
     return times

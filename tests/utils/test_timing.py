@@ -19,6 +19,15 @@ def test_a_turn_has_a_block_of_runs_and_the_last_turn_the_rest():
     assert order_of(runs=3, block=2) == ["a0", "a1", "b0", "b1", "a2", "b2"]
 
 
+def test_threads_of_the_previous_call_sleep_before_a_block(monkeypatch):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    order_of(runs=3)
+    assert slept == []
+    order_of(runs=3, block=2)
+    assert len(slept) == 4 and min(slept) >= 0.04
+
+
 def test_no_turn_begins_after_the_time_but_five_runs_are_made():
     calls = {"a": lambda i: None}
     assert len(times_in_turn(calls, 50, timer=lambda call: 1.0, seconds=0.0)["a"]) == 5
