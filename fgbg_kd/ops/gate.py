@@ -23,14 +23,6 @@ def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Tensor:
     Returns:
         (N, R) in [0, 1], without a gradient. It is 0 on padding.
     """
-    lead = (best_of_object(teacher, cells) - best_of_object(student, cells)).clamp(min=0)
+    lead = (cells.best_of_box(teacher) - cells.best_of_box(student)).clamp(min=0)  # (N, B)
     ratio = torch.where(teacher >= student, 1.0, teacher / student)
-    return torch.where(cells.foreground, lead, torch.where(cells.background, ratio, 0))
-
-
-def best_of_object(quality: Tensor, cells: Split) -> Tensor:
-    """(N, R): at each foreground cell the highest quality in the cells of its object."""
-    owner = cells.box_index.clamp(min=0).long()
-    best = quality.new_zeros(len(quality), cells.boxes.shape[1])
-    best = best.scatter_reduce(1, owner, torch.where(cells.foreground, quality, 0), "amax")
-    return best.gather(1, owner)
+    return torch.where(cells.foreground, cells.owner(lead), torch.where(cells.background, ratio, 0))

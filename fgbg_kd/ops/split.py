@@ -53,6 +53,16 @@ class Split(NamedTuple):
         index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
         return per_box.gather(1, index.expand(-1, -1, *per_box.shape[2:]))
 
+    def best_of_box(self, quality: Tensor) -> Tensor:
+        """(N, B): the highest quality in the cells of each box; 0 if the box has no cell.
+
+        Args:
+            quality: (N, R) of at least 0.
+        """
+        index = self.box_index.clamp(min=0).long()
+        best = quality.new_zeros(len(quality), self.boxes.shape[1])
+        return best.scatter_reduce(1, index, torch.where(self.foreground, quality, 0), "amax")
+
     def weighted(self, quality: Tensor) -> "Split":
         """The same cells with other weights: an object's weight of 1 is shared by its cells.
 
@@ -64,9 +74,9 @@ class Split(NamedTuple):
         """
         # Integers, because a sum of floats depends on the order of its terms, and a GPU has none.
         part = ((quality.nan_to_num(0) * 2**30).long() + 1) * self.foreground
-        owner = self.box_index.clamp(min=0).long()
-        total = part.new_zeros(len(part), self.boxes.shape[1]).scatter_add(1, owner, part)
-        weight = (part / total.gather(1, owner).clamp(min=1)).float()
+        index = self.box_index.clamp(min=0).long()
+        total = part.new_zeros(len(part), self.boxes.shape[1]).scatter_add(1, index, part)
+        weight = (part / self.owner(total).clamp(min=1)).float()
         # A NaN has no integer. It stays visible in the loss, which stops the training.
         lost = (quality.isnan() & self.foreground).any(1, keepdim=True) & self.foreground
         return self._replace(weight=torch.where(lost, torch.nan, weight))
