@@ -40,8 +40,8 @@ def times_in_turn(
         runs: number of measured runs at most.
         timer: from a call to milliseconds; None: :func:`wall_clock`.
         seconds: after which no turn begins. At least five runs and one whole turn are measured.
-        block: runs of a call in a turn. Before a block of more than one run, nothing runs for 50 ms,
-            until the threads of the previous call sleep.
+        block: runs of a call in a turn. Before a block of more than one run, nothing runs for
+            50 ms, until the threads of the previous call sleep.
     """
     timer = timer or wall_clock
     times: dict[str, list[float]] = {name: [] for name in calls}
