@@ -97,7 +97,7 @@ def _add_methods(cfg: CN) -> None:
     """Options of each method. The method's file in fgbg_kd/methods has the formula."""
     kd = cfg.MODEL.KD
     fgbg = kd.FGBG = CN()
-    fgbg.FG_WEIGHT = 24.0  # scales loss_kd_fg; 0 = off
+    fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
     # Which cells of a box are foreground, and their weights. "scale": its cells on the one level
     # that fits its size, with equal weights. "teacher": its cells on all levels, weighted by the
@@ -304,7 +304,7 @@ def get_fgbg_kd_cfg() -> CN:
 
 
 def method_options(cfg: CN, name: str = "") -> dict:
-    """Options of a method as keyword arguments: {"fg_weight": 24.0, ...}.
+    """Options of a method as keyword arguments: {"fg_weight": 8.0, ...}.
 
     Args:
         name: name of the method; "": the name in MODEL.KD.METHOD. A method without a node in

@@ -81,7 +81,7 @@ class Scene:
             logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
         )
         gate = teacher_gate(found.student_quality, found.teacher_quality, self.cells)
-        return (gate * found.kl).sum()
+        return (gate.value * found.kl).sum()
 
     def counts(self) -> dict[str, tuple[float, float, int]]:
         """Memory traffic of forward and backward by operator, with a gate of 1 in all cells.

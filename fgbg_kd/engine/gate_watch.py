@@ -10,9 +10,8 @@ logger = logging.getLogger(__name__)
 class GateWatch(HookBase):
     """Warns if the teacher finds the objects hardly better than the student.
 
-    The hook averages kd/fg_gate over the first iterations: the mean gate on objects, which is the
-    teacher's lead. Without a gate, a method does not write kd/fg_better, and the hook does nothing.
-    Reading both from the event storage does not wait for the GPU.
+    The hook averages kd/fg_lead over the first iterations. Without a gate, a method does not write
+    it, and the hook does nothing. Reading the event storage does not wait for the GPU.
     """
 
     def __init__(self, iterations: int = 100, least: float = 0.02):
@@ -28,9 +27,8 @@ class GateWatch(HookBase):
         trainer = self.trainer
         if trainer.start_iter > 0 or trainer.iter >= self.iterations:
             return
-        latest = trainer.storage.latest()
-        lead, when = latest.get("kd/fg_gate", (0.0, -1))
-        if when == trainer.iter and "kd/fg_better" in latest:  # a batch without objects has neither
+        lead, when = trainer.storage.latest().get("kd/fg_lead", (0.0, -1))
+        if when == trainer.iter:  # a batch without objects has no lead
             self.leads.append(lead)
         if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and self.leads:
             self._judge(sum(self.leads) / len(self.leads))

@@ -97,7 +97,7 @@ def cell_maps(
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
     found = batch.compare(cells, kl=fgbg.kl, temperature=fgbg.temperature)
-    gate = teacher_gate(found.student_quality, found.teacher_quality, cells)
+    gate = teacher_gate(found.student_quality, found.teacher_quality, cells).value
     kl = found.kl * gate if fgbg.gate else found.kl
     return CellMaps(cells, batch.strides, cosine, gate, kl)
 

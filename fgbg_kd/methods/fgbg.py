@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Comparison, Split, cosine_loss, standardise, teacher_gate
+from ..ops import Comparison, Gate, Split, cosine_loss, standardise, teacher_gate
 from ..utils.processes import world_mean
 from .adapters import build_adapters
 from .base import (
@@ -18,10 +18,6 @@ from .base import (
     check_positive,
     or_one,
 )
-
-# The gate of an object if predictions are not compared. A good teacher leads by about this much
-# early in training, so that FG_WEIGHT has a similar effect with and without a gate.
-_USUAL_LEAD = 1 / 3
 
 
 @METHOD_REGISTRY.register()
@@ -35,7 +31,7 @@ class FgBg(Method):
     each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`) with STANDARDISE always;
     otherwise the identity. w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher,
     :meth:`fgbg_kd.ops.Split.weighted` by the teacher's quality). g: the gate
-    (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1/3 on foreground and 1 on background.
+    (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
     F: number of foreground cells. tau: temperature.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
@@ -104,13 +100,13 @@ class FgBg(Method):
         if self.fg_weight > 0:
             adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
             maps = self.directions(adapted, batch.teacher.features, cells)
-            total = cosine_loss(*maps, cells.weight * gate)
+            total = cosine_loss(*maps, cells.weight * gate.value)
             losses["loss_kd_fg"] = self.fg_weight * total / or_one(weight)
         if self.bg_weight > 0:
-            total = (gate * found.kl).sum()
+            total = (gate.value * found.kl).sum()
             divisor = torch.where(num_fg > 0, num_fg, num_bg)
             losses["loss_kd_bg"] = self.bg_weight * total / or_one(divisor)
-        return losses, shares(cells, gate, self.gate)
+        return losses, statistics(cells, gate)
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""
@@ -140,30 +136,25 @@ class FgBg(Method):
             quality=self.needs_quality,
         )
 
-    def open_gate(self, cells: Split, found: Comparison) -> Tensor:
-        """(N, R): g in [0, 1]; 0 on padding."""
+    def open_gate(self, cells: Split, found: Comparison) -> Gate:
+        """The gate of each cell. Without a comparison it is 1; 0 on padding."""
         if not self.gate:
-            return cells.foreground * _USUAL_LEAD + cells.background
+            return Gate((cells.foreground | cells.background).float())
         return teacher_gate(found.student_quality, found.teacher_quality, cells)
 
 
-def shares(cells: Split, gate: Tensor, gated: bool) -> dict[str, Tensor]:
-    """Statistics of foreground and background cells. NaN: there are no such cells.
-
-    Args:
-        gated: whether the gate compares predictions.
+def statistics(cells: Split, gate: Gate) -> dict[str, Tensor]:
+    """Means over foreground and background cells. NaN: there are no such cells.
 
     Returns:
-        kd/fg_gate, kd/bg_gate: mean of the gate. kd/fg_better, kd/bg_better: share of cells in
-        which the teacher is better than the student (foreground) or not worse (background), as the
-        gate compares them. Without a gate they are left out.
+        kd/fg_gate, kd/bg_gate: mean of the gate. kd/fg_lead: how much higher the teacher's best
+        score on an object is, 0 if it is lower. Without a gate it is left out.
     """
-    maps = {"gate": gate}
-    if gated:
-        maps["better"] = torch.where(cells.foreground, gate > 0, gate == 1).float()
-    parts = {"fg": cells.foreground, "bg": cells.background}
+    found = {"kd/fg_gate": (gate.value, cells.foreground)}
+    if gate.lead is not None:
+        found["kd/fg_lead"] = (gate.lead, cells.foreground)
+    found["kd/bg_gate"] = (gate.value, cells.background)
     return {
-        f"kd/{part}_{what}": torch.where(mask, value, 0).sum() / mask.sum()
-        for part, mask in parts.items()
-        for what, value in maps.items()
+        name: torch.where(mask, value, 0).sum() / mask.sum()
+        for name, (value, mask) in found.items()
     }

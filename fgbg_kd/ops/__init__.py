@@ -5,7 +5,7 @@ Each file has the definition in plain PyTorch. ``x_triton.py`` has the fused ker
 
 from .common import BACKGROUND, PADDING
 from .cosine import cosine_loss, cosine_similarity
-from .gate import teacher_gate
+from .gate import Gate, teacher_gate
 from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
 from .split import Split, pack, split
 from .standardise import standardise
@@ -14,6 +14,7 @@ __all__ = [
     "BACKGROUND",
     "PADDING",
     "Comparison",
+    "Gate",
     "Split",
     "compare_predictions",
     "cosine_loss",

@@ -1,28 +1,46 @@
 """The gate: how far the student follows the teacher at each cell."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .split import Split
 
 
-@torch.no_grad()
-def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Tensor:
-    """The gate g: the teacher's lead on an object, and 1 on most of the background.
+class Gate(NamedTuple):
+    """The gate of each cell, and what it was made from.
 
-    - All cells of an object share max(0, t - s). t and s are the highest qualities of teacher and
-      student in the cells of the object. A detector predicts an object in few of its cells. In its
-      other cells, a comparison would be noise.
+    Attributes:
+        value: (N, R) g in [0, 1], without a gradient; 0 on padding.
+        lead: (N, R), on foreground cells max(0, t - s), see :func:`teacher_gate`. None: predictions
+            were not compared.
+    """
+
+    value: Tensor
+    lead: Tensor | None = None
+
+
+@torch.no_grad()
+def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Gate:
+    """The gate g: what the student lacks of the teacher's score of an object; background near 1.
+
+    - All cells of an object share max(0, 1 - s / t). s and t are the highest qualities of student
+      and teacher in the cells of the object. A detector predicts an object in few of its cells. In
+      its other cells, a comparison would be noise.
     - A background cell has min(1, t / s), with its own qualities. So g is clearly lower only where
       the teacher gives a high score to an object that is not there, and the student a lower one.
 
     Args:
         student, teacher: (N, R) qualities in [0, 1] (:func:`fgbg_kd.ops.prediction_quality`).
         cells: the split of the same cells.
-
-    Returns:
-        (N, R) in [0, 1], without a gradient. It is 0 on padding.
     """
-    lead = (cells.best_of_box(teacher) - cells.best_of_box(student)).clamp(min=0)  # (N, B)
-    ratio = torch.where(teacher >= student, 1.0, teacher / student)
-    return torch.where(cells.foreground, cells.owner(lead), torch.where(cells.background, ratio, 0))
+    s, t = cells.best_of_box(student), cells.best_of_box(teacher)  # (N, B)
+    background = torch.where(cells.background, _share(teacher, student), 0)
+    value = torch.where(cells.foreground, cells.owner(1 - _share(s, t)), background)
+    return Gate(value, cells.owner((t - s).clamp(min=0)))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, but at most 1. It is 1 if both are 0."""
+    return torch.where(part >= whole, 1.0, part / whole)

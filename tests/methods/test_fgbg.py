@@ -55,10 +55,10 @@ def test_by_hand():
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(6 / 3 * 2)  # 1/3: the gate; 2: 1 - cos
+    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2)  # 2: 1 - cos
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
-        "kd/fg_gate": pytest.approx(1 / 3),
+        "kd/fg_gate": 1,
         "kd/bg_gate": 1,
     }
 
@@ -67,7 +67,7 @@ def test_the_gate_scales_the_cells_of_both_terms_and_leaves_the_divisors(monkeyp
     student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits])
-    # Above a box of two cells: the teacher leads by 0.4. Below the background: in the second cell
+    # Above a box of two cells: the student lacks 0.4 of 0.9. Below the background: in the second cell
     # the teacher is worse, 0.1 against 0.5.
     better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
 
@@ -81,13 +81,12 @@ def test_the_gate_scales_the_cells_of_both_terms_and_leaves_the_divisors(monkeyp
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = build_method("FgBg", [1], [1], fg_weight=1.0)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(0.4 * 2)
+    assert losses["loss_kd_fg"].item() == pytest.approx(0.4 / 0.9 * 2)
     assert losses["loss_kd_bg"].item() == pytest.approx(1.2 * kl / 2, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
-        "kd/fg_gate": pytest.approx(0.4),
-        "kd/fg_better": 1,
+        "kd/fg_gate": pytest.approx(0.4 / 0.9),
+        "kd/fg_lead": pytest.approx(0.4),
         "kd/bg_gate": pytest.approx(0.6),  # 1 and 0.2
-        "kd/bg_better": 0.5,
     }
 
 
@@ -175,9 +174,9 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
             kl=o["kl"],
             temperature=o["temperature"],
         )
-        gate = cells.foreground / 3 + cells.background.float()
+        gate = (cells.foreground | cells.background).float()
         if o["gate"]:
-            gate = teacher_gate(found.student_quality, found.teacher_quality, cells)
+            gate = teacher_gate(found.student_quality, found.teacher_quality, cells).value
         if o["assign"] == "teacher":
             cells = cells.weighted(found.teacher_quality)
         maps = s.features, t.features

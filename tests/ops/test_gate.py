@@ -51,13 +51,22 @@ def test_quality_is_the_score_of_the_class_or_one_minus_the_best_score():
 
 
 def gate_of(student, teacher, owned=None):
-    return teacher_gate(torch.tensor([student]), torch.tensor([teacher]), owned or upper_row())
+    found = teacher_gate(torch.tensor([student]), torch.tensor([teacher]), owned or upper_row())
+    return found.value
 
 
-def test_the_gate_of_an_object_is_the_lead_of_the_teachers_best_cell():
+def test_the_gate_of_an_object_is_the_missing_share_of_the_teachers_best_score():
     """The cells need not be the same: 0.6 against 0.5, not the mean of +0.5 and -0.3."""
     gate = gate_of([0.1, 0.5, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0])
-    torch.testing.assert_close(gate, torch.tensor([[0.1, 0.1, 1, 1]]))
+    torch.testing.assert_close(gate, torch.tensor([[1 / 6, 1 / 6, 1, 1]]))
+
+
+def test_the_lead_is_the_difference_of_the_best_scores():
+    """It is 0 where the student is ahead."""
+    student, teacher = torch.tensor([[0.1, 0.5, 0.1, 0.1]]), torch.tensor([[0.6, 0.2, 1.0, 1.0]])
+    lead = teacher_gate(student, teacher, upper_row()).lead
+    torch.testing.assert_close(lead[0, :2], torch.tensor([0.1, 0.1]))
+    assert teacher_gate(teacher, student, upper_row()).lead[0, :2].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("teacher", [0.5, 0.2, 0.0])
@@ -79,14 +88,14 @@ def test_objects_do_not_share_their_best_cells_nor_take_those_of_the_background(
     boxes = [torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])]
     owned = split(boxes, [(16, 16)], [(2, 2)], [8], assign="all")
     gate = gate_of([0.5, 0.5, 0.1, 0.1], [0.6, 0.9, 1.0, 1.0], owned)
-    torch.testing.assert_close(gate, torch.tensor([[0.1, 0.4, 1, 1]]))
+    torch.testing.assert_close(gate, torch.tensor([[1 / 6, 4 / 9, 1, 1]]))
 
 
 def test_the_best_cell_may_be_on_another_level():
     box = [torch.tensor([[0.0, 0, 16, 16]])]
     owned = split(box, [(16, 16)], [(2, 2), (1, 1)], [8, 16], assign="all")
     gate = gate_of([0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6], owned)
-    torch.testing.assert_close(gate, torch.full((1, 5), 0.4))
+    torch.testing.assert_close(gate, torch.full((1, 5), 2 / 3))
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,10 +114,10 @@ def test_the_gate_equals_a_loop_over_the_objects(seed):
         for b in range(5):
             mine = owned.box_index[n] == b
             if mine.any():
-                expected[n, mine] = max(0.0, float(t[n, mine].max() - s[n, mine].max()))
+                expected[n, mine] = max(0.0, 1 - float(s[n, mine].max() / t[n, mine].max()))
         for r in (owned.box_index[n] == -1).nonzero()[:, 0]:
             expected[n, r] = min(1.0, float(t[n, r] / s[n, r]))
-    torch.testing.assert_close(teacher_gate(s, t, owned), expected)
+    torch.testing.assert_close(teacher_gate(s, t, owned).value, expected)
 
 
 def test_a_quality_that_is_nan_stays_visible():
@@ -120,7 +129,7 @@ def test_a_quality_that_is_nan_stays_visible():
 def test_the_gate_is_0_on_padding_and_has_no_gradient():
     owned = cells()
     student = torch.full((1, 4), 0.25, requires_grad=True)
-    gate = teacher_gate(student, torch.ones(1, 4), owned)
+    gate = teacher_gate(student, torch.ones(1, 4), owned).value
     padding = owned.box_index == -2
     assert padding.sum() == 2 and (gate[padding] == 0).all() and (gate[~padding] > 0).all()
     assert not gate.requires_grad
@@ -131,5 +140,5 @@ def test_an_image_may_have_more_objects_than_cells():
     corner = torch.rand(30, 2, generator=generator) * 12
     owned = split([torch.cat([corner, corner + 3], 1)], [(16, 16)], [(2, 2)], [8], assign="all")
     assert owned.box_index.max() >= 4
-    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned)
+    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned).value
     assert gate.tolist() == [[1, 1, 1, 1]]
