@@ -112,8 +112,8 @@ def _add_methods(cfg: CN) -> None:
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
-    # Whether objects are scaled by the teacher's lead, and background cells by the ratio of the
-    # qualities. False = 1/3 on objects, 1 on background.
+    # Whether objects are scaled by the share of the teacher's score that the student lacks, and
+    # background cells by the ratio of the qualities. False = 1 on all cells.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

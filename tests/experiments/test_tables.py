@@ -149,7 +149,7 @@ def test_tuning_has_one_row_a_method_with_the_best_choice_in_bold():
 def test_a_row_is_named_by_what_its_title_does_not_say():
     node = "MODEL.KD.FGBG"
     shared = {"overrides": [f"{node}.KL", "softmax", f"{node}.TEMPERATURE", "2"]}
-    options = {"kl": "softmax", "temperature": 2.0, "fg_weight": 24.0}
+    options = {"kl": "softmax", "temperature": 2.0, "fg_weight": 8.0}
     other = {"kl": "sigmoid", "temperature": 1.0, "fg_weight": 3.0}
     assert name_of(row("FgBg", 0, 1.0, options=options, **shared)) == "FgBg"
     typed = "FgBg FG_WEIGHT=3 KL=sigmoid TEMPERATURE=1"

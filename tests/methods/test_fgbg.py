@@ -67,8 +67,8 @@ def test_the_gate_scales_the_cells_of_both_terms_and_leaves_the_divisors(monkeyp
     student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits])
-    # Above a box of two cells: the student lacks 0.4 of 0.9. Below the background: in the second cell
-    # the teacher is worse, 0.1 against 0.5.
+    # Above a box of two cells: the student lacks 0.4 of 0.9. Below the background: in the second
+    # cell the teacher is worse, 0.1 against 0.5.
     better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
 
     def found(self, cells, **options):
