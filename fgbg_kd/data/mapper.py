@@ -25,9 +25,10 @@ class NamingMapper(DatasetMapper):
         try:
             return self._map(copy.deepcopy(dataset_dict))
         except Exception as error:
+            then = " and continue with --resume" if self.is_train else ""
             raise DataError(
-                f"The image {dataset_dict['file_name']} cannot be used ({error}): replace the file "
-                "and continue with --resume."
+                f"The image {dataset_dict['file_name']} cannot be used ({error}): replace the file"
+                f"{then}."
             ) from error
 
     def _map(self, dataset_dict: dict) -> dict:

@@ -63,7 +63,7 @@ def curves(runs: list[Run], colors) -> dict[str, Markup]:
     keys = {k for r in runs for row in r.rows for k in row}
     sections = {
         "Losses": sorted(k for k in keys if k.startswith("loss") or k == "total_loss"),
-        "Gate (mean), and share of cells where the teacher is better": sorted(
+        "Gate, and the lead of the teacher (means)": sorted(
             k for k in keys if k.endswith(("_gate", "_lead"))
         ),
         "AP over iterations": [k for k in ("bbox/AP", "bbox/AP50", "bbox/AP75") if k in keys],
