@@ -402,7 +402,10 @@ def without_gate(overrides: list[str]) -> list[str]:
 
 
 def pair_line(runs: list[dict]) -> str:
-    """The line of a pair in docs/results.md. A star: measured with the earlier gate."""
+    """The line of a pair in docs/results.md.
+
+    A star: measured with the earlier gate. A dagger: with another weight than the default.
+    """
     ap = defaultdict(dict)  # by method, by seed
     for run in runs:
         ap[run["method"]][run["seed"]] = run["AP"]
@@ -411,7 +414,11 @@ def pair_line(runs: list[dict]) -> str:
     mean, half = mean_interval([ap["FgBg"][s] - ap["plain"][s] for s in ap["FgBg"]])
     gain = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
     overrides = without_gate(runs[0]["overrides"])
-    gain += " \\*" if overrides != runs[0]["overrides"] else ""
+    weights = {run["options"]["fg_weight"] for run in runs if run["method"] == "FgBg"}
+    if overrides != runs[0]["overrides"]:
+        gain += " \\*"
+    elif weights != {method_defaults("FgBg")["fg_weight"]}:
+        gain += " †"
     name = " ".join([Path(runs[0]["config"]).stem, *overrides])
     (teacher,) = ap["teacher"].values()
     return f"| `{name}` | {teacher:.1f} | {each[0]} | {each[1]} | {gain} |"

@@ -93,7 +93,7 @@ class FgBg(Method):
         found = self.compare(batch, cells)
         if self.fg_weight > 0 and self.assign == "teacher":
             cells = cells.weighted(found.teacher_quality)
-        gate = self.open_gate(cells, found)
+        gate = self.gate_of(cells, found)
         counts = [cells.foreground.float(), cells.background.float(), cells.weight]
         num_fg, num_bg, weight = world_mean(torch.stack([x.sum() for x in counts]))
         losses = {}
@@ -136,7 +136,7 @@ class FgBg(Method):
             quality=self.needs_quality,
         )
 
-    def open_gate(self, cells: Split, found: Comparison) -> Gate:
+    def gate_of(self, cells: Split, found: Comparison) -> Gate:
         """The gate of each cell. Without a comparison it is 1; 0 on padding."""
         if not self.gate:
             return Gate((cells.foreground | cells.background).float())
@@ -144,17 +144,14 @@ class FgBg(Method):
 
 
 def statistics(cells: Split, gate: Gate) -> dict[str, Tensor]:
-    """Means over foreground and background cells. NaN: there are no such cells.
+    """Means over objects and over background cells. NaN: there are none.
 
     Returns:
         kd/fg_gate, kd/bg_gate: mean of the gate. kd/fg_lead: how much higher the teacher's best
         score on an object is, 0 if it is lower. Without a gate it is left out.
     """
-    found = {"kd/fg_gate": (gate.value, cells.foreground)}
+    found = {"kd/fg_gate": (gate.value, cells.weight)}  # an object's cells weigh 1 on a level
     if gate.lead is not None:
-        found["kd/fg_lead"] = (gate.lead, cells.foreground)
+        found["kd/fg_lead"] = (gate.lead, cells.weight)
     found["kd/bg_gate"] = (gate.value, cells.background)
-    return {
-        name: torch.where(mask, value, 0).sum() / mask.sum()
-        for name, (value, mask) in found.items()
-    }
+    return {name: (value * weight).sum() / weight.sum() for name, (value, weight) in found.items()}

@@ -62,6 +62,8 @@ def refined(
         finer: function from the name of a candidate to the names of larger ones, fast to slow.
         measure_pair: function from the names of two candidates to their rows.
     """
+    if not (wish.speedup or wish.latency):
+        return rows
     try:
         taken = choose(rows, wish)
     except ConfigError:  # is raised again when the table is shown
@@ -69,7 +71,7 @@ def refined(
     known = {row["name"] for row in rows}
     names = [name for name in finer(taken["name"]) if name not in known]
     low, high = 0, len(names)
-    while low < high and (wish.speedup or wish.latency):
+    while low < high:
         middle = (low + high) // 2
         again, row = measure_pair(taken["name"], names[middle])
         row = dict(row)
@@ -85,10 +87,16 @@ def refined(
     return rows
 
 
+def _small(candidates: Sequence[dict], wish: Wish) -> list[dict]:
+    """The rows with few enough parameters."""
+    most = wish.parameters or float("inf")
+    return [row for row in candidates if row["parameters_m"] <= most]
+
+
 def _fitting(candidates: Sequence[dict], teacher: dict, wish: Wish) -> list[dict]:
     """The rows that meet a wish."""
     column, infinity = RUNTIMES[wish.runtime], float("inf")
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or infinity)]
+    small = _small(candidates, wish)
     if not (wish.speedup or wish.latency):
         return small
     most = min(
@@ -110,7 +118,7 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
         ConfigError: no candidate meets the wish. The message names the nearest one.
     """
     teacher, *candidates = rows
-    small = [r for r in candidates if r["parameters_m"] <= (wish.parameters or float("inf"))]
+    small = _small(candidates, wish)
     if not small:
         least = min(candidates, key=lambda r: r["parameters_m"])
         raise ConfigError(

@@ -91,7 +91,7 @@ def schedule_settings(
     period = max(math.ceil(iterations / evaluations), min(iterations, _BETWEEN))
     return [
         Setting("SOLVER.OPTIMIZER", "AdamW"),
-        Setting("SOLVER.BASE_LR", rate, f"0.0005 times the square root of the batch, {batch}"),
+        Setting("SOLVER.BASE_LR", rate, f"0.0005 times the square root of {batch}, rounded"),
         Setting("SOLVER.WEIGHT_DECAY", 0.05),
         Setting("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         Setting("SOLVER.WARMUP_ITERS", min(1000, iterations // 10)),

@@ -13,8 +13,8 @@ class Gate(NamedTuple):
 
     Attributes:
         value: (N, R) g in [0, 1], without a gradient; 0 on padding.
-        lead: (N, R), on foreground cells max(0, t - s), see :func:`teacher_gate`. None: predictions
-            were not compared.
+        lead: (N, R) max(0, t - s) on foreground cells, see :func:`teacher_gate`; 0 elsewhere.
+            None: predictions were not compared.
     """
 
     value: Tensor
@@ -23,7 +23,7 @@ class Gate(NamedTuple):
 
 @torch.no_grad()
 def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Gate:
-    """The gate g: what the student lacks of the teacher's score of an object; background near 1.
+    """The gate g of each cell. On an object, it is the missing share of the teacher's score.
 
     - All cells of an object share max(0, 1 - s / t). s and t are the highest qualities of student
       and teacher in the cells of the object. A detector predicts an object in few of its cells. In
@@ -38,7 +38,7 @@ def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Gate:
     s, t = cells.best_of_box(student), cells.best_of_box(teacher)  # (N, B)
     background = torch.where(cells.background, _share(teacher, student), 0)
     value = torch.where(cells.foreground, cells.owner(1 - _share(s, t)), background)
-    return Gate(value, cells.owner((t - s).clamp(min=0)))
+    return Gate(value, torch.where(cells.foreground, cells.owner((t - s).clamp(min=0)), 0))
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from fgbg_kd import Batch, DenseOutput, FgBg
 from fgbg_kd.config import method_defaults
 from fgbg_kd.methods import build_method
 from fgbg_kd.methods.base import or_one
+from fgbg_kd.methods.fgbg import statistics
 from fgbg_kd.ops import (
     Comparison,
+    Gate,
     compare_predictions,
     cosine_loss,
     kl_divergence,
@@ -88,6 +90,16 @@ def test_the_gate_scales_the_cells_of_both_terms_and_leaves_the_divisors(monkeyp
         "kd/fg_lead": pytest.approx(0.4),
         "kd/bg_gate": pytest.approx(0.6),  # 1 and 0.2
     }
+
+
+def test_a_large_object_counts_once_in_the_logged_means():
+    boxes = [torch.tensor([[0.0, 0, 32, 24], [0, 24, 8, 32]])]  # 12 cells and 1 of 16
+    cells = split(boxes, [(32, 32)], [(4, 4)], [8], assign="all")
+    value = torch.where(cells.owner(torch.tensor([[True, False]])), 0.2, 0.6)
+    value = torch.where(cells.background, 0.9, value)
+    means = statistics(cells, Gate(value, value / 2))
+    expected = {"kd/fg_gate": 0.4, "kd/fg_lead": 0.2, "kd/bg_gate": 0.9}
+    assert {name: mean.item() for name, mean in means.items()} == pytest.approx(expected)
 
 
 def test_more_images_or_larger_maps_do_not_change_the_scale():
