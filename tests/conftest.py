@@ -285,8 +285,8 @@ def yolox_detector(edit=None, seed=1):
     return model
 
 
-def faster_rcnn_cfg():
-    cfg = tiny_cfg()
+def faster_rcnn_cfg(coco=None, name="tiny"):
+    cfg = tiny_cfg(coco, name)
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     cfg.MODEL.FPN.OUT_CHANNELS = 24
     cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p3", "p4", "p5"]

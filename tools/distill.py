@@ -48,7 +48,8 @@ def main() -> None:
         nargs="+",
         default=(),
         metavar=("FILE", "IMAGES"),
-        help="default: a fifth of --train, by groups of images",
+        help="default: the test part of VOC or YOLO data; else a fifth of --train, by groups of "
+        "images",
     )
     parser.add_argument(
         "--unlabeled",
@@ -62,7 +63,7 @@ def main() -> None:
         "--speedup", type=float, metavar="X", help="at least X times as fast as the teacher"
     )
     wish.add_argument("--latency", type=float, metavar="MS", help="at most MS ms per image")
-    wish.add_argument("--parameters", type=float, metavar="M", help="at most M millions")
+    wish.add_argument("--parameters", type=float, metavar="M", help="at most M million parameters")
     wish.add_argument("--student", default="", metavar="NAME", help="a timm model or a YAML config")
     wish.add_argument(
         "--runtime",

@@ -14,6 +14,21 @@ from .teacher_facts import TeacherFacts
 RANDOM = "random"
 
 
+def check_backbone_file(given: str) -> None:
+    """
+    Args:
+        given: --backbone-weights.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if given and given != RANDOM and not Path(given).expanduser().is_file():
+        raise ConfigError(
+            f"--backbone-weights {given}: there is no such file. Give a state dict of the "
+            f"student's timm model, or {RANDOM}."
+        )
+
+
 def backbone_settings(
     name: str, given: str, facts: TeacherFacts, file: Path, say: Callable[[str], None]
 ) -> tuple[list[Setting], bool]:
@@ -29,21 +44,16 @@ def backbone_settings(
         The settings, and whether the backbone has trained weights.
 
     Raises:
-        ConfigError: there is no such file.
         CheckpointError: the file does not fill the backbone.
     """
     weights, why = given, "--backbone-weights"
-    if given and given != RANDOM and not Path(given).expanduser().is_file():
-        raise ConfigError(
-            f"--backbone-weights {given}: there is no such file. Give a state dict of timm's "
-            f"{name}, or {RANDOM}."
-        )
     if not given:
         weights = str(file) if _downloaded(name, file, say) else RANDOM
         why = "timm's own ImageNet weights"
     if weights == RANDOM:
         say(
-            f"The backbone {name} starts from random weights, so the training is longer. With "
+            f"The backbone {name} starts from random weights, so it trains longer unless "
+            "--iterations or --hours is given. With "
             "ImageNet weights the student is usually better: --backbone-weights FILE."
         )
         return [
@@ -68,12 +78,12 @@ def _input(order: str, mean: list[float], std: list[float], why: str) -> list[Se
 
 
 def _downloaded(name: str, file: Path, say: Callable[[str], None]) -> bool:
-    """Whether timm's weights could be had. They are then in the file."""
+    """Whether timm's weights could be downloaded. They are then in the file."""
     try:
         state = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # no network, no weights of this name, a full disk: any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        say(f"timm's weights of {name} cannot be had here ({reason}).")
+        say(f"timm's weights of {name} cannot be downloaded ({reason}).")
         return False
     torch.save(state, file)
     return True

@@ -137,6 +137,24 @@ def choose(rows: Sequence[dict], wish: Wish) -> dict:
     return max((r for r in fits if r["name"].split(",")[0] == backbone), key=lambda r: r["gflops"])
 
 
+def verdict(student: dict, teacher: dict, wish: Wish) -> str:
+    """Whether the trained student meets a wish; "" if there is none.
+
+    Args:
+        student, teacher: rows of :func:`measure`.
+    """
+    if not str(wish):
+        return ""
+    column = RUNTIMES[wish.runtime]
+    facts = [f"{student['parameters_m']} M parameters"]
+    if student[column] is not None:
+        facts.append(f"{student[column]} ms")
+        if teacher[column] is not None:
+            facts.append(f"{teacher[column] / student[column]:.2f} times as fast as the teacher")
+    met = "meets" if _fitting([student], teacher, wish) else "does not meet"
+    return f"The student {met} {wish} (--runtime {wish.runtime}): {', '.join(facts)}."
+
+
 def _check_timed(timed: list[dict], teacher: dict, wish: Wish) -> None:
     """Refuses a wish for a runtime in which nothing was measured."""
     if not timed:

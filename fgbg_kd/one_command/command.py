@@ -1,6 +1,7 @@
 """All steps from a slow detector to a fast one, in one function."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,8 +15,9 @@ from ..engine.launch import check_gpus
 from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
-from .choose import Wish, table
-from .data import Data, digest_of, prepare
+from .backbone import check_backbone_file
+from .choose import Wish, table, verdict
+from .data import Data, digest_of, digest_of_photos, prepare
 from .outcome import (
     result_rows,
     result_table,
@@ -26,7 +28,9 @@ from .outcome import (
 )
 from .plan import MARK, Plan, show_choice, student_table, write_configs
 from .teacher_facts import facts_of
-from .training import BarRunner, teacher_ap
+from .training import BarRunner, find_train_net, teacher_ap
+
+_CONFIGS = ("student.yaml", "distilled.yaml")
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,13 @@ def distill(
             fast enough. Nothing is trained then. Or a training failed.
     """
     wish = Wish(speedup, latency, parameters, runtime)
-    _check(wish, student, iterations, hours, dry_run)
-    check_gpus(num_gpus)
     data = map(_listed, (teacher, train, test, unlabeled))
-    asked = _Asked(*data, wish, student, iterations, hours, backbone_weights, device, num_gpus)
-    how = {"compare": compare, "say": say, "imports": tuple(imports)}
+    asked = _Asked(
+        *data, wish, student, iterations, hours, backbone_weights, device, num_gpus, compare
+    )
     stop = "dry_run" if dry_run else "configs_only" if configs_only else ""
-    return _run(asked, Path(output), stop, how)
+    _check(asked, stop)
+    return _run(asked, Path(output), stop, {"say": say, "imports": tuple(imports)})
 
 
 class _Asked(NamedTuple):
@@ -137,15 +141,17 @@ class _Asked(NamedTuple):
     backbone_weights: str
     device: str
     num_gpus: int
+    compare: bool = False
 
     def request(self) -> dict[str, Any]:
         """The arguments and what their files hold, as values that JSON can hold."""
-        file = self.teacher[-1]
+        files = map(os.path.expanduser, (*self.teacher, self.student, self.backbone_weights))
         return {
             **self._asdict(),
             "wish": asdict(self.wish),
-            "checkpoint": sha256_of(file) if os.path.isfile(file) else "",
-            "data": [digest_of(self.train), digest_of(self.test)],
+            "compare": self.compare and self.hours > 0,  # then it shortens the training
+            "files": {file: sha256_of(file) for file in files if os.path.isfile(file)},
+            "data": [digest_of(self.train), digest_of(self.test), digest_of_photos(self.unlabeled)],
         }
 
 
@@ -180,6 +186,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
             output=output,
             cache=output.parent / "measured_students.json",
             num_gpus=asked.num_gpus,
+            compare=asked.compare,
             **how,
         )
         rows = known.get("rows") or student_table(plan, facts_of(config, loaded))
@@ -189,7 +196,8 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
         plan.say(f"{output / 'student.yaml'} and distilled.yaml are used as they are.")
     else:
         known = {"taken": write_configs(plan, rows), "rows": rows, "data": data}
-        content = {"request": request, **known}
+        written = {name: sha256_of(output / name) for name in _CONFIGS}
+        content = {"request": request, "configs": written, **known}
         write_whole(output / "plan.json", json.dumps(content, indent=1))
     if stop:
         student = output / "student.yaml"
@@ -202,21 +210,27 @@ def _listed(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, (str, Path)) else [str(v) for v in value]
 
 
-def _check(wish: Wish, student: str, iterations: int, hours: float, dry_run: bool) -> None:
-    wish.check()
-    if not (str(wish) or student or dry_run):
+def _check(asked: _Asked, stop: str) -> None:
+    """Refuses arguments before anything is read, measured or trained."""
+    asked.wish.check()
+    if not (str(asked.wish) or asked.student or stop == "dry_run"):
         raise ConfigError(
-            "It is not said how fast the student must be. Give --speedup 3 (times as fast as the "
-            "teacher), --latency 15 (milliseconds), --parameters 4 (millions) or --student NAME. "
-            "--dry-run shows the candidates."
+            "Say how fast the student must be: --speedup 3 (times as fast as the teacher), "
+            "--latency 15 (milliseconds), --parameters 4 (millions) or --student NAME. --dry-run "
+            "shows the candidates."
         )
-    if iterations and hours:
+    if asked.iterations and asked.hours:
         raise ConfigError("--iterations and --hours both set the length: give only one of them.")
-    for name, value in (("iterations", iterations), ("hours", hours)):
-        if not value >= 0:
+    for name in ("iterations", "hours"):
+        value = getattr(asked, name)
+        if not 0 <= value < math.inf:
             raise ConfigError(f"--{name} is {value}: give a number over 0.")
-    if student.endswith((".yaml", ".yml")) and not os.path.isfile(student):
-        raise ConfigError(f"--student {student}: there is no such file. Correct the path.")
+    if asked.student.endswith((".yaml", ".yml")) and not os.path.isfile(asked.student):
+        raise ConfigError(f"--student {asked.student}: there is no such file. Correct the path.")
+    check_backbone_file(asked.backbone_weights)
+    check_gpus(asked.num_gpus)
+    if not stop:
+        find_train_net()
 
 
 def _known_plan(output: Path, request: dict) -> dict[str, Any]:
@@ -226,9 +240,9 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
         RunError: the folder holds trainings of another command, or configs that this command did
             not write.
     """
-    file = output / "plan.json"
+    file, configs = output / "plan.json", [output / name for name in _CONFIGS]
     if not file.is_file():
-        for config in (output / "student.yaml", output / "distilled.yaml"):
+        for config in configs:
             if config.is_file() and MARK not in config.read_text(errors="replace"):
                 raise RunError(
                     f"{config} was not written by this command: move it away, or give another "
@@ -236,10 +250,9 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
                 )
         return {}
     plan = read_json(file)
-    old = plan.pop("request")
+    old, written = plan.pop("request"), plan.pop("configs")
     if old == json.loads(json.dumps(request)):
-        written = all((output / f"{name}.yaml").is_file() for name in ("student", "distilled"))
-        return plan if written else {}
+        return plan if all(config.is_file() for config in configs) else {}
     if any((output / name / "metrics.json").is_file() for name in ("plain", "distilled")):
         changed = [k for k in request if old.get(k) != request[k]]
         what = "; ".join(f"{k} was {old.get(k)!r}, is {request[k]!r}" for k in changed)
@@ -247,18 +260,24 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
             f"{output} holds a training of another command ({what}): give another --output, or "
             "move it away."
         )
+    for config in configs:
+        if config.is_file() and sha256_of(config) != written[config.name]:
+            raise RunError(
+                f"{config} was edited, and another command would overwrite it: give another "
+                "--output, or move it away."
+            )
     return {}
 
 
 def _dry(plan: Plan, rows: list[dict]) -> Distilled:
     """Shows the table, and the candidate that would be taken."""
     taken = ""
-    if str(plan.wish):
+    if str(plan.wish) or plan.student:
         taken = show_choice(plan, rows)["name"]
+        plan.say(f"{str(plan.wish) or '--student'} takes {taken}.")
     else:
         plan.say(f"\n{table(rows)}\n")
-    plan.say(f"{plan.wish} takes {taken}." if taken else "Give --speedup, --latency or "
-             "--parameters to choose.")  # fmt: skip
+        plan.say("Give --speedup, --latency or --parameters to choose.")
     _say_two_stages(plan)
     plan.say(plan.data.note)
     return Distilled(taken, rows, test_set=plan.data.note)
@@ -272,8 +291,8 @@ def _say_two_stages(plan: Plan) -> None:
 def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     output, say = plan.output, plan.say
     configs = {"distilled": output / "distilled.yaml"}
-    if plan.compare:
-        configs = {"plain": output / "student.yaml", **configs}
+    if plan.compare:  # last, because a fault of the distillation must not come after hours
+        configs["plain"] = output / "student.yaml"
     aps = {"teacher": teacher_ap(output / "distilled.yaml", output / "teacher", say=say)}
     file = Path(plan.teacher.weights)
     checkpoint = file if file.is_file() else None
@@ -282,14 +301,17 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
             say(f"{name}: training, log in {output / name / 'train.txt'}")
             of_teacher = checkpoint if name == "distilled" else None
             aps[name] = runner.run(name, config, output / name, [], of_teacher)
+    aps = {name: aps[name] for name in ("teacher", "plain", "distilled") if name in aps}
     config, weights = output / "student.yaml", output / "distilled" / "model_final.pth"
     onnx = write_onnx(config, weights, output / "student.onnx", say)
     small = write_openvino(config, weights, output, say)
     found = result_rows(config, weights, plan.teacher, aps, plan.device, small)
     say(f"\n{result_table(found)}\n")
+    if text := verdict(found[-1], found[0], plan.wish):
+        say(text)
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")
     _say_two_stages(plan)
-    picture = write_picture(output, [*configs], with_teacher=bool(aps["teacher"]))
+    picture = write_picture(output, [*aps][1:], with_teacher=bool(aps["teacher"]))
     report = write_page(output, say)
     detector = str(onnx) if onnx else f"{config} --weights {weights}"
     predict = f"tools/predict.py {detector} photo.jpg --output predictions"

@@ -75,6 +75,11 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
         if Path(other[0]).is_relative_to(folder.resolve()):
             _same_categories(other[0], content["categories"])
         sets = (content, found[1]), (read_coco(other[0], training=False), other[1])
+        if all(a.get("iscrowd") for a in sets[1][0].get("annotations", ())):
+            raise DataError(
+                f"{other[0]}: no box of the test set counts, so there is no AP. Give annotations "
+                "with boxes that are not iscrowd."
+            )
         _check_apart(*sets, converted=min(len(train), len(test)) < 2)
         return Data(found, other, note)
     parts, folder = split(content, found[0]), folder.resolve()
@@ -121,6 +126,12 @@ def _find(
     raise DataError(f"--{part} {path} has none of the known formats: {_FORMATS}.")
 
 
+def digest_of_photos(folders: Sequence[str]) -> str:
+    """A digest of the paths, sizes and times of all files in folders and their subfolders."""
+    places = (Path(os.path.expanduser(folder)) for folder in folders)
+    return _digest(sorted(file for place in places for file in place.rglob("*") if file.is_file()))
+
+
 def digest_of(values: Sequence[str]) -> str:
     """A digest of a set. It changes with the annotations, and with the images of VOC or YOLO data.
 
@@ -142,7 +153,10 @@ def digest_of(values: Sequence[str]) -> str:
         files, places = [], {*_voc_folders(path), path / "ImageSets" / "Main"}
     kinds = {".xml", ".txt", *IMAGE_SUFFIXES}
     found = (file for place in places if place.is_dir() for file in place.iterdir())
-    files += sorted(file for file in found if file.suffix.lower() in kinds)
+    return _digest([*files, *sorted(file for file in found if file.suffix.lower() in kinds)])
+
+
+def _digest(files: Sequence[Path]) -> str:
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return sha256_of_text(json.dumps(facts))
 

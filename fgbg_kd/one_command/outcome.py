@@ -107,8 +107,8 @@ def write_onnx(
         return None
     try:
         export_config(str(config), str(weights), output, say=say)
-    except FgBgError as error:
-        say(f"{output.name} is not written: {error}")
+    except Exception as error:  # the exporter raises many types, and the training is done
+        say(f"{output.name} is not written: {type(error).__name__}: {error}")
         return None
     return output
 

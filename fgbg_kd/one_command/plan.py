@@ -24,7 +24,7 @@ from .backbone import backbone_settings
 from .choose import Wish, choose, refined, table
 from .data import Data
 from .measure import image_size, measured
-from .schedule import batch_of, iterations_in, iterations_of, schedule_settings
+from .schedule import batch_of, iterations_in, iterations_of, rescaled, schedule_settings
 from .students import (
     Setting,
     candidate_of,
@@ -243,8 +243,8 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
     for line in spoken(settings):
         plan.say(f"  {line}")
     plan.say(
-        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. To change them, press "
-        "Ctrl-C before the training starts, edit the files, and give the same command again."
+        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. To change them, edit "
+        "the files before the training starts, and give the same command again."
     )
     return taken
 
@@ -265,7 +265,7 @@ def _model(plan: Plan, facts: TeacherFacts, taken: str) -> tuple[list[Setting], 
 def _schedule(
     plan: Plan, facts: TeacherFacts, fixed: list[Setting], pretrained: bool, ms: float
 ) -> list[Setting]:
-    """The settings of the schedule. A config of the user keeps its schedule, except the length.
+    """The settings of the schedule. A schedule of the user only gets another length.
 
     Args:
         fixed: the settings of detector and data.
@@ -277,7 +277,7 @@ def _schedule(
 
     def settings(iterations: int, why: str, **options) -> list[Setting]:
         if plan.own_config:
-            return [Setting("SOLVER.MAX_ITER", iterations, why)]
+            return rescaled(plan.own_config, iterations, why, **options)
         return schedule_settings(batch, iterations, why, **options)
 
     if plan.iterations:
@@ -286,7 +286,7 @@ def _schedule(
         _write(plan, facts, [*fixed, *settings(_FIRST, "")])
         plan.say("Timing a step of the training ...")
         names = ("distilled", "student")[: 1 + plan.compare]
-        step = sum(seconds_per_step(plan.output / f"{name}.yaml") for name in names)
+        step = sum(seconds_per_step(plan.output / f"{name}.yaml", plan.num_gpus) for name in names)
         tested = len(read_coco(plan.data.test[0], training=False)["images"])
         test = len(names) * tested * ms / 1000
         iterations, evaluations, why = iterations_in(plan.hours, step, test)
@@ -302,7 +302,7 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
     family = facts.family
     if plan.own_config:
         family = plan.own_config.MODEL.META_ARCHITECTURE
-    student = [*settings, Setting("OUTPUT_DIR", str(folder / "plain"))]
+    student = [*settings, Setting("OUTPUT_DIR", str(folder / "by_hand" / "plain"))]
     if not plan.own_config:
         student.append(Setting("VERSION", 2))
     title = [f"The student, {MARK}. Change it as you like.",
@@ -314,7 +314,7 @@ def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
         Setting("MODEL.KD.STUDENT", family),
         Setting("MODEL.KD.TEACHER.CONFIG", _in_full(plan.config)),
         Setting("MODEL.KD.TEACHER.WEIGHTS", _in_full(plan.teacher.weights)),
-        Setting("OUTPUT_DIR", str(folder / "distilled")),
+        Setting("OUTPUT_DIR", str(folder / "by_hand" / "distilled")),
     ]
     if plan.unlabeled:
         why = "photos without labels; MODEL.KD.UNLABELED says how they are used"

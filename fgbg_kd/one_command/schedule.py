@@ -4,6 +4,7 @@ import math
 import os
 
 import torch
+from detectron2.config import CfgNode
 
 from ..utils.errors import ConfigError
 from .students import Setting
@@ -88,7 +89,6 @@ def schedule_settings(
     # Adam's step grows with the square root of the batch. 0.001 for 4 images is what the configs
     # of configs/ for small data have.
     rate = float(f"{0.0005 * math.sqrt(batch):.1g}")
-    period = max(math.ceil(iterations / evaluations), min(iterations, _BETWEEN))
     return [
         Setting("SOLVER.OPTIMIZER", "AdamW"),
         Setting("SOLVER.BASE_LR", rate, f"0.0005 times the square root of {batch}, rounded"),
@@ -101,10 +101,38 @@ def schedule_settings(
         Setting("SOLVER.CLIP_GRADIENTS.ENABLED", True),
         Setting("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
         Setting("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0),
+        *_periods(iterations, evaluations),
+        Setting("DATALOADER.NUM_WORKERS", min(4, max(1, (os.cpu_count() or 1) // 2))),
+        Setting("SEED", 0),
+    ]
+
+
+def rescaled(
+    cfg: CfgNode, iterations: int, why: str, evaluations: int = EVALUATIONS
+) -> list[Setting]:
+    """The keys of another length of a user's schedule. The other keys stay as they are.
+
+    Args:
+        cfg: the user's config.
+        why: reason for the number of iterations.
+        evaluations: number of evaluations at most.
+    """
+    ratio = iterations / cfg.SOLVER.MAX_ITER
+    scaled = "scaled with SOLVER.MAX_ITER"
+    return [
+        Setting("SOLVER.MAX_ITER", iterations, why),
+        Setting("SOLVER.STEPS", [int(step * ratio) for step in cfg.SOLVER.STEPS], scaled),
+        Setting("SOLVER.WARMUP_ITERS", int(cfg.SOLVER.WARMUP_ITERS * ratio), scaled),
+        *_periods(iterations, evaluations),
+    ]
+
+
+def _periods(iterations: int, evaluations: int) -> list[Setting]:
+    """The keys of checkpoints and evaluations during a training."""
+    between = max(math.ceil(iterations / evaluations), min(iterations, _BETWEEN))
+    return [
         # After Ctrl-C, the same command continues from the last checkpoint.
         Setting("SOLVER.CHECKPOINT_PERIOD", min(1000, max(iterations // 20, 10))),
         Setting("SOLVER.CHECKPOINT_MAX_TO_KEEP", 2),
-        Setting("TEST.EVAL_PERIOD", period, "iterations between two evaluations"),
-        Setting("DATALOADER.NUM_WORKERS", min(4, max(1, (os.cpu_count() or 1) // 2))),
-        Setting("SEED", 0),
+        Setting("TEST.EVAL_PERIOD", between, "iterations between two evaluations"),
     ]

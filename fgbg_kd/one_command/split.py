@@ -66,8 +66,9 @@ def split(content: dict, path: str, seed: int = 0, share: float = _SHARE) -> tup
     for name in names:
         members[group[name]].append(name)
     chosen: set[str] = set()
-    for part in members.values():
-        if len(chosen) + len(part) <= max(share * len(names), 1):
+    wanted = max(share * len(names), 1)
+    for part in members.values():  # each group that brings the number nearer to the wanted one
+        if abs(len(chosen) + len(part) - wanted) < wanted - len(chosen):
             chosen.update(part)
     train, test = _part(content, set(names) - chosen), _part(content, chosen)
     if not train["annotations"] or not test["annotations"]:

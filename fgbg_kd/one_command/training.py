@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
@@ -27,21 +28,31 @@ _FIRST, _LEAST = 2, 6  # steps that are not timed and that are timed, without pr
 _PREFETCHED = 2  # batches of each loading process, PyTorch's default
 
 
+def find_train_net() -> Path:
+    """The path of tools/train_net.py.
+
+    Raises:
+        RunError: the package was installed without its repository.
+    """
+    if not _TRAIN_NET.is_file():
+        raise RunError(
+            f"{_TRAIN_NET} is not there: install this package from its repository, with "
+            "pip install -e ."
+        )
+    return _TRAIN_NET
+
+
 class BarRunner(Runner):
     """A :class:`~fgbg_kd.experiments.runner.Runner` with a bar; silent if there is no terminal."""
 
     def __init__(self, **options):
-        if not _TRAIN_NET.is_file():
-            raise RunError(
-                f"{_TRAIN_NET} is not there: install this package from its repository, with "
-                "pip install -e ."
-            )
-        super().__init__(_TRAIN_NET, **options)
+        super().__init__(find_train_net(), **options)
         self._bar = None
 
     def run(self, name: str, config: str | Path, output: Path, *args, **options) -> dict:
         self._metrics = output / "metrics.json"
         total = read_config(str(config)).SOLVER.MAX_ITER
+        torch.cuda.empty_cache()  # the training is another process on the same GPU
         with tqdm(total=total, desc=name, disable=None, dynamic_ncols=True) as self._bar:
             return super().run(name, config, output, *args, **options)
 
@@ -99,8 +110,10 @@ def _without_log():
         logger.propagate = before[1]
 
 
-def seconds_per_step(config: Path) -> float:
+def seconds_per_step(config: Path, num_gpus: int = 1) -> float:
     """The mean time of a training step on this machine, with the loading of its images.
+
+    With several GPUs, it is the time of one GPU with its part of the batch.
 
     The batches that the loading processes have prefetched are used up before.
     """
@@ -108,7 +121,8 @@ def seconds_per_step(config: Path) -> float:
         # Photos without labels do not change the time of a step. They are left out here, because
         # otherwise the teacher would first run over all of them.
         opts = ["OUTPUT_DIR", folder, "DATASETS.UNLABELED", "()"]
-        cfg = load_config(str(config), opts)
+        batch = read_config(str(config)).SOLVER.IMS_PER_BATCH // num_gpus
+        cfg = load_config(str(config), [*opts, "SOLVER.IMS_PER_BATCH", str(batch)])
         prefetched = _PREFETCHED * cfg.DATALOADER.NUM_WORKERS
         first, timed = _FIRST + prefetched, max(_LEAST, prefetched)
         trainer = FgBgTrainer(cfg)
@@ -149,8 +163,11 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     number = num_classes_of(detector)
     if number is None:
         number = getattr(getattr(detector, "roi_heads", detector), "num_classes", classes)
-    if number != classes:  # of a teacher that gives features only
-        say(f"teacher: it has {number} classes, not the {classes} of the data. It gets no AP.")
+    names = None  # of a teacher that gives features only, and may have other classes
+    if not teacher.view.dense:
+        names = training_classes(read_detector_config(theirs.CONFIG))
+    if number != classes or (names and list(names) != list(training_classes(cfg))):
+        say(f"teacher: its {number} classes are not the {classes} of the data. It gets no AP.")
         return {}
     say("teacher: evaluating")
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

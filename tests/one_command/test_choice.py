@@ -15,7 +15,7 @@ from fgbg_kd.detectors.dense import view
 from fgbg_kd.detectors.load import build_detector
 from fgbg_kd.matching import same_anchors, shared_levels
 from fgbg_kd.one_command import measure
-from fgbg_kd.one_command.choose import RUNTIMES, Wish, choose, refined, table
+from fgbg_kd.one_command.choose import RUNTIMES, Wish, choose, refined, table, verdict
 from fgbg_kd.one_command.measure import image_size, measured
 from fgbg_kd.one_command.students import (
     CANDIDATES,
@@ -251,6 +251,20 @@ def test_candidates_between_two_of_the_list_come_close_to_the_wish(wish):
     assert len(pairs) <= 5 and {first for first, _ in pairs} == {before["name"]}
     assert candidate_of(taken["name"]).backbone == "lcnet_100"
     assert rows[: len(coarse)] == coarse
+
+
+def test_the_verdict_says_whether_the_trained_student_meets_the_wish():
+    teacher, _, student, _ = rows()
+    assert verdict(student, teacher, Wish()) == ""
+    said = verdict(student, teacher, Wish(speedup=3, parameters=5))
+    assert said == (
+        "The student meets --speedup 3 --parameters 5 (--runtime pytorch): 4.0 M parameters, "
+        "25.0 ms, 3.60 times as fast as the teacher."
+    )
+    said = verdict(student, teacher, Wish(latency=10, runtime="onnx"))
+    assert "does not meet --latency 10 (--runtime onnx)" in said and "12.0 ms, 5.00 times" in said
+    said = verdict(student | {"onnx_ms": None}, teacher, Wish(latency=99))
+    assert "The student meets --latency 99" in said
 
 
 def test_no_candidate_is_added_without_a_wish_for_speed_or_without_a_choice():

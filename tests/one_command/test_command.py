@@ -27,6 +27,7 @@ from fgbg_kd.one_command.teacher_facts import facts_of
 from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
 from fgbg_kd.teacher import build_teacher
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, DataError, RunError, TeacherError
+from fgbg_kd.utils.files import sha256_of
 from fgbg_kd.utils.packages import installed
 
 
@@ -86,7 +87,7 @@ def test_one_call_goes_from_a_teacher_to_a_file_that_predicts(
     done = fgbg_kd.distill(**call)
     assert done.taken == "test_resnet, FPN 32, head 1"
     assert [row["name"] for row in done.rows] == ["teacher", "plain", "distilled"]
-    assert ran == [("plain", "student.yaml"), ("distilled", "distilled.yaml")]
+    assert ran == [("distilled", "distilled.yaml"), ("plain", "student.yaml")]
     assert done.rows[1]["AP"] == pytest.approx(12.345, abs=0.01)
     for row in done.rows:
         assert 0 <= row["AP"] <= row["AP50"] <= 100
@@ -150,7 +151,7 @@ def test_hours_become_iterations_and_the_users_changes_stay(
     arguments, without_onnx, tmp_path, monkeypatch
 ):
     """Everything before the training; the training itself is left out."""
-    monkeypatch.setattr("fgbg_kd.one_command.plan.seconds_per_step", lambda config: 0.5)
+    monkeypatch.setattr("fgbg_kd.one_command.plan.seconds_per_step", lambda config, num_gpus: 0.5)
     seen = []
     monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: seen.append(a))
     call = arguments | {"iterations": 0, "hours": 0.1, "compare": True}
@@ -181,13 +182,28 @@ def test_other_labels_another_device_or_other_gpus_need_another_plan(arguments, 
         return command._known_plan(output, asked.request())
 
     output.mkdir()
-    for name in ("student", "distilled"):
+    names = ("student", "distilled")
+    for name in names:
         (output / f"{name}.yaml").write_text("")
-    (output / "plan.json").write_text(json.dumps({"request": asked.request(), "taken": "x"}))
+    configs = {f"{name}.yaml": sha256_of(output / f"{name}.yaml") for name in names}
+    content = {"request": asked.request(), "configs": configs, "taken": "x"}
+    (output / "plan.json").write_text(json.dumps(content))
     assert known() == {"taken": "x"} and known(asked._replace(device="cpu")) == {}
     assert known(asked._replace(num_gpus=2)) == {}  # another batch
+    assert known(asked._replace(compare=True)) == {"taken": "x"}  # the same plan
+    assert known(asked._replace(compare=True, hours=1.0)) == {}  # half as long
+    (tmp_path / "photos").mkdir()
+    with_photos = asked._replace(unlabeled=[str(tmp_path / "photos")])
+    (output / "plan.json").write_text(json.dumps(content | {"request": with_photos.request()}))
+    assert known(with_photos) == {"taken": "x"}
+    (tmp_path / "photos" / "new.jpg").write_text("")
+    assert known(with_photos) == {}
+    (output / "plan.json").write_text(json.dumps(content))
     labels.write_text(text.replace('"category_id": 1', '"category_id": 2', 1))
     assert known() == {}
+    (output / "student.yaml").write_text("SEED: 7")
+    with pytest.raises(RunError, match="student.yaml was edited, and another command would"):
+        known()
     (output / "distilled").mkdir()
     (output / "distilled" / "metrics.json").write_text("")
     with pytest.raises(RunError, match="a training of another command .data was "):
@@ -242,7 +258,25 @@ def test_a_two_stage_teacher_has_an_ap_only_for_the_classes_of_the_data(
     fgbg_kd.distill(**arguments | {"teacher": files})
     found = teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append)
     assert found.keys() == ({"AP", "AP50"} if classes == 2 else set())
-    assert ("it has 80 classes, not the 2 of the data" in said[-1]) == (classes == 80)
+    assert ("its 80 classes are not the 2 of the data" in said[-1]) == (classes == 80)
+
+
+@pytest.mark.slow
+def test_a_two_stage_teacher_with_as_many_other_classes_has_no_ap(
+    arguments, coco, without_onnx, tmp_path, monkeypatch
+):
+    content = json.loads(open(coco[0]).read())
+    content["categories"][0]["name"] = "ring"
+    (tmp_path / "rings.json").write_text(json.dumps(content))
+    cfg, said = faster_rcnn_cfg((str(tmp_path / "rings.json"), coco[1]), "rings"), []
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    (tmp_path / "rcnn.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "rcnn.pth")
+    monkeypatch.setattr("fgbg_kd.one_command.command._train", lambda *a: None)
+    files = str(tmp_path / "rcnn.yaml"), str(tmp_path / "rcnn.pth")
+    fgbg_kd.distill(**arguments | {"teacher": files})
+    assert teacher_ap(tmp_path / "out" / "distilled.yaml", tmp_path / "out", said.append) == {}
+    assert "its 2 classes are not the 2 of the data" in said[-1]
 
 
 @pytest.mark.slow
@@ -341,13 +375,19 @@ def test_the_time_of_a_step_holds_the_loading_of_images(workers, monkeypatch):
             at_once = self.iter <= 2 + 2 * workers
             clock[0] += 0.5 + (2.0 if self.iter % 4 == 0 and not at_once else 0.0)
 
-    cfg = SimpleNamespace(DATALOADER=SimpleNamespace(NUM_WORKERS=workers))
+    cfg = SimpleNamespace(
+        DATALOADER=SimpleNamespace(NUM_WORKERS=workers), SOLVER=SimpleNamespace(IMS_PER_BATCH=8)
+    )
     monkeypatch.setattr(training, "FgBgTrainer", Trainer)
-    monkeypatch.setattr(training, "load_config", lambda *a: cfg)
+    read = []
+    monkeypatch.setattr(training, "read_config", lambda *a: cfg)
+    monkeypatch.setattr(training, "load_config", lambda file, opts: read.append(opts) or cfg)
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     waits = {0: 2, 4: 2}[workers]  # in steps 4 and 8 of 3 to 8; in 12 and 16 of 11 to 18
     steps = {0: 6, 4: 8}[workers]
-    assert training.seconds_per_step(Path("a.yaml")) == pytest.approx(0.5 + 2 * waits / steps)
+    step = training.seconds_per_step(Path("a.yaml"), num_gpus=2)
+    assert step == pytest.approx(0.5 + 2 * waits / steps)
+    assert read[0][-2:] == ["SOLVER.IMS_PER_BATCH", "4"]  # of one GPU
 
 
 @pytest.mark.slow
@@ -474,8 +514,8 @@ def test_weights_of_the_backbone_come_from_a_file_from_timm_or_from_nowhere(
     settings, pretrained = get("")
     assert not pretrained and settings["MODEL.TIMM.WEIGHTS"] == ""
     assert settings["MODEL.PIXEL_STD"] == facts.std and not file.exists()
-    assert said[-2] == "timm's weights of test_resnet cannot be had here (no network)."
-    assert "random weights, so the training is longer" in said[-1]
+    assert said[-2] == "timm's weights of test_resnet cannot be downloaded (no network)."
+    assert "random weights, so it trains longer" in said[-1]
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=0, **o: create(name, **o))
     settings, pretrained = get("")
     assert pretrained and settings["MODEL.TIMM.WEIGHTS"] == str(file) and file.is_file()

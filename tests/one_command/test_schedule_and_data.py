@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import CLASSES, write_coco
+from detectron2.config import get_cfg
 from PIL import Image
 
 from fgbg_kd.data.validation import check_coco
@@ -16,6 +17,7 @@ from fgbg_kd.one_command.schedule import (
     batch_of,
     iterations_in,
     iterations_of,
+    rescaled,
     schedule_settings,
 )
 from fgbg_kd.one_command.split import group_of, groups_of, split
@@ -66,6 +68,16 @@ def test_a_short_training_is_evaluated_at_its_end_only():
         assert -(-iterations // period) <= 5  # evaluations, with the one at the end
     settings = {s.key: s.value for s in schedule_settings(8, 5000, "", evaluations=1)}
     assert settings["TEST.EVAL_PERIOD"] == 5000
+
+
+def test_another_length_scales_the_steps_and_the_warm_up_of_the_users_schedule():
+    cfg = get_cfg()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 9000, (6000, 8000), 900
+    found = {s.key: s.value for s in rescaled(cfg, 900, "--iterations")}
+    assert found["SOLVER.MAX_ITER"] == 900 and found["SOLVER.STEPS"] == [600, 800]
+    assert found["SOLVER.WARMUP_ITERS"] == 90 and found["SOLVER.CHECKPOINT_PERIOD"] == 45
+    assert found["TEST.EVAL_PERIOD"] == 200
+    assert rescaled(cfg, 900, "", evaluations=1)[-1].value == 900
 
 
 @pytest.mark.parametrize("iterations", [1, 10, 300, 90_000])
@@ -137,6 +149,21 @@ def test_no_group_is_in_both_parts_and_the_seed_decides():
     assert test["annotations"][0]["area"] == 200
     again, other = (split(content_of(names), "a.json", seed=s)[1] for s in (0, 1))
     assert again == test != other
+
+
+def test_groups_over_a_fifth_are_split_off_too():
+    names = [f"{film}_{i}.png" for film in "abcd" for i in range(25)] + ["e_0.png"]
+    for seed in range(5):
+        _, test, _ = split(content_of(names), "a.json", seed=seed)
+        assert len(test["images"]) in (25, 26)
+
+
+def test_a_test_set_without_objects_is_refused(coco, tmp_path):
+    content = json.loads(open(coco[0]).read())
+    for annotations in ([], [a | {"iscrowd": 1} for a in content["annotations"]]):
+        (tmp_path / "test.json").write_text(json.dumps(content | {"annotations": annotations}))
+        with pytest.raises(DataError, match="test.json: no box of the test set counts"):
+            prepare(coco, [str(tmp_path / "test.json"), coco[1]], tmp_path / "data")
 
 
 def test_a_set_that_cannot_be_split_is_refused():
