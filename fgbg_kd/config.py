@@ -86,7 +86,7 @@ def _add_distillation(cfg: CN) -> None:
     # that this share of the teacher's detections on labelled training images is right.
     kd.UNLABELED.PRECISION = 0.8
     # Scales the student's own losses on these photos. 0 = on labelled images only.
-    kd.UNLABELED.LOSS_WEIGHT = 0.0
+    kd.UNLABELED.LOSS_WEIGHT = 1.0
     # Path of the COCO file of these detections. Several runs can share it. It is read if it was
     # made from the same teacher, test size, photos, labels and PRECISION. Otherwise it is made.
     # "" = unlabeled.json in OUTPUT_DIR.

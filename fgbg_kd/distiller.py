@@ -65,7 +65,7 @@ class FgBgDistiller(nn.Module):
         method: Mapping[str, Any] | None = None,
         warmup_iters: int = 0,
         stop_iter: int = 0,
-        unlabeled_weight: float = 0.0,
+        unlabeled_weight: float = 1.0,
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
         image_size: tuple[int, int] | None = None,

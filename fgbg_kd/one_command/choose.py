@@ -49,18 +49,18 @@ def refined(
     rows: list[dict],
     wish: Wish,
     finer: Callable[[str], list[str]],
-    measure_pair: Callable[[str, str], list[dict]],
+    measure_again: Callable[[str], list[dict]],
 ) -> list[dict]:
     """Adds candidates between the chosen one and the next larger one, by bisection.
 
     Without them, the student can be much faster than the user asks. Each is measured together with
-    the chosen one. So it does not matter if the machine is now slower than when ``rows`` were
-    measured.
+    the teacher, and its times are scaled to the first times of the teacher. So it does not matter
+    if the machine is now slower than when ``rows`` were measured.
 
     Args:
         rows: those of :func:`measure`. The first is the teacher.
         finer: function from the name of a candidate to the names of larger ones, fast to slow.
-        measure_pair: function from the names of two candidates to their rows.
+        measure_again: function from the name of a candidate to the rows of teacher and candidate.
     """
     if not (wish.speedup or wish.latency):
         return rows
@@ -73,12 +73,11 @@ def refined(
     low, high = 0, len(names)
     while low < high:
         middle = (low + high) // 2
-        again, row = measure_pair(taken["name"], names[middle])
+        teacher, row = measure_again(names[middle])
         row = dict(row)
         for column in RUNTIMES.values():
-            if row[column] and again[column]:
-                row[column] = round(row[column] * taken[column] / again[column], 2)
-        row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)
+            if row[column] and teacher[column]:
+                row[column] = round(row[column] * rows[0][column] / teacher[column], 2)
         rows = [*rows, row]
         if _fitting([row], rows[0], wish):
             low = middle + 1

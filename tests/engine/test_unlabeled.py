@@ -394,9 +394,9 @@ def own(losses):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_photos_have_no_part_in_the_detectors_losses_and_a_part_in_the_terms(name):
+def test_with_weight_0_photos_have_no_part_in_the_detectors_losses_but_in_the_terms(name):
     batch = mixed()
-    losses = losses_of(pair(name), batch)
+    losses = losses_of(pair(name, unlabeled_weight=0.0), batch)
     alone = losses_of(pair(name), batch[1:2])
     assert losses.keys() == alone.keys()
     for key, value in own(losses).items():
@@ -431,7 +431,7 @@ def test_a_weight_adds_the_detectors_losses_on_the_photos(name):
 def test_the_running_normaliser_stays_that_of_labelled_images():
     """And the part of the photos is divided in proportion to their number."""
     batch = mixed()
-    soft, absent = pair("RetinaNet", unlabeled_weight=1.0), pair("RetinaNet")
+    soft, absent = (pair("RetinaNet", unlabeled_weight=weight) for weight in (1.0, 0.0))
     losses = losses_of(soft, batch)
     losses_of(absent, batch)
     kept = absent.student.loss_normalizer
