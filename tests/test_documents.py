@@ -396,16 +396,13 @@ EARLIER_GATE = [f"MODEL.KD.FGBG.{k}" for k in ("FG_WEIGHT", "GATE", "GATE_MARGIN
 
 
 def without_gate(overrides: list[str]) -> list[str]:
-    """The overrides of a row without those of the earlier gate."""
+    """The overrides of a row without those of an earlier gate."""
     pairs = zip(overrides[::2], overrides[1::2])
     return [x for k, v in pairs if k not in EARLIER_GATE for x in (k, v)]
 
 
 def pair_line(runs: list[dict]) -> str:
-    """The line of a pair in docs/results.md.
-
-    A star: measured with the earlier gate. A dagger: with another weight than the default.
-    """
+    """The line of a pair in docs/results.md. A star: measured with an earlier gate."""
     ap = defaultdict(dict)  # by method, by seed
     for run in runs:
         ap[run["method"]][run["seed"]] = run["AP"]
@@ -414,11 +411,7 @@ def pair_line(runs: list[dict]) -> str:
     mean, half = mean_interval([ap["FgBg"][s] - ap["plain"][s] for s in ap["FgBg"]])
     gain = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
     overrides = without_gate(runs[0]["overrides"])
-    weights = {run["options"]["fg_weight"] for run in runs if run["method"] == "FgBg"}
-    if overrides != runs[0]["overrides"]:
-        gain += " \\*"
-    elif weights != {method_defaults("FgBg")["fg_weight"]}:
-        gain += " †"
+    gain += " \\*" if overrides != runs[0]["overrides"] else ""
     name = " ".join([Path(runs[0]["config"]).stem, *overrides])
     (teacher,) = ap["teacher"].values()
     return f"| `{name}` | {teacher:.1f} | {each[0]} | {each[1]} | {gain} |"
