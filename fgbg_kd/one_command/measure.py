@@ -35,7 +35,7 @@ HEADINGS = {
     "speedup": "times as fast, PyTorch",
 }
 _RUNS = 50  # largest number of runs of a measurement
-_SECONDS = 60  # after which no turn begins
+_SECONDS = 30  # after which no turn begins
 # Other work on the machine only makes calls slower. So this quantile is steadier than the median.
 _QUANTILE = 0.2
 _STEADY = 1.3  # if the teacher's 80 % quantile is over this many 20 % quantiles, a message says so
