@@ -145,7 +145,9 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
         rows,
         plan.wish,
         lambda name: [str(c) for c in finer(candidate_of(name), _outputs(facts, number))],
-        lambda name: measured_here({"teacher": builders["teacher"], name: candidate_builder(name)}),
+        lambda names: measured_here(
+            {"teacher": builders["teacher"], **{name: candidate_builder(name) for name in names}}
+        ),
     )
 
 
