@@ -74,9 +74,9 @@ def refined(
     names = [name for name in finer(taken["name"]) if name not in known]
     low, high = 0, len(names)
     for _ in range(_ROUNDS):
-        places = sorted({low + (high - low) * k // 4 for k in (1, 2, 3)} if low < high else ())
-        if not places:
+        if low == high:
             break
+        places = sorted({low + (high - low) * k // 4 for k in (1, 2, 3)})
         teacher, *measured = measure_again([names[i] for i in places])
         measured = [_at_the_speed_of(rows[0], row, teacher) for row in measured]
         rows = [*rows, *measured]
