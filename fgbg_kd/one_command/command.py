@@ -250,7 +250,7 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
                 )
         return {}
     plan = read_json(file)
-    old, written = plan.pop("request"), plan.pop("configs")
+    old, written = plan.pop("request"), plan.pop("configs", {})
     if old == json.loads(json.dumps(request)):
         return plan if all(config.is_file() for config in configs) else {}
     if any((output / name / "metrics.json").is_file() for name in ("plain", "distilled")):
@@ -261,7 +261,7 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
             "move it away."
         )
     for config in configs:
-        if config.is_file() and sha256_of(config) != written[config.name]:
+        if config.is_file() and sha256_of(config) != written.get(config.name):
             raise RunError(
                 f"{config} was edited, and another command would overwrite it: give another "
                 "--output, or move it away."
