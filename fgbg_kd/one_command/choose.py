@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..utils.errors import ConfigError
 from ..utils.markdown import table_of
-from .measure import HEADINGS
+from .measure import HEADINGS, has_onnx
 
 # Column of the table by the name of a runtime.
 RUNTIMES = {"pytorch": "ms", "onnx": "onnx_ms"}
@@ -36,7 +36,7 @@ class Wish:
         """Checks the values.
 
         Raises:
-            ConfigError: a value is not over 0, or the runtime is unknown.
+            ConfigError: a value is not over 0, or the runtime is unknown or not installed.
         """
         for name in ("speedup", "latency", "parameters"):
             value = getattr(self, name)
@@ -44,6 +44,11 @@ class Wish:
                 raise ConfigError(f"--{name} is {value}: give a number over 0.")
         if self.runtime not in RUNTIMES:
             raise ConfigError(f"--runtime is {self.runtime!r}: choose from {tuple(RUNTIMES)}.")
+        if self.runtime == "onnx" and not has_onnx():
+            raise ConfigError(
+                "--runtime onnx needs the packages onnx and onnxruntime: pip install -e "
+                "'.[export]'."
+            )
 
 
 def refined(
@@ -175,8 +180,8 @@ def _check_timed(timed: list[dict], teacher: dict, wish: Wish) -> None:
     """Refuses a wish for a runtime in which nothing was measured."""
     if not timed:
         raise ConfigError(
-            "--runtime onnx: no candidate was measured in ONNX Runtime. It needs the packages onnx "
-            "and onnxruntime: pip install -e '.[export]'."
+            "--runtime onnx: no candidate can be exported to ONNX. Give --runtime pytorch, or "
+            "another --student."
         )
     if wish.speedup and teacher[RUNTIMES[wish.runtime]] is None:
         raise ConfigError(

@@ -196,8 +196,11 @@ def test_a_wish_that_nothing_meets_names_the_nearest(wish, message):
         choose(rows(), Wish(**wish))
 
 
-def test_onnx_as_the_runtime_needs_onnx_and_a_teacher_with_a_file():
-    with pytest.raises(ConfigError, match=r"--runtime onnx: .* pip install -e '.\[export\]'"):
+def test_onnx_as_the_runtime_needs_onnx_and_a_teacher_with_a_file(monkeypatch):
+    monkeypatch.setattr("fgbg_kd.one_command.choose.has_onnx", lambda: False)
+    with pytest.raises(ConfigError, match=r"--runtime onnx needs .* pip install -e '.\[export\]'"):
+        Wish(latency=10, runtime="onnx").check()
+    with pytest.raises(ConfigError, match="no candidate can be exported to ONNX"):
         choose(rows(onnx=False), Wish(latency=10, runtime="onnx"))
     of_two_stages = [rows()[0] | {"onnx_ms": None}, *rows()[1:]]
     with pytest.raises(ConfigError, match="the teacher has no ONNX file.*--latency"):
