@@ -35,7 +35,7 @@ HEADINGS = {
     "speedup": "times as fast, PyTorch",
 }
 _RUNS = 50  # largest number of runs of a measurement
-_SECONDS = 30  # after which no turn begins
+_SECONDS = 30  # of each runtime, after which no turn begins
 # Other work on the machine only makes calls slower. So this quantile is steadier than the median.
 _QUANTILE = 0.2
 _STEADY = 1.3  # if the teacher's 80 % quantile is over this many 20 % quantiles, a message says so
@@ -98,13 +98,12 @@ def measure(
             seen = np.ascontiguousarray(np.resize(image, shape))
             calls[place] = lambda _, run=detector.run, seen=seen: run(seen)
         columns, times = ["ms", "onnx_ms", *dict.fromkeys(column for _, column in files)], {}
-        for (
-            column
-        ) in columns:  # threads of ONNX Runtime stay busy after a call, so PyTorch is apart
+        # Each runtime has turns of its own, so that busy threads of one do not slow another.
+        for column in columns:
             turn = {place: call for place, call in calls.items() if place[1] == column}
             times |= times_in_turn(turn, _RUNS, seconds=_SECONDS, block=BLOCK)
     for row in rows:
-        for column in ("ms", "onnx_ms", *dict.fromkeys(column for _, column in files)):
+        for column in columns:
             found = times.get((row["name"], column))
             row[column] = round(float(np.quantile(found, _QUANTILE)), 2) if found else None
         row["speedup"] = round(rows[0]["ms"] / row["ms"], 2)

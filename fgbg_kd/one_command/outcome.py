@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 
 from ..data import test_size_of
 from ..data.images import pick, read_image
-from ..deploy import average_precision, export_config, export_files, resized
+from ..deploy import average_precision, export_files, resized
 from ..detectors.load import load_detector
 from ..engine import FgBgTrainer, load_config, read_for
 from ..experiments.report import write_report
@@ -106,7 +106,7 @@ def write_onnx(
         )
         return None
     try:
-        export_config(str(config), str(weights), output, say=say)
+        export_files(str(config), str(weights), output, say=say)
     except Exception as error:  # the exporter raises many types, and the training is done
         say(f"{output.name} is not written: {type(error).__name__}: {error}")
         return None
