@@ -18,6 +18,7 @@ from .detectors.dense import DenseOutput, DenseView
 from .matching import (
     SharedLevel,
     check_predictions,
+    check_same_channels,
     dense_student,
     features_only,
     inherited_weights,
@@ -36,7 +37,7 @@ from .utils.errors import ConfigError, TeacherError
 logger = logging.getLogger(__name__)
 
 # Number of iterations between two readings of a method's statistics. Each reading waits for the
-# device. Detectron2's writers do not write more often.
+# device. Detectron2's writers write as often by default.
 _LOG_PERIOD = 20
 
 
@@ -120,6 +121,7 @@ class FgBgDistiller(nn.Module):
     def _meet(self, teacher: Teacher, name: str, options: dict, classes, image_size) -> None:
         """Finds the common levels and classes, and builds the method for them."""
         student = dense_student(self.student)
+        check_same_channels(student, teacher.view)
         shrink = shrink_of(student, teacher.view, image_size)
         self.levels = levels = shared_levels(student, teacher.view, shrink)
         if isinstance(teacher.view, DenseView):

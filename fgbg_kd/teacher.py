@@ -59,8 +59,8 @@ class Teacher:
     ):
         """
         Args:
-            detector: a detector in eval mode, without gradients. FgBgDistiller changes it in place:
-                see :func:`accelerate`.
+            detector: is frozen and set to eval mode in place. FgBgDistiller also changes it: see
+                :func:`accelerate`.
             precision: precision of its forward pass, "fp32", "bf16" or "fp16"; "auto": the
                 student's precision.
             cache: whether to keep its outputs. Images must then be the same in every epoch.
@@ -69,7 +69,7 @@ class Teacher:
             raise ConfigError(
                 f"MODEL.KD.TEACHER.PRECISION is {precision!r}: choose from {tuple(PRECISIONS)}."
             )
-        self.detector, self.view = detector, view(detector)
+        self.detector, self.view = detector.eval().requires_grad_(False), view(detector)
         self.precision = precision
         self.cache = TeacherCache() if cache else None
         self.class_names = None if class_names is None else list(class_names)

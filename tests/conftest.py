@@ -309,7 +309,7 @@ def distiller(student, teacher, **options):
         options: those of FgBgDistiller; "teacher_classes"; those of the method.
     """
     names = options.pop("teacher_classes", None)
-    teacher = Teacher(teacher.eval().requires_grad_(False), class_names=names)
+    teacher = Teacher(teacher, class_names=names)
     own = ("classes", "inherit", "warmup_iters", "stop_iter", "unlabeled_weight")
     rest = {k: options.pop(k) for k in own if k in options}
     return FgBgDistiller(student=student, teacher=teacher, method=options, **rest).train()

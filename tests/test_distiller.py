@@ -292,3 +292,15 @@ def test_a_method_may_need_boxes_without_logits():
     assert losses_of(model, make_batch())["loss_kd"] > 0
     with pytest.raises(TeacherError, match="has no such predictions"):
         distiller(detector(), faster_rcnn(), name="BoxesOnly")
+
+
+def test_a_grey_teacher_of_a_colour_student_is_refused():
+    def grey(cfg):
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [128.0], [58.0], "L"
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+        cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+        cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+
+    with pytest.raises(TeacherError, match="images with 3 channels, the teacher with 1"):
+        distiller(detector(), detector(edit=grey))
+    distiller(detector(edit=grey), detector(edit=grey))

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_batch, tiny_cfg
+from conftest import detector, make_batch, tiny_cfg
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd import build_teacher
+from fgbg_kd import Teacher, build_teacher
 from fgbg_kd.teacher import accelerate, check_teacher_file, padded, renormalized, same_input
 from fgbg_kd.utils.errors import TeacherError
 
@@ -334,3 +334,10 @@ def test_a_truncated_checkpoint_is_an_error(tmp_path, teacher_files):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(TeacherError, match="is damaged"):
         build_teacher(teacher_files[0], str(path))
+
+
+def test_a_teacher_that_is_given_as_a_module_is_frozen():
+    model = detector().train()
+    Teacher(model)
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())

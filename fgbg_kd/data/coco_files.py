@@ -48,9 +48,16 @@ def register_datasets(cfg: CfgNode, training: bool = True) -> None:
             )
         _check_paths(path, images, part)
         classes = training_classes(cfg) if part == "TEST" else None
+        if part == "TEST" and not classes and cfg.DATASETS.TRAIN_JSON:
+            logger.warning(
+                f"DATASETS.TRAIN_JSON {cfg.DATASETS.TRAIN_JSON} does not exist, so the classes are "
+                f"taken in the order of {path}. If the training file has another order, names and "
+                "AP are wrong."
+            )
         shapes = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON
-        _register(names[0], path, images, part, classes, shapes)
-        _check_proportions(names[0], part, cfg.INPUT[f"MAX_SIZE_{part}"])
+        content = read_coco(path, training=part == "TRAIN")  # a test set needs other fields too
+        _register(names[0], content, path, images, part, classes, shapes)
+        _check_proportions(names[0], content["images"], part, cfg.INPUT[f"MAX_SIZE_{part}"])
 
 
 def _check_paths(path: str, images: str, part: str) -> None:
@@ -62,8 +69,8 @@ def _check_paths(path: str, images: str, part: str) -> None:
             raise ConfigError(f"DATASETS.{part}_{key} is {value!r}: there is no such {kind}.")
 
 
-def _check_proportions(name: str, part: str, longest: int) -> None:
-    narrow = [r for r in DatasetCatalog.get(name) if too_narrow(r["height"], r["width"], longest)]
+def _check_proportions(name: str, images: list[dict], part: str, longest: int) -> None:
+    narrow = [i for i in images if too_narrow(i["height"], i["width"], longest)]
     if narrow:
         raise DataError(
             f"{len(narrow)} images of {name} are too narrow, such as {narrow[0]['file_name']} with "
@@ -74,18 +81,22 @@ def _check_proportions(name: str, part: str, longest: int) -> None:
 
 
 def _register(
-    name: str, path: str, images: str, part: str, classes: list[str] | None, shapes: bool
+    name: str,
+    content: dict,
+    path: str,
+    images: str,
+    part: str,
+    classes: list[str] | None,
+    shapes: bool,
 ) -> None:
     if name in _registered:
         *origin, known = _registered[name]
         if origin == [path, images, shapes] and classes in (None, known):
-            read_coco(path, training=part == "TRAIN")  # a test set needs other fields too
             return
     if name in DatasetCatalog.list():
         raise ConfigError(
             f"DATASETS.{part}: the name {name!r} is taken by another set: choose another name."
         )
-    content = read_coco(path, training=part == "TRAIN")
     if comm.is_main_process():
         check_images(content["images"], images)
     own = names_of(content["categories"])

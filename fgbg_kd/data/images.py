@@ -1,5 +1,6 @@
 """The only image reader: training, evaluation and prediction see the same pixels of a file."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from ..utils.errors import DataError
 
@@ -15,15 +16,6 @@ from ..utils.errors import DataError
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # Keys of Pillow's image.info in which an orientation can stand.
 _METADATA = {"exif", "xmp", "XML:com.adobe.xmp"}
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def read_image(path: str, order: str) -> np.ndarray:
@@ -44,7 +36,8 @@ def read_image(path: str, order: str) -> np.ndarray:
     """
     try:
         with PathManager.open(str(path), "rb") as file:
-            image = _upright(Image.open(file))
+            image = Image.open(file)
+            _turn_upright(image)
             if image.mode[0] in "IF":  # a conversion to 8 bits would clip values at 255
                 raise DataError(
                     f"{path} has more than 8 bits per channel (Pillow's mode {image.mode}): "
@@ -60,14 +53,20 @@ def read_image(path: str, order: str) -> np.ndarray:
 
 
 def files_below(folder: str | Path) -> Iterator[Path]:
-    """The files below a folder, also behind links to folders. Hidden files are left out."""
+    """The files below a folder, also behind links to folders. Hidden ones are left out."""
     entered = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         entered.add(os.path.realpath(place))
         folders[:] = [  # a link to a folder above would never end
-            name for name in folders if os.path.realpath(os.path.join(place, name)) not in entered
+            name
+            for name in filter(_is_shown, folders)
+            if os.path.realpath(os.path.join(place, name)) not in entered
         ]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
+        yield from (Path(place, name) for name in filter(_is_shown, names))
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".")
 
 
 def too_narrow(height: int, width: int, longest: int) -> bool:
@@ -106,13 +105,10 @@ def header_orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    orientation = header_orientation(image)
-    turned_by_pillow = image.format == "TIFF"
+def _turn_upright(image: Image.Image) -> None:
     image.load()
-    if turned_by_pillow:  # its orientation is gone now
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    with contextlib.suppress(Exception):  # damaged metadata: the image is taken as it is stored
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def pick(records: list[dict], count: int) -> list[dict]:

@@ -67,7 +67,6 @@ def _photos_in(folder: str) -> list[str]:
         os.path.abspath(path)
         for path in files_below(folder)
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
         known = ", ".join(sorted(IMAGE_SUFFIXES))

@@ -10,9 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from torch import nn
 
+from ..data import register_datasets
 from ..data.images import pick, read_image
 from ..detectors.dense import channel_order
-from ..engine import FgBgTrainer, load_config
+from ..engine import FgBgTrainer, read_run_config
 from ..utils.errors import DeployError
 from ..utils.timing import latency
 from .checks import export_checked
@@ -90,7 +91,8 @@ def export_files(
     model, about = load_for_deployment(config, weights)
     cfg = None
     if evaluate or not images or int8 == "static":
-        cfg = load_config(config, ["MODEL.DEVICE", "cpu"])
+        cfg = read_run_config(config, ["MODEL.DEVICE", "cpu"])
+        register_datasets(cfg, training=int8 == "static")
     if evaluate:
         _check_annotated(cfg)
     shown = _read(images or _files(cfg, "TEST", _CHECKED_ON), about)

@@ -113,10 +113,9 @@ def open_openvino(file: str) -> tuple[Callable, str]:
 def _core(openvino: ModuleType) -> Any:
     """The Core of OpenVINO that all detectors of this process share.
 
-    With its first plugin, a Core sets the stack on which the thread handles signals. At its end it
-    frees this stack and restores the one before. If two of them end in the order of their
-    beginning, that one is free already, and the next signal ends the process. So this Core is the
-    first and does not end.
+    Each Core replaces the stack on which signals are handled, and restores the previous stack when
+    it is deleted. If an older Core is deleted first, the newer one restores a stack that no longer
+    exists. The next signal then ends the process. So one Core is made, and never deleted.
     """
     core = openvino.Core()
     core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin

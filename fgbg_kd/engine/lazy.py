@@ -14,7 +14,12 @@ import torch
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
 from detectron2.engine import HookBase, default_writers, hooks
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
@@ -204,8 +209,8 @@ def _evaluations(cfg: DictConfig):
     """The loader and the evaluators of the test set, if there is one."""
     if cfg.dataloader.get("evaluator") is not None:
         evaluators = instantiate(cfg.dataloader.evaluator)
-        evaluators = evaluators if isinstance(evaluators, list) else [evaluators]
-        yield instantiate(cfg.dataloader.test), evaluators
+        alone = isinstance(evaluators, DatasetEvaluator)
+        yield instantiate(cfg.dataloader.test), [evaluators] if alone else list(evaluators)
 
 
 def _test_for(teacher: Teacher, cfg: DictConfig) -> DictConfig:

@@ -11,12 +11,11 @@ Three parts make this possible:
 
 import logging
 import os
-import random
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import nn
 
@@ -85,10 +84,7 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
         iteration: number of the iteration, from 0.
         rank: the rank of the process.
     """
-    seed = derived_seed(seed, iteration, rank)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_all_rng(derived_seed(seed, iteration, rank))
 
 
 def run_seed(seed: int, output_dir: str, resume: bool) -> int:

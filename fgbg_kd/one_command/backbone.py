@@ -22,7 +22,7 @@ def check_backbone_file(given: str) -> None:
     Raises:
         ConfigError: there is no such file.
     """
-    if given and given != RANDOM and not Path(given).expanduser().is_file():
+    if given and given != RANDOM and not Path(given).is_file():
         raise ConfigError(
             f"--backbone-weights {given}: there is no such file. Give a state dict of the "
             f"student's timm model, or {RANDOM}."
@@ -60,7 +60,7 @@ def backbone_settings(
             Setting("MODEL.TIMM.WEIGHTS", "", "random weights"),
             *_input(facts.pixel_format, facts.mean, facts.std, "the teacher's"),
         ], False
-    path = str(Path(weights).expanduser().resolve())
+    path = str(Path(weights).resolve())
     body = TimmBackbone(name, weights=path)  # also checks the file
     return [
         Setting("MODEL.TIMM.WEIGHTS", path, why),

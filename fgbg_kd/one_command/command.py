@@ -27,7 +27,6 @@ from .outcome import (
     write_picture,
 )
 from .plan import MARK, Plan, show_choice, student_table, write_configs
-from .teacher_facts import facts_of
 from .training import BarRunner, find_train_net, teacher_ap
 
 _CONFIGS = ("student.yaml", "distilled.yaml")
@@ -117,11 +116,10 @@ def distill(
         FgBgError: an argument, the data, the teacher or the folder has a fault, or no candidate is
             fast enough. Nothing is trained then. Or a training failed.
     """
-    wish = Wish(speedup, latency, parameters, runtime)
     data = map(_listed, (teacher, train, test, unlabeled))
-    asked = _Asked(
-        *data, wish, student, iterations, hours, backbone_weights, device, num_gpus, compare
-    )
+    wish = Wish(speedup, latency, parameters, runtime)
+    student, backbone = map(os.path.expanduser, (student, backbone_weights))
+    asked = _Asked(*data, wish, student, iterations, hours, backbone, device, num_gpus, compare)
     stop = "dry_run" if dry_run else "configs_only" if configs_only else ""
     _check(asked, stop)
     return _run(asked, Path(output), stop, {"say": say, "imports": tuple(imports)})
@@ -145,7 +143,7 @@ class _Asked(NamedTuple):
 
     def request(self) -> dict[str, Any]:
         """The arguments and what their files hold, as values that JSON can hold."""
-        files = map(os.path.expanduser, (*self.teacher, self.student, self.backbone_weights))
+        files = (*self.teacher, self.student, self.backbone_weights)
         return {
             **self._asdict(),
             "wish": asdict(self.wish),
@@ -176,7 +174,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
             config=config,
             teacher=loaded,
             data=Data(*data),
-            unlabeled=tuple(os.path.abspath(os.path.expanduser(x)) for x in asked.unlabeled),
+            unlabeled=tuple(map(os.path.abspath, asked.unlabeled)),
             wish=asked.wish,
             student=asked.student,
             iterations=asked.iterations,
@@ -189,7 +187,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
             compare=asked.compare,
             **how,
         )
-        rows = known.get("rows") or student_table(plan, facts_of(config, loaded))
+        rows = known.get("rows") or student_table(plan)
         if dry_run:
             return _dry(plan, rows)
     if known:
@@ -207,7 +205,9 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, (str, Path)) else [str(v) for v in value]
+    """The paths, with the home folder in place of ~."""
+    values = [value] if isinstance(value, (str, Path)) else value
+    return [os.path.expanduser(v) for v in values]
 
 
 def _check(asked: _Asked, stop: str) -> None:
@@ -227,6 +227,8 @@ def _check(asked: _Asked, stop: str) -> None:
             raise ConfigError(f"--{name} is {value}: give a number over 0.")
     if asked.student.endswith((".yaml", ".yml")) and not os.path.isfile(asked.student):
         raise ConfigError(f"--student {asked.student}: there is no such file. Correct the path.")
+    if asked.num_gpus < 1:
+        raise ConfigError(f"--num-gpus is {asked.num_gpus}: give 1 or more. On a CPU, give 1.")
     check_backbone_file(asked.backbone_weights)
     check_gpus(asked.num_gpus)
     if not stop:

@@ -103,12 +103,12 @@ def _find(
     """
     if not values:
         return None
-    path = Path(os.path.expanduser(values[0]))
+    path = Path(values[0])
     if len(values) > 2 or not path.exists():
         what = f"there is no {path}" if not path.exists() else "give one or two paths"
         raise DataError(f"--{part} {' '.join(values)}: {what}. Known formats: {_FORMATS}.")
     if len(values) == 2:
-        images = os.path.abspath(os.path.expanduser(values[1]))
+        images = os.path.abspath(values[1])
         if not path.is_file() or not os.path.isdir(images):
             raise DataError(
                 f"--{part} {' '.join(values)}: give a COCO file and the folder of its images. "
@@ -128,7 +128,7 @@ def _find(
 
 def digest_of_photos(folders: Sequence[str]) -> str:
     """A digest of the paths, sizes and times of all files in folders and their subfolders."""
-    places = (Path(os.path.expanduser(folder)) for folder in folders)
+    places = map(Path, folders)
     return _digest(sorted(file for place in places for file in place.rglob("*") if file.is_file()))
 
 
@@ -141,7 +141,7 @@ def digest_of(values: Sequence[str]) -> str:
     Args:
         values: as for :func:`prepare`. If there is no such path, the digest is "".
     """
-    path = Path(os.path.expanduser(values[0])) if values else Path("")
+    path = Path(values[0]) if values else Path("")
     if not values or not path.exists():  # prepare refuses it
         return ""
     if yaml_file := _yaml_file(path):

@@ -16,7 +16,7 @@ from ..data.validation import read_coco
 from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
 from ..engine.unlabeled import check_teacher
-from ..matching import dense_student, match_classes, shared_levels
+from ..matching import check_same_channels, dense_student, match_classes, shared_levels
 from ..teacher import Teacher
 from ..utils.errors import ConfigError
 from ..utils.files import sha256_of, sha256_of_text, write_whole
@@ -88,6 +88,16 @@ class Plan:
         return read_detector_config(self.student) if named else None
 
     @cached_property
+    def facts(self) -> TeacherFacts:
+        """What the student takes from the teacher."""
+        return facts_of(self.config, self.teacher)
+
+    @cached_property
+    def num_classes(self) -> int:
+        """The number of classes of the training set."""
+        return len(class_names(self.data.train[0]))
+
+    @cached_property
     def photos(self) -> int:
         """The number of photos without labels. Those of a labelled set are left out."""
         if not self.unlabeled:
@@ -102,7 +112,7 @@ class Plan:
         return len(find_photos(self.unlabeled, *labelled))
 
 
-def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
+def student_table(plan: Plan) -> list[dict]:
     """The measured teacher and candidates. Before that, data and classes are checked.
 
     Raises:
@@ -111,7 +121,7 @@ def student_table(plan: Plan, facts: TeacherFacts) -> list[dict]:
     if plan.unlabeled:
         check_teacher(plan.teacher)
         plan.say(f"{plan.photos} photos without labels")
-    number = len(class_names(plan.data.train[0]))
+    facts, number = plan.facts, plan.num_classes
     if plan.own_config:
         _check_own(plan, plan.own_config)
         settings = {plan.student: [Setting("_BASE_", plan.student)]}
@@ -174,21 +184,13 @@ def _outputs(facts: TeacherFacts, classes: int) -> int:
 
 def _config(plan: Plan, settings: Sequence[Setting]) -> CfgNode:
     """:func:`~.students.config_of`, also for settings whose _BASE_ is the user's config."""
-    if plan.own_config is None:
-        return config_of(settings)
-    cfg = plan.own_config.clone()
-    for setting in settings[1:]:
-        *groups, name = setting.key.split(".")
-        node = cfg
-        for group in groups:
-            node = node[group]
-        node[name] = setting.value
-    return cfg
+    return config_of((s for s in settings if s.key != "_BASE_"), plan.own_config)
 
 
 def _check_pair(cfg: CfgNode, teacher: Teacher) -> None:
     register_datasets(cfg)
     student = dense_student(build_detector(cfg))
+    check_same_channels(student, teacher.view)
     shared_levels(student, teacher.view)
     if isinstance(teacher.view, DenseView):  # a copy, because its classes may be reduced
         reduced = view(copy.deepcopy(teacher.detector))
@@ -234,14 +236,13 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
     Raises:
         ConfigError: no candidate meets the wish.
     """
-    facts = facts_of(plan.config, plan.teacher)
     row = show_choice(plan, rows)
     taken = row["name"]
     plan.output.mkdir(parents=True, exist_ok=True)
-    model, pretrained = _model(plan, facts, taken)
+    model, pretrained = _model(plan, taken)
     fixed = [*model, *data_settings(plan.data)]
-    settings = [*fixed, *_schedule(plan, facts, fixed, pretrained, row["ms"])]
-    _write(plan, facts, settings)
+    settings = [*fixed, *_schedule(plan, fixed, pretrained, row["ms"])]
+    _write(plan, settings)
     for line in spoken(settings):
         plan.say(f"  {line}")
     plan.say(
@@ -251,28 +252,27 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
     return taken
 
 
-def _model(plan: Plan, facts: TeacherFacts, taken: str) -> tuple[list[Setting], bool]:
+def _model(plan: Plan, taken: str) -> tuple[list[Setting], bool]:
     """The settings of the detector, and whether its backbone has trained weights."""
     if plan.own_config:
         return [Setting("_BASE_", os.path.abspath(plan.student), "--student")], True
     candidate = candidate_of(taken)
     why = f"the largest candidate that meets {plan.wish}" if str(plan.wish) else "--student"
-    number = len(class_names(plan.data.train[0]))
+    file = plan.output / "backbone.pth"
     weights, pretrained = backbone_settings(
-        candidate.backbone, plan.backbone_weights, facts, plan.output / "backbone.pth", plan.say
+        candidate.backbone, plan.backbone_weights, plan.facts, file, plan.say
     )
-    return [*model_settings(facts, candidate, number, why), *weights], pretrained
+    return [*model_settings(plan.facts, candidate, plan.num_classes, why), *weights], pretrained
 
 
-def _schedule(
-    plan: Plan, facts: TeacherFacts, fixed: list[Setting], pretrained: bool, ms: float
-) -> list[Setting]:
+def _schedule(plan: Plan, fixed: list[Setting], pretrained: bool, ms: float) -> list[Setting]:
     """The settings of the schedule. A schedule of the user only gets another length.
 
     Args:
         fixed: the settings of detector and data.
         ms: time of the student for one image.
     """
+    facts = plan.facts
     images = len(read_coco(plan.data.train[0], training=True)["images"]) + plan.photos
     # With photos without labels, each GPU gets an image of each kind.
     batch = batch_of(images, facts.batch, plan.num_gpus, each=2 if plan.photos else 1)
@@ -285,7 +285,7 @@ def _schedule(
     if plan.iterations:
         return settings(plan.iterations, "--iterations")
     if plan.hours:
-        _write(plan, facts, [*fixed, *settings(_FIRST, "")])
+        _write(plan, [*fixed, *settings(_FIRST, "")])
         plan.say("Timing a step of the training ...")
         names = ("distilled", "student")[: 1 + plan.compare]
         step = sum(seconds_per_step(plan.output / f"{name}.yaml", plan.num_gpus) for name in names)
@@ -298,10 +298,10 @@ def _schedule(
     return settings(*iterations_of(images, batch, facts.iterations * facts.batch, pretrained))
 
 
-def _write(plan: Plan, facts: TeacherFacts, settings: list[Setting]) -> None:
+def _write(plan: Plan, settings: list[Setting]) -> None:
     """Writes student.yaml and distilled.yaml."""
     folder = plan.output.resolve()
-    family = facts.family
+    family = plan.facts.family
     if plan.own_config:
         family = plan.own_config.MODEL.META_ARCHITECTURE
     student = [*settings, Setting("OUTPUT_DIR", str(folder / "by_hand" / "plain"))]

@@ -18,7 +18,10 @@ _BETWEEN = 200  # iterations at least
 
 
 def batch_of(images: int, teacher_batch: int, num_gpus: int = 1, each: int = 1) -> int:
-    """The teacher's batch, but at most 16 images and at most a quarter of the training images.
+    """The teacher's batch, but from 2 to 16 images and at most a quarter of the training images.
+
+    Then it is rounded for the GPUs. Each gets at least ``each`` images, so many GPUs can exceed
+    these bounds.
 
     Args:
         images: number of training images.

@@ -83,11 +83,18 @@ def split(content: dict, path: str, seed: int = 0, share: float = _SHARE) -> tup
     )
 
 
+def _area(annotation: dict) -> float:
+    """The area of an object. Training needs none, so a file can lack it."""
+    area = annotation.get("area")
+    valid = isinstance(area, (int, float)) and area >= 0
+    return area if valid else annotation["bbox"][2] * annotation["bbox"][3]
+
+
 def _part(content: dict, names: set[str]) -> dict:
     images = [i for i in content["images"] if i["file_name"] in names]
     ids = {i["id"] for i in images}
     annotations = [
-        {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": number}
+        a | {"iscrowd": a.get("iscrowd") or 0, "area": _area(a), "id": number}
         for number, a in enumerate(content["annotations"], 1)
         if a["image_id"] in ids
     ]

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from ..config import get_fgbg_kd_cfg
 from ..utils.config_files import merge_overrides
 from ..utils.errors import ConfigError
-from .teacher_facts import TeacherFacts
+from .teacher_facts import STRIDES, TeacherFacts
 
 
 class Candidate(NamedTuple):
@@ -108,11 +108,12 @@ def model_settings(
         why: reason for the choice.
     """
     family = f"MODEL.{facts.family.upper()}"
-    # A top block adds P6 and P7. Without it, the FPN ends with P5 and a max-pooled P6.
-    top = "retinanet_" if max(facts.strides) > 32 else ""
+    # A top block adds P6 and P7. Without it, the FPN adds one level by max-pooling. All parameters
+    # need a gradient, because DistributedDataParallel fails on unused ones.
+    top = "retinanet_" if max(facts.strides) > 64 else ""
     own = facts.family == facts.name
     kind = "the teacher's own" if own else f"the usual student of a {facts.name}"
-    maps = ["res2"] * (min(facts.strides) == 4) + ["res3", "res4", "res5"]
+    maps = [f"res{i + 2}" for i, stride in enumerate(STRIDES[:4]) if stride in facts.strides]
     settings = [
         Setting("MODEL.META_ARCHITECTURE", facts.family, kind),
         Setting("MODEL.MASK_ON", False),
@@ -142,9 +143,13 @@ def model_settings(
     return settings
 
 
-def config_of(settings: Iterable[Setting]) -> CfgNode:
-    """A config with these settings, on the CPU."""
-    cfg = get_fgbg_kd_cfg()
+def config_of(settings: Iterable[Setting], base: CfgNode | None = None) -> CfgNode:
+    """A config with these settings, on the CPU.
+
+    Args:
+        base: the config that they change; None: the defaults.
+    """
+    cfg = get_fgbg_kd_cfg() if base is None else base.clone()
     cfg.MODEL.DEVICE = "cpu"
     merge_overrides(cfg, [x for s in settings for x in (s.key, s.value)])
     return cfg

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..config import get_fgbg_kd_cfg
-from ..data import resize_of
+from ..data import resize_of, test_size_of
 from ..detectors.dense import DenseView, DetectorView
 from ..detectors.load import read_detector_config
 from ..teacher import Teacher
@@ -114,9 +114,12 @@ def _head(cfg: CfgNode | DictConfig, family: str) -> dict[str, Any]:
 
 
 def _strides(of: DetectorView) -> list[int]:
-    """The teacher's strides if a timm FPN has all of them; otherwise as many as possible."""
+    """The teacher's strides if a timm FPN has all of them; otherwise as many as possible.
+
+    An FPN with P6 or P7 makes them from P5, so stride 32 is always there.
+    """
     theirs = [level.stride for level in of.levels]
-    if of.dense and set(theirs) <= set(STRIDES):
+    if of.dense and 32 in theirs and set(theirs) <= set(STRIDES):
         return sorted(theirs)
     coarse = [s for s in (64, 128) if s in theirs]
     return [*_COMMON, *coarse]
@@ -205,17 +208,22 @@ def _recipe(cfg: CfgNode | DictConfig) -> dict[str, Any]:
 def _python_recipe(cfg: DictConfig) -> dict[str, Any]:
     """The same from a Python config. Parts that it lacks have Detectron2's defaults."""
     default = get_fgbg_kd_cfg()
-    found = {}
-    for part in ("train", "test"):
-        resize = resize_of(OmegaConf.select(cfg, f"dataloader.{part}")) or {}
-        found[part] = resize.get("short_edge_length"), resize.get("max_size")
-    train, test = found["train"][0], found["test"][0]
-    sizes = [train] if isinstance(train, int) else list(train or default.INPUT.MIN_SIZE_TRAIN)
+    resize = resize_of(OmegaConf.select(cfg, "dataloader.train")) or {}
+    train = resize.get("short_edge_length", default.INPUT.MIN_SIZE_TRAIN)
+    test_size, test_limit = test_size_of(cfg) or (
+        default.INPUT.MIN_SIZE_TEST,
+        default.INPUT.MAX_SIZE_TEST,
+    )
+    further = {"MIN_SIZE_TRAIN_SAMPLING": "range"} if resize.get("sample_style") == "range" else {}
+    steps = OmegaConf.select(cfg, "dataloader.train.mapper.augmentations")
+    if steps is not None and "RandomFlip" not in str(steps):
+        further["RANDOM_FLIP"] = "none"
     return {
-        "train_sizes": sizes,
-        "train_limit": found["train"][1] or default.INPUT.MAX_SIZE_TRAIN,
-        "test_size": test or default.INPUT.MIN_SIZE_TEST,
-        "test_limit": found["test"][1] or default.INPUT.MAX_SIZE_TEST,
+        "train_sizes": [train] if isinstance(train, int) else list(train),
+        "train_limit": resize.get("max_size", default.INPUT.MAX_SIZE_TRAIN),
+        "test_size": test_size,
+        "test_limit": test_limit,
+        "input": further,
         "iterations": OmegaConf.select(cfg, "train.max_iter") or default.SOLVER.MAX_ITER,
         "batch": OmegaConf.select(cfg, "dataloader.train.total_batch_size")
         or default.SOLVER.IMS_PER_BATCH,

@@ -109,6 +109,12 @@ def test_evaluation_alone_matches_the_classes_as_well(cfg):
     assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 1: 1}
 
 
+def test_an_evaluation_without_the_training_file_says_that_the_order_is_not_known(cfg, caplog):
+    cfg.DATASETS.TRAIN_JSON = "lost.json"
+    register_datasets(cfg, training=False)
+    assert "lost.json does not exist, so the classes are taken in the order of" in caplog.text
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -258,6 +258,17 @@ def test_ids_that_the_data_do_not_give_are_not_made_up(content, tmp_path, caplog
     assert "COCO ids are not known" in caplog.text
 
 
+def test_the_test_file_does_not_name_the_classes_in_place_of_a_lost_training_file(coco, tmp_path):
+    cfg = tiny_cfg(coco)
+    model = detector(cfg)
+    cfg.DATASETS.TEST_JSON = coco[0]
+    cfg.DATASETS.TRAIN_JSON = str(tmp_path / "lost.json")
+    with pytest.raises(deploy.DeployError, match="lost.json does not exist"):
+        deploy.describe(cfg, model)
+    names = [c["name"] for c in deploy.describe(cfg, model, need_ids=False)["categories"]]
+    assert names == ["class 0", "class 1"]
+
+
 @pytest.mark.slow
 def test_a_good_file_stays_until_the_new_one_is_checked(tmp_path, monkeypatch):
     (model, about), file = variant("RetinaNet"), tmp_path / "a.pt"

@@ -171,6 +171,8 @@ def test_a_folder_gives_all_of_its_images_and_names_what_is_left_out(fake, tmp_p
     (folder / "linked").symlink_to(other)
     (other / "endless").symlink_to(folder)
     (folder / "._a.png").write_bytes(b"metadata of macOS")
+    (folder / ".hidden").mkdir()
+    Image.fromarray(photo(64, 80)).save(folder / ".hidden" / "a.png")
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
     film(folder / "film.avi")
     found = predict("x.pt", [folder], output=tmp_path / "out", say=said.append)

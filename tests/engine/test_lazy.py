@@ -12,6 +12,7 @@ from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.env import seed_all_rng
 from omegaconf import OmegaConf
 
@@ -27,7 +28,7 @@ from fgbg_kd.engine import (
     train_lazy,
     unlabeled,
 )
-from fgbg_kd.engine.lazy import _listed
+from fgbg_kd.engine.lazy import _evaluations, _listed
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, EvaluationError, TeacherError
 
@@ -424,3 +425,12 @@ def test_one_text_is_a_list_of_one():
     """`train.unlabeled=photos` on the command line is no list of letters."""
     assert _listed("/data/photos") == ["/data/photos"]
     assert _listed(OmegaConf.create(["a", "b"])) == ["a", "b"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_config_names_one_evaluator_or_a_list(several):
+    one = {"_target_": "detectron2.evaluation.DatasetEvaluator"}
+    loader = {"evaluator": [one, one] if several else one, "test": {}}
+    ((_, evaluators),) = _evaluations(OmegaConf.create({"dataloader": loader}))
+    assert type(evaluators) is list and len(evaluators) == 1 + several
+    assert all(isinstance(e, DatasetEvaluator) for e in evaluators)

