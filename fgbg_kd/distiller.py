@@ -31,6 +31,7 @@ from .matching import (
     usual_size,
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
+from .methods.base import check_not_negative
 from .teacher import Teacher, accelerate, build_teacher, check_teacher_file
 from .utils.errors import ConfigError, TeacherError
 
@@ -96,9 +97,8 @@ class FgBgDistiller(nn.Module):
             ValueError: an unknown option, or a value out of range.
         """
         super().__init__()
-        _check_not_negative("WARMUP_ITERS", warmup_iters)
-        _check_not_negative("STOP_ITER", stop_iter)
-        _check_not_negative("UNLABELED.LOSS_WEIGHT", unlabeled_weight)
+        check_not_negative("", warmup_iters=warmup_iters, stop_iter=stop_iter)
+        check_not_negative("UNLABELED", loss_weight=unlabeled_weight)
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
         self.unlabeled_weight = unlabeled_weight
@@ -297,11 +297,6 @@ class FgBgDistiller(nn.Module):
 
 
 _TEACHER_KEYS = ("CONFIG", "WEIGHTS", "SHA256", "CLASSES", "PRECISION", "CACHE")
-
-
-def _check_not_negative(key: str, value: float) -> None:
-    if not value >= 0:
-        raise ConfigError(f"MODEL.KD.{key} is {value}: it must be >= 0.")
 
 
 def _labeled_first(batched_inputs: list[dict]) -> tuple[list[dict], int]:

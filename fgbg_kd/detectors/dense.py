@@ -64,7 +64,6 @@ def _part(value: Any, images: slice) -> Any:
 class DetectorView:
     """View of a detector that gives only features to distillation, such as Faster R-CNN."""
 
-    dense = False
     # Value of padding after normalisation.
     pad_value = 0.0
     # (height, width) if the detector warps all images to one size.
@@ -130,8 +129,9 @@ class DetectorView:
 
         Args:
             images: (N, 3, H, W), normalised and padded.
-            logits, boxes: whether class logits, and decoded boxes, are needed. A detector that is
-                not dense has neither.
+            logits: whether class logits are needed. A two-stage detector has none.
+            boxes: whether the whole head must run, so that :meth:`DenseView.with_boxes` can decode
+                its boxes.
         """
         return DenseOutput(self.features(images))
 
@@ -148,8 +148,6 @@ class DenseView(DetectorView):
     It also defines what differs from Detectron2's conventions, such as :meth:`head`,
     :meth:`losses`, :attr:`levels` and :attr:`suppression`.
     """
-
-    dense = True
 
     @property
     def levels(self) -> list[FeatureLevel]:
@@ -315,7 +313,7 @@ def view(detector: nn.Module) -> DetectorView:
     if found is None:
         name = type(detector).__name__
         raise DetectorError(f"A {name} has no backbone: give a detector of Detectron2.")
-    if not found.dense and isinstance(detector, DenseDetector):
+    if not isinstance(found, DenseView) and isinstance(detector, DenseDetector):
         known = ", ".join(cls.__name__ for cls in _views)
         raise DetectorError(
             f"A {type(detector).__name__} is a dense detector that fgbg_kd does not know (it knows "

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 import random
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -213,10 +214,6 @@ def allow_many_open_files() -> int:
     Returns:
         The limit now.
     """
-    try:
-        import resource
-    except ImportError:  # not on Windows, which has no such limit
-        return sys.maxsize
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -29,6 +29,7 @@ from torch import nn
 
 from ..data.coco_files import box_records
 from ..data.unlabeled import find_photos
+from ..detectors.dense import DenseView
 from ..teacher import Teacher
 from ..utils.errors import ConfigError, TeacherError
 from ..utils.files import read_json, sha256_of_text, write_whole
@@ -117,7 +118,7 @@ def check_teacher(teacher: Teacher) -> None:
     Raises:
         TeacherError: the teacher is two-stage.
     """
-    if not teacher.view.dense:
+    if not isinstance(teacher.view, DenseView):
         raise TeacherError(
             f"DATASETS.UNLABELED needs a one-stage teacher, but this one is a {teacher.view.name}: "
             "its classes are not matched to the student's. Use a one-stage teacher, or set "

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..detectors.dense import DenseView
 from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
 from ..matching import dense_student
@@ -60,7 +61,7 @@ def run_both(distiller: FgBgDistiller, inputs: dict) -> Batch:
         inputs: "image" and "instances", as from a training mapper.
     """
     student, teacher = dense_student(distiller.student), distiller.teacher
-    dense, boxes = teacher.view.dense, distiller.method.needs_boxes
+    dense, boxes = isinstance(teacher.view, DenseView), distiller.method.needs_boxes
     (inputs,) = student.as_seen([inputs])
     with evaluating(distiller.student):
         images = student.preprocess([inputs])

@@ -8,7 +8,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from ..config import student_model
-from ..detectors.dense import view
+from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
 from ..utils.markdown import table_of
 from ..utils.timing import latency
@@ -62,7 +62,7 @@ def costs_of(
         detectors = detectors_of(config)
         for role, detector in detectors.items():
             of = view(detector.to(device))
-            two_stage |= not of.dense
+            two_stage |= not isinstance(of, DenseView)
             name = f"{role} of {config}" if len(detectors) > 1 else config
             say(name)
             channels = len(of.normalization[0])

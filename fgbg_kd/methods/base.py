@@ -161,7 +161,7 @@ def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
 def check_not_negative(node: str, **values: float) -> None:
     """
     Args:
-        node: config node of the method below MODEL.KD.
+        node: config node below MODEL.KD; "": MODEL.KD itself.
         values: values by option.
 
     Raises:
@@ -169,14 +169,18 @@ def check_not_negative(node: str, **values: float) -> None:
     """
     for name, value in values.items():
         if not value >= 0:
-            raise ConfigError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be >= 0.")
+            raise ConfigError(f"{_key(node, name)} is {value}: it must be >= 0.")
 
 
 def check_positive(node: str, **values: float) -> None:
     """The same as :func:`check_not_negative`, but also refuses 0."""
     for name, value in values.items():
         if not value > 0:
-            raise ConfigError(f"MODEL.KD.{node}.{name.upper()} is {value}: it must be over 0.")
+            raise ConfigError(f"{_key(node, name)} is {value}: it must be over 0.")
+
+
+def _key(node: str, name: str) -> str:
+    return ".".join(["MODEL.KD", *([node] if node else []), name.upper()])
 
 
 def or_one(normalizer: Tensor) -> Tensor:

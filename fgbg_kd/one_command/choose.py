@@ -204,9 +204,10 @@ def _too_slow(fastest: dict, teacher: dict, wish: Wish) -> ConfigError:
 
 
 def table(rows: Sequence[dict], taken: str = "") -> str:
-    """The table of candidates in Markdown. An arrow marks the one that is taken."""
+    """Rows in Markdown. An arrow marks the candidate that is taken; "": no arrow."""
     shown = []
     for row in rows:
         cells = {k: "–" if v is None else v for k, v in row.items()}
-        shown.append(cells | {"": "<- taken" if row["name"] == taken else ""})
+        arrow = {"": "<- taken" if row["name"] == taken else ""} if taken else {}
+        shown.append(cells | arrow)
     return table_of(shown, HEADINGS)

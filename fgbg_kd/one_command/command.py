@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..detectors.dense import DenseView
 from ..engine.launch import check_gpus
 from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
@@ -20,7 +21,6 @@ from .choose import Wish, table, verdict
 from .data import Data, digest_of, digest_of_photos, prepare
 from .outcome import (
     result_rows,
-    result_table,
     write_onnx,
     write_openvino,
     write_page,
@@ -286,7 +286,7 @@ def _dry(plan: Plan, rows: list[dict]) -> Distilled:
 
 
 def _say_two_stages(plan: Plan) -> None:
-    if not plan.teacher.view.dense:
+    if not isinstance(plan.teacher.view, DenseView):
         plan.say("GFLOPs of the teacher: only its backbone and RPN are counted.")
 
 
@@ -308,7 +308,7 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     onnx = write_onnx(config, weights, output / "student.onnx", say)
     small = write_openvino(config, weights, output, say)
     found = result_rows(config, weights, plan.teacher, aps, plan.device, small)
-    say(f"\n{result_table(found)}\n")
+    say(f"\n{table(found)}\n")
     if text := verdict(found[-1], found[0], plan.wish):
         say(text)
     say(f"One image at a time, {plan.device}, {torch.get_num_threads()} threads; {plan.data.note}.")

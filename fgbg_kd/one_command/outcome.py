@@ -21,9 +21,8 @@ from ..experiments.visualize import write
 from ..teacher import Teacher
 from ..utils.errors import FgBgError
 from ..utils.files import read_json, sha256_of, sha256_of_text, write_whole
-from ..utils.markdown import table_of
 from ..utils.packages import installed
-from .measure import HEADINGS, has_onnx, measure
+from .measure import has_onnx, measure
 
 _DRAWN, _SCORE = 4, 0.3  # test images in the picture; detections with a lower score are left out
 
@@ -87,12 +86,6 @@ def result_rows(
 def _test_image(cfg) -> np.ndarray:
     (record,) = pick(DatasetCatalog.get(cfg.DATASETS.TEST[0]), 1)
     return read_image(record["file_name"], "RGB")
-
-
-def result_table(rows: list[dict]) -> str:
-    """The rows in Markdown."""
-    cells = [{k: "–" if v is None else v for k, v in row.items()} for row in rows]
-    return table_of(cells, HEADINGS)
 
 
 def write_onnx(
@@ -159,7 +152,6 @@ def write_picture(folder: Path, students: Sequence[str], with_teacher: bool) -> 
     for name in students:
         models[name] = cfg, load_detector(cfg, str(folder / name / "model_final.pth"))
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-    records = [r for r in records if r["annotations"]] or records
     rows = [draw_side_by_side(cfg, r, models, _SCORE) for r in pick(records, _DRAWN)]
     write(folder / "comparison.jpg", np.vstack(rows)[:, :, ::-1])
     return folder / "comparison.jpg"

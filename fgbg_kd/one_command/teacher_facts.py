@@ -119,7 +119,7 @@ def _strides(of: DetectorView) -> list[int]:
     An FPN with P6 or P7 makes them from P5, so stride 32 is always there.
     """
     theirs = [level.stride for level in of.levels]
-    if of.dense and 32 in theirs and set(theirs) <= set(STRIDES):
+    if isinstance(of, DenseView) and 32 in theirs and set(theirs) <= set(STRIDES):
         return sorted(theirs)
     coarse = [s for s in (64, 128) if s in theirs]
     return [*_COMMON, *coarse]

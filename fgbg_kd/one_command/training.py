@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from ..data import test_size_of, training_classes
-from ..detectors.dense import num_classes_of
+from ..detectors.dense import DenseView, num_classes_of
 from ..detectors.load import read_detector_config
 from ..engine import FgBgTrainer, load_config, read_config, read_for
 from ..experiments.runner import Runner
@@ -164,7 +164,7 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     if number is None:
         number = getattr(getattr(detector, "roi_heads", detector), "num_classes", classes)
     names = None  # of a teacher that gives features only, and may have other classes
-    if not teacher.view.dense:
+    if not isinstance(teacher.view, DenseView):
         names = training_classes(read_detector_config(theirs.CONFIG))
     if number != classes or (names and list(names) != list(training_classes(cfg))):
         say(f"teacher: its {number} classes are not the {classes} of the data. It gets no AP.")
