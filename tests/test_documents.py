@@ -367,12 +367,7 @@ def test_the_readme_is_short_and_has_no_open_place():
 
 @pytest.mark.parametrize(
     "row, file",
-    [
-        ("scenes, 3,000 iterations", "scenes_long"),
-        ("scenes, 600 iterations", "scenes"),
-        ("trees, 1,000 iterations", "trees_long"),
-        ("trees, 300 iterations, on a GPU", "trees_gpu"),
-    ],
+    [("scenes, 3,000 iterations", "scenes_long"), ("trees, 1,000 iterations", "trees_long")],
 )
 def test_the_gains_in_the_readme_are_those_of_the_rows(row, file):
     text = (ROOT / "README.md").read_text()
@@ -388,7 +383,7 @@ def test_the_gains_in_the_readme_are_those_of_the_rows(row, file):
     means = [statistics.fmean(ap[name].values()) for name in ("teacher", "plain", "FgBg")]
     assert printed == [f"{mean:.1f}" for mean in means]
     paired = [ap["FgBg"][seed] - ap["plain"][seed] for seed in ap["FgBg"]]
-    assert gain.startswith(f"**+{statistics.fmean(paired):.1f} ± ") and int(seeds) == len(paired)
+    assert gain.startswith(f"+{statistics.fmean(paired):.1f} ± ") and int(seeds) == len(paired)
     assert peer.split()[0] in ap
 
 
@@ -401,6 +396,12 @@ def without_gate(overrides: list[str]) -> list[str]:
     return [x for k, v in pairs if k not in EARLIER_GATE for x in (k, v)]
 
 
+def is_of_today(runs: list[dict]) -> bool:
+    """Whether runs have today's gate. A two-stage teacher has no scores to gate by."""
+    overrides = runs[0]["overrides"]
+    return "faster_rcnn" in runs[0]["config"] or without_gate(overrides) == overrides
+
+
 def pair_line(runs: list[dict]) -> str:
     """The line of a pair in docs/results.md. A star: measured with an earlier gate."""
     ap = defaultdict(dict)  # by method, by seed
@@ -411,7 +412,7 @@ def pair_line(runs: list[dict]) -> str:
     mean, half = mean_interval([ap["FgBg"][s] - ap["plain"][s] for s in ap["FgBg"]])
     gain = f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
     overrides = without_gate(runs[0]["overrides"])
-    gain += " \\*" if overrides != runs[0]["overrides"] else ""
+    gain += "" if is_of_today(runs) else " \\*"
     name = " ".join([Path(runs[0]["config"]).stem, *overrides])
     (teacher,) = ap["teacher"].values()
     return f"| `{name}` | {teacher:.1f} | {each[0]} | {each[1]} | {gain} |"
@@ -450,8 +451,7 @@ def test_the_measured_pairs_are_those_of_their_rows():
     assert sorted(printed) == sorted(map(pair_line, pairs.values()))
     text = (ROOT / "README.md").read_text()
     printed = re.findall(r"^\| .* \| (?:aquarium|voc07) \| .*$", text, re.MULTILINE)
-    usual = [runs for (_, *overrides), runs in pairs.items() if not without_gate(overrides)]
-    assert sorted(printed) == sorted(map(readme_line, usual))
+    assert sorted(printed) == sorted(map(readme_line, filter(is_of_today, pairs.values())))
 
 
 # Here: the test that runs the text of docs/extending.md.
