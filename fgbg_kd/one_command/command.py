@@ -320,7 +320,7 @@ def _train(plan: Plan, taken: str, rows: list[dict]) -> Distilled:
     for what, path in (("weights", weights), ("picture", picture), ("report", report)):
         if path:
             say(f"{what}: {path}")
-    say(f"Run it: {predict}")
+    say(f"Run it on photos, folders of photos or films: {predict}")
     files = {"onnx": onnx, "picture": picture, "report": report}
     if small:
         files |= {"openvino": small.openvino, "int8": small.int8}
