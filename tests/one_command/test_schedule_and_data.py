@@ -146,6 +146,7 @@ def test_no_group_is_in_both_parts_and_the_seed_decides():
     assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == 12
     assert len(test["images"]) == 10  # at most a fifth of 60, in whole films
     assert note.startswith("10 of 60 training images") and "12 groups" in note and "seed 0" in note
+    check_coco(train, "train", training=True)
     check_coco(train, "train", training=False)
     check_coco(test, "test", training=False)  # area and iscrowd are filled in
     assert test["annotations"][0]["area"] == 200
