@@ -270,6 +270,18 @@ def test_the_test_file_does_not_name_the_classes_in_place_of_a_lost_training_fil
 
 
 @pytest.mark.slow
+def test_a_file_is_checked_on_test_images_without_the_training_images(coco, tmp_path):
+    cfg = tiny_cfg(coco, "without_training_images")
+    torch.save({"model": detector(cfg).state_dict()}, tmp_path / "student.pth")
+    cfg.DATASETS.TEST, (cfg.DATASETS.TEST_JSON, cfg.DATASETS.TEST_IMAGES) = ("export_test",), coco
+    cfg.DATASETS.TRAIN_IMAGES = "nowhere"
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    files = str(tmp_path / "student.yaml"), str(tmp_path / "student.pth"), tmp_path / "student.pt"
+    deploy.export_files(*files, say=lambda text: None)
+    assert files[2].is_file()
+
+
+@pytest.mark.slow
 def test_a_good_file_stays_until_the_new_one_is_checked(tmp_path, monkeypatch):
     (model, about), file = variant("RetinaNet"), tmp_path / "a.pt"
     file.write_bytes(b"good")
