@@ -17,7 +17,7 @@ from .method_specs import PLAIN, TEACHER, method_overrides
 from .result_rows import add_result, group
 from .runner import Runner, surroundings
 from .settings import RUN_KEYS, flat, task_of
-from .tables import PARTS, comparison_tables, fill, plot, without_folders
+from .tables import PARTS, PLOT, comparison_tables, fill, plot, without_folders
 from .teacher_runs import teacher_evaluation, train_or_find_teacher
 from .tide import has_objects, run_errors, tide, truth_of
 
@@ -217,7 +217,10 @@ def _add_row(comparison, shared: dict, method: str, seed, options: dict, result,
 
 
 def tables_of(
-    files: Sequence[Path], parts: Sequence[str] = PARTS, pictures: Path | None = None
+    files: Sequence[Path],
+    parts: Sequence[str] = PARTS,
+    pictures: Path | None = None,
+    document_folder: Path | None = None,
 ) -> str:
     """The tables of all comparisons in files with rows, in Markdown.
 
@@ -225,6 +228,7 @@ def tables_of(
         files: paths of results.jsonl files. A missing file has no rows.
         parts: see :func:`.comparison_tables`.
         pictures: folder for a plot of each comparison; None: no plots.
+        document_folder: folder of the document that shows the plots. Default: `pictures`.
     """
     texts = []
     rows = [row for file in files for row in read_rows(file)]
@@ -233,7 +237,8 @@ def tables_of(
         if pictures:
             picture = pictures / f"{folder_name(title)}.png"
             plot(methods, picture)
-            texts.append(f"![AP of every seed]({picture.name})\n")
+            link = picture.relative_to(document_folder or pictures).as_posix()
+            texts.append(f"![AP of every seed]({link})\n")
     return "\n".join(texts)
 
 
@@ -241,18 +246,23 @@ def fill_document(file: Path, say) -> None:
     """Updates the tables in a document from the files with rows that it names (:func:`.fill`).
 
     The paths of these files are relative to the current folder. A table whose file has no rows does
-    not change.
+    not change. The part "plot" of a table is written into the folder that has the document's name:
+    docs/results for docs/results.md.
 
     Args:
         say: a function that gets a line about each table.
     """
 
-    def tables(name: str, parts: list[str]) -> str:
-        made = tables_of([Path(name)], parts)
+    def filled(name: str, parts: list[str]) -> str:
+        pictures = file.with_suffix("") if PLOT in parts else None
+        if pictures:
+            pictures.mkdir(exist_ok=True)
+        tables = [part for part in parts if part != PLOT]
+        made = tables_of([Path(name)], tables, pictures, file.parent)
         say(f"{name}: {'made anew' if made else 'no rows here, the table stays'}")
         return made
 
-    write_whole(file, fill(file.read_text(), tables))
+    write_whole(file, fill(file.read_text(), filled))
 
 
 def folder_name(text: str) -> str:

@@ -16,6 +16,8 @@ from .tide import KINDS
 
 # The tables of a comparison in their order. "tuning" is made only on request.
 PARTS = ("summary", "metrics", "errors", "note")
+# A picture in a document, see plot. It is not a table.
+PLOT = "plot"
 
 
 def comparison_tables(methods: dict[str, dict], parts: Sequence[str] = PARTS) -> str:
@@ -187,7 +189,8 @@ def fill(text: str, tables: Callable[[str, list[str]], str]) -> str:
 
     Args:
         text: the document. A table is between the lines ``<!-- table: FILE PART ... -->`` and
-            ``<!-- end of table -->``. Without a PART, all of :data:`PARTS` are made.
+            ``<!-- end of table -->``. Without a PART, all of :data:`PARTS` are made. :data:`PLOT`
+            is a PART too.
         tables: a function that gets FILE and the list of parts, and returns the text between the
             two lines. If it returns "", the old text stays.
     """

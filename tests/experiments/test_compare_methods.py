@@ -262,12 +262,14 @@ def test_the_tool_trains_compares_and_does_nothing_twice_with_a_method_from_outs
     assert read_rows(results) == rows
     assert "| L1 WEIGHT=2 " in tool("--table-only", "out/results.jsonl")
     document = Path("document.md")
-    tables = "<!-- table: out/results.jsonl summary -->\nnot run\n<!-- end of table -->\n"
+    tables = "<!-- table: out/results.jsonl summary plot -->\nnot run\n<!-- end of table -->\n"
     document.write_text(tables + tables.replace("out/", "elsewhere/"))
     printed = tool("--fill", "document.md")
     assert "out/results.jsonl: made anew" in printed
     assert "elsewhere/results.jsonl: no rows" in printed
     assert document.read_text().count("| L1 WEIGHT=2 ") == 1
+    (picture,) = Path("document").glob("*.png")
+    assert f"](document/{picture.name})" in document.read_text()
     assert document.read_text().endswith(tables.replace("out/", "elsewhere/"))
 
     pytest.importorskip("tidecv")
