@@ -18,6 +18,8 @@ student, gets linear maps. They are fitted by least squares on 64 images of the 
 
 --angle-and-kl FILE draws another picture instead, from all images: two feature vectors with
 different directions, whose softmax has a small KL.
+
+--detections FILE draws only ground truth and detections, all images in one picture.
 """
 
 import argparse
@@ -63,13 +65,16 @@ def main() -> None:
     where.add_argument(
         "--angle-and-kl", type=Path, metavar="FILE", help="draw this picture instead"
     )
+    where.add_argument(
+        "--detections", type=Path, metavar="FILE", help="draw only detections, in one picture"
+    )
     add_import_flag(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_args()
     if args.count < 1:
         parser.error("--count must be at least 1")
     if not args.show:
-        check_writable(args.angle_and_kl or args.output / "x.png")
+        check_writable(args.angle_and_kl or args.detections or args.output / "x.png")
     pictures = visualize(
         args.config_file,
         args.opts,
@@ -79,6 +84,7 @@ def main() -> None:
         files=args.image,
         count=args.count,
         angle_and_kl=args.angle_and_kl,
+        detections=args.detections,
         bar=lambda images, title: tqdm(images, desc=title, leave=False, disable=None),
     )
     written: set[Path] = set()
@@ -88,7 +94,7 @@ def main() -> None:
             if cv2.waitKey() == ord("q"):
                 return
             continue
-        path = args.angle_and_kl or path_of_its_own(args.output, file, written)
+        path = args.angle_and_kl or args.detections or path_of_its_own(args.output, file, written)
         write(path, picture)
         written.add(path)
         tqdm.write(str(path))

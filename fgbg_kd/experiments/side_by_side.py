@@ -1,6 +1,6 @@
 """Ground truth and the detections of several detectors, side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from torch import nn
 from torchvision.ops import nms
 
@@ -34,10 +34,7 @@ def draw_side_by_side(
     score: float,
     width: int = 320,
 ) -> np.ndarray:
-    """Draws ground truth and the detections of each model in a row of panels with titles.
-
-    Of detections with an IoU over 0.5, only the detection with the highest score is drawn, also if
-    their classes differ. Otherwise their labels would cover each other.
+    """Draws ground truth and the detections of each model in a row of panels (:func:`draw_row`).
 
     Args:
         cfg: config whose DATASETS.TEST gives the class names.
@@ -49,7 +46,31 @@ def draw_side_by_side(
     Returns:
         (H, W, 3) uint8 BGR.
     """
+    found = {}
+    for name, (own_cfg, model) in models.items():
+        instances = model([read_input(own_cfg, record["file_name"])])[0]["instances"].to("cpu")
+        found[name] = instances[instances.scores >= score]
     classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+    return draw_row(record, found, classes, width)
+
+
+def draw_row(
+    record: dict, found: Mapping[str, Instances], classes: Sequence[str] | None, width: int = 320
+) -> np.ndarray:
+    """Draws ground truth and detections in a row of panels with titles.
+
+    Of detections with an IoU over 0.5, only the detection with the highest score is drawn, also if
+    their classes differ. Otherwise their labels would cover each other.
+
+    Args:
+        record: the image as Detectron2's dataset dict.
+        found: detections by name, in pixels of the image file.
+        classes: names of the classes.
+        width: width of a panel in pixels.
+
+    Returns:
+        (H, W, 3) uint8 BGR.
+    """
     image = read_image(record["file_name"], "RGB")
     scale = width / image.shape[1]
     objects = [a for a in record["annotations"] if not a["iscrowd"]]
@@ -57,13 +78,11 @@ def draw_side_by_side(
     numbers = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
     truth = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     panels = [("ground truth", draw_boxes(image, truth, numbers, classes, scale=scale))]
-    for name, (own_cfg, model) in models.items():
-        found = model([read_input(own_cfg, record["file_name"])])[0]["instances"].to("cpu")
-        found = found[found.scores >= score]
-        found = found[nms(found.pred_boxes.tensor, found.scores, 0.5)]
-        boxes = found.pred_boxes.tensor
-        drawn = draw_boxes(image, boxes, found.pred_classes, classes, found.scores, scale)
-        panels.append((f"{name}: {len(found)} detections", drawn))
+    for name, drawn in found.items():
+        drawn = drawn[nms(drawn.pred_boxes.tensor, drawn.scores, 0.5)]
+        boxes = drawn.pred_boxes.tensor
+        panel = draw_boxes(image, boxes, drawn.pred_classes, classes, drawn.scores, scale)
+        panels.append((f"{name}: {len(drawn)} detections", panel))
     return np.hstack([_titled(panel[:, :, ::-1], title) for title, panel in panels])
 
 

@@ -22,6 +22,7 @@ from ..utils.errors import ConfigError, DataError, FgBgError
 from .angle_and_kl import collect, draw_angle_and_kl
 from .cell_maps import cell_maps, load_student
 from .drawing import confident, draw_panels
+from .side_by_side import draw_row
 
 _FITTED_ON = 64  # number of images to fit the adapters of a student without adapters
 
@@ -115,6 +116,26 @@ def draw_images(
         yield record["file_name"], draw_panels(inputs, order, maps, found, classes, title)
 
 
+def draw_detections(
+    opened: Opened, students: Students, records: Iterable[dict], classes: Sequence[str] | None
+) -> np.ndarray:
+    """Draws ground truth, teacher and students in a row of panels for each image.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    distiller, order, rows = opened.distiller, opened.mapper.image_format, []
+    for record in records:
+        inputs = opened.mapper(record)
+        found = {"teacher": confident(distiller.teacher.detector, inputs, order)}
+        found |= {name: confident(distiller.student, inputs, order) for name, _ in students}
+        height, width = inputs["image"].shape[-2:]
+        for instances in found.values():
+            instances.pred_boxes.scale(inputs["width"] / width, inputs["height"] / height)
+        rows.append(draw_row(record, found, classes))
+    return np.vstack(rows)[:, :, ::-1]
+
+
 def draw_angle(opened: Opened, students: Students, records: Sequence[dict], bar: Bar):
     """Draws the picture of :func:`draw_angle_and_kl` for the last student: (H, W, 3) uint8 RGB."""
     *_, (_, adapters) = students
@@ -135,9 +156,10 @@ def visualize(
     files: Sequence[str] = (),
     count: int = 4,
     angle_and_kl: Path | None = None,
+    detections: Path | None = None,
     bar: Bar = lambda images, title: images,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Draws a picture of each image, or a single picture of angle and KL for all images.
+    """Draws a picture of each image, or a single picture for all images.
 
     Args:
         config: path of a config that distils.
@@ -149,10 +171,12 @@ def visualize(
         count: number of images if ``files`` is empty.
         angle_and_kl: path for the picture of angle and KL. It is drawn instead of the others. None:
             it is not drawn.
+        detections: path for a picture with the detections in all images. It is drawn instead of the
+            others. None: it is not drawn.
         bar: shows progress.
 
     Yields:
-        The path of the image (or ``angle_and_kl``), and the picture (H, W, 3) uint8 RGB.
+        The path of the image (or of the single picture), and the picture (H, W, 3) uint8 RGB.
 
     Raises:
         FgBgError: a file is missing, or the config, the set or a checkpoint does not fit.
@@ -174,8 +198,11 @@ def visualize(
     if angle_and_kl:
         yield str(angle_and_kl), draw_angle(opened, students, records, bar)
         return
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    yield from draw_images(opened, students, bar(records, "drawing"), classes)
+    classes, records = MetadataCatalog.get(name).get("thing_classes"), bar(records, "drawing")
+    if detections:
+        yield str(detections), draw_detections(opened, students, records, classes)
+        return
+    yield from draw_images(opened, students, records, classes)
 
 
 def named(records: Sequence[dict], files: Sequence[str], set_name: str) -> list[dict]:

@@ -198,6 +198,12 @@ def test_the_tool_draws_files_of_a_registered_set(tmp_path, monkeypatch, distil_
     file = tmp_path / "angle.png"
     run_tool(monkeypatch, tmp_path, distil_cfg, "--weights", weights, "--angle-and-kl", str(file))
     assert cv2.imread(str(file)) is not None
+    file, also_plain = tmp_path / "found.jpg", ["--weights", weights, "--before", weights]
+    both = [*also_plain, "--count", "2", "--detections", str(file)]
+    run_tool(monkeypatch, tmp_path, distil_cfg, *both)
+    panels, rows = 4, 2
+    height, width = cv2.imread(str(file)).shape[:2]
+    assert width == panels * (320 + 4) and height > rows * 100
     for arguments, message in (
         (["--image", "absent.png"], "absent.png is not in the set seen_test"),
         (["--set", "absent"], "There is no set 'absent': choose from seen_train, seen_test"),
