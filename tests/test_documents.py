@@ -30,6 +30,7 @@ from torch import nn
 
 from fgbg_kd import METHOD_REGISTRY, get_fgbg_kd_cfg
 from fgbg_kd.config import method_defaults
+from fgbg_kd.engine import read_config
 from fgbg_kd.engine.loader import _leave_interrupts_to_the_training
 from fgbg_kd.experiments.compare_methods import fill_document
 from fgbg_kd.experiments.method_specs import name_of
@@ -421,7 +422,9 @@ def readme_line(runs: list[dict]) -> str:
         ap[run["method"]].append(run["AP"])
     means = [f"{statistics.fmean(ap[name]):.1f}" for name in ("teacher", "plain", "FgBg")]
     gain = pair_line(runs).split(" | ")[-1]
-    return " | ".join([f"| {teacher}", student, photos, str(len(ap["FgBg"])), *means, gain])
+    cfg = read_config(str(ROOT / runs[0]["config"]), runs[0]["overrides"])
+    cells = [f"| {teacher}", student, photos, f"{cfg.SOLVER.MAX_ITER:,}", str(len(ap["FgBg"]))]
+    return " | ".join([*cells, *means, gain])
 
 
 def test_the_measured_pairs_are_those_of_their_rows():
