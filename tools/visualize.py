@@ -73,8 +73,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.count < 1:
         parser.error("--count must be at least 1")
+    single = args.angle_and_kl or args.detections
     if not args.show:
-        check_writable(args.angle_and_kl or args.detections or args.output / "x.png")
+        check_writable(single or args.output / "x.png")
     pictures = visualize(
         args.config_file,
         args.opts,
@@ -94,7 +95,7 @@ def main() -> None:
             if cv2.waitKey() == ord("q"):
                 return
             continue
-        path = args.angle_and_kl or args.detections or path_of_its_own(args.output, file, written)
+        path = single or path_of_its_own(args.output, file, written)
         write(path, picture)
         written.add(path)
         tqdm.write(str(path))
