@@ -152,17 +152,17 @@ def fit_adapters(distiller: FgBgDistiller, inputs: Iterable[dict]) -> list[nn.Mo
 
 
 def load_student(
-    distiller: FgBgDistiller, weights: str, training: Iterable[dict]
+    distiller: FgBgDistiller, weights: str, training: Iterable[dict] | None
 ) -> Sequence[nn.Module] | None:
     """Replaces the student of a distiller by a copy with the weights of a checkpoint.
 
     Args:
         weights: path of the checkpoint of a distilled or a plain student.
         training: images for :func:`fit_adapters`. They are read only if adapters are needed and the
-            checkpoint has none.
+            checkpoint has none. None: no adapters are fitted.
 
     Returns:
-        The adapters of this student, one per level.
+        The adapters of this student, one per level. None: ``training`` is None.
 
     Raises:
         CheckpointError: the checkpoint is from another detector or method.
@@ -180,5 +180,5 @@ def load_student(
                 f"config of its run. {error}"
             ) from None
     elif adapters is None or any(True for phi in adapters for _ in phi.parameters()):
-        adapters = fit_adapters(distiller, training)
+        adapters = None if training is None else fit_adapters(distiller, training)
     return adapters

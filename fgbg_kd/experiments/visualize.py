@@ -74,17 +74,19 @@ class Students:
         opened: the distiller and its sets.
         weights: {name: path of the checkpoint}.
         bar: shows progress.
+        maps: whether maps are drawn. Only maps need adapters.
 
     Raises:
         CheckpointError: a checkpoint does not fit.
         ConfigError: adapters are needed, and DATASETS.TRAIN is empty.
     """
 
-    def __init__(self, opened: Opened, weights: dict[str, str], bar: Bar):
+    def __init__(self, opened: Opened, weights: dict[str, str], bar: Bar, maps: bool = True):
         self.opened = opened
         self._parts = {}
         for name, path in weights.items():
-            adapters = load_student(opened.distiller, path, self._training(bar))
+            training = self._training(bar) if maps else None
+            adapters = load_student(opened.distiller, path, training)
             self._parts[name] = opened.distiller.student, opened.distiller.method, adapters
 
     def _training(self, bar: Bar) -> Iterator[dict]:
@@ -194,7 +196,7 @@ def visualize(
     records = DatasetCatalog.get(name)
     records = named(records, files, name) if files else pick(records, count)
     shown = {"before": before, "after": weights} if before else {"student": weights}
-    students = Students(opened, shown, bar)
+    students = Students(opened, shown, bar, maps=not detections)
     if angle_and_kl:
         yield str(angle_and_kl), draw_angle(opened, students, records, bar)
         return

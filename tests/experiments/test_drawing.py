@@ -123,6 +123,7 @@ def test_a_plain_student_gets_adapters_and_a_distilled_one_keeps_its_own(tmp_pat
     torch.save({"model": other.student.state_dict(), "method": method}, tmp_path / "distilled.pth")
     fitted = load_student(model, str(tmp_path / "plain.pth"), make_batch()[:1])
     plain = model.student
+    assert load_student(model, str(tmp_path / "plain.pth"), None) is None  # no maps, no adapters
     own = load_student(model, str(tmp_path / "distilled.pth"), [])
     assert torch.equal(own[0].weight, method["adapters.0.weight"])
     assert not torch.equal(fitted[0].weight, own[0].weight)
