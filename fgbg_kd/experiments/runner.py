@@ -100,6 +100,7 @@ class Runner:
 
         Returns:
             - COCO's metrics by name, 0..100; None if a metric is not defined.
+            - "classes": AP by class. A class without objects in the test set is left out.
             - "detections": 0 if nothing was detected, otherwise absent.
             - "seconds_per_step": median.
             - "memory_mb": peak of the process.
@@ -283,7 +284,8 @@ def _metrics(output: Path, eval_only: bool) -> dict:
             "images and classes that the same file lists."
         )
     nothing = {"detections": 0} if math.isnan(found["AP"]) else {}
-    return {**{k: values.get(k) for k in METRICS}, **nothing}
+    classes = {k.removeprefix("AP-"): v for k, v in values.items() if k.startswith("AP-")}
+    return {**{k: values.get(k) for k in METRICS}, "classes": classes, **nothing}
 
 
 def _costs(output: Path) -> dict:

@@ -14,7 +14,7 @@ from .result_rows import reference
 from .runner import METRICS
 from .tide import KINDS
 
-# The tables of a comparison in their order. "tuning" is made only on request.
+# The tables of a comparison in their order. "classes" and "tuning" are made only on request.
 PARTS = ("summary", "metrics", "errors", "note")
 # A picture in a document, see plot. It is not a table.
 PLOT = "plot"
@@ -30,6 +30,7 @@ def comparison_tables(methods: dict[str, dict], parts: Sequence[str] = PARTS) ->
             - "summary": AP, paired differences, and how much of the gap to the teacher is closed.
             - "metrics": all COCO metrics, time and memory.
             - "errors": kinds of errors by TIDE.
+            - "classes": AP by class.
             - "tuning": a row per method with all its choices of options.
             - "note": hardware and versions.
     """
@@ -37,6 +38,7 @@ def comparison_tables(methods: dict[str, dict], parts: Sequence[str] = PARTS) ->
         "summary": _summary,
         "metrics": _metrics,
         "errors": _errors,
+        "classes": _classes,
         "tuning": _tuning,
         "note": _note,
     }
@@ -92,28 +94,51 @@ def _metrics(methods: dict[str, dict]) -> str:
 
 def _errors(methods: dict[str, dict]) -> str:
     """The mean dAP50 of each kind of error, and its paired difference to plain training."""
-    errors = {
-        name: {seed: r["errors"] for seed, r in by_seed.items() if r.get("errors")}
-        for name, by_seed in methods.items()
-    }
-    errors = {name: by_seed for name, by_seed in errors.items() if by_seed}
-    if not errors:
-        return ""
-    rows = []
-    for name, by_seed in errors.items():
-        row = [name]
-        for kind in KINDS:
-            values = {seed: e[kind] for seed, e in by_seed.items()}
-            cell = f"{statistics.fmean(values.values()):.1f}"
-            if PLAIN in errors and name not in (PLAIN, TEACHER):
-                plain = {seed: e[kind] for seed, e in errors[PLAIN].items()}
-                cell += f" ({signed(paired_difference(values, plain))})"
-            row.append(cell)
-        rows.append(row)
-    return markdown_table(["dAP50", *KINDS], rows) + (
+    table = _beside_plain(methods, "errors", "dAP50", KINDS)
+    return table and table + (
         "\n\ndAP50: the points that AP50 would gain without any error of this kind (TIDE). In "
         f"brackets: the difference to {PLAIN}."
     )
+
+
+def _classes(methods: dict[str, dict]) -> str:
+    """The mean AP of each class, and its paired difference to plain training."""
+    rows = [r.get("classes") or {} for by_seed in methods.values() for r in by_seed.values()]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = _beside_plain(methods, "classes", "AP by class", names)
+    return table and f"{table}\n\nIn brackets: the difference to {PLAIN}."
+
+
+def _beside_plain(methods: dict[str, dict], key: str, title: str, columns: Sequence[str]) -> str:
+    """A table with a row per method: mean values, and their paired differences to plain training.
+
+    Args:
+        key: of the values by name in a row. Rows without it are left out.
+        title: of the first column.
+        columns: names of the values.
+
+    Returns:
+        The table; "" if no row has the key.
+    """
+    found = {
+        name: {seed: r[key] for seed, r in by_seed.items() if r.get(key)}
+        for name, by_seed in methods.items()
+    }
+    found = {name: by_seed for name, by_seed in found.items() if by_seed}
+    if not found:
+        return ""
+    rows = []
+    for name, by_seed in found.items():
+        row = [name]
+        for column in columns:
+            values = {seed: e[column] for seed, e in by_seed.items()}
+            cell = f"{statistics.fmean(values.values()):.1f}"
+            if PLAIN in found and name not in (PLAIN, TEACHER):
+                plain = {seed: e[column] for seed, e in found[PLAIN].items()}
+                cell += f" ({signed(paired_difference(values, plain))})"
+            row.append(cell)
+        rows.append(row)
+    return markdown_table([title, *columns], rows)
 
 
 def _tuning(methods: dict[str, dict]) -> str:

@@ -36,6 +36,7 @@ kept = pathlib.Path(__file__).with_name("ap.json")
 ap, found = json.loads(kept.read_text()) if kept.exists() else (10.5, [{"score": 0.5}])
 (out / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
 metrics = {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2, "APs": 1.0, "APm": ap, "APl": float("nan")}
+metrics |= {"AP-cat": 3.0, "AP-dog": float("nan")}
 if "--eval-only" in sys.argv:
     (out / "results.json").write_text(json.dumps({"bbox": metrics, "segm": {"AP": 9.0}}))
 else:
@@ -70,6 +71,7 @@ def calls(folder):
 def test_metrics_time_and_memory_are_read_and_only_the_final_checkpoint_stays(folder):
     result = run(folder)
     assert (result["AP"], result["AP50"], result["APl"]) == (10.5, 21.0, None)
+    assert result["classes"] == {"cat": 3.0}
     assert result["seconds_per_step"] == 2.0 and result["gpu_memory_mb"] == 120
     assert 1 < result["memory_mb"] < 10**5
     assert [p.name for p in (folder / "run").rglob("*.pth")] == ["model_final.pth"]

@@ -1,6 +1,7 @@
 """Kinds of errors, by hand and in the table of a comparison, and the score of an image."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -93,6 +94,19 @@ def test_the_table_has_means_and_paired_differences_to_plain():
     assert set(by_method["teacher"].values()) == {"1.0"}
     assert by_method["plain"]["Miss"] == "5.0"
     assert by_method["FgBg"]["Miss"] == "4.0 (-1.00 ± 0.00)"
+
+
+def test_the_table_of_classes_has_the_gain_of_each_class():
+    rows = [
+        row(method, seed, 10.0, classes={"cat": ap, "dog": 2.0})
+        for method, aps in (("plain", (4.0, 6.0)), ("FgBg", (5.0, 8.0)))
+        for seed, ap in enumerate(aps)
+    ]
+    text = comparison_tables(group(rows)["c.yaml"], ["classes"])
+    assert re.search(r"\| AP by class *\| cat *\| dog *\|", text)
+    assert re.search(r"\| plain *\| 5.0 *\| 2.0 *\|", text)
+    assert re.search(r"\| FgBg *\| 6.5 \(\+1.50 ± 6.35\) *\| 2.0 \(\+0.00 ± 0.00\) *\|", text)
+    assert comparison_tables(group([row("plain", 0, 10.0)])["c.yaml"], ["classes"]) == ""
 
 
 def test_the_score_of_an_image_by_hand(coco, tmp_path):
