@@ -20,9 +20,9 @@ from .matching import (
     check_predictions,
     check_same_channels,
     dense_student,
-    features_only,
     inherited_weights,
     match_classes,
+    options_of_pair,
     same_anchors,
     select,
     select_unwarped,
@@ -127,13 +127,16 @@ class FgBgDistiller(nn.Module):
         if isinstance(teacher.view, DenseView):
             match_classes(student, teacher.view, classes, teacher.class_names)
             self.same_anchors = same_anchors(student, teacher.view, levels)
-        else:
-            options = features_only(name, options, teacher.view)
-        alike = type(student) is type(teacher.view) and not student.behind_activation
-        auto, options = options, get_method(name).for_pair(options, alike)
-        found = [f"{k.upper()} {v}" for k, v in options.items() if v != auto[k]]
-        if found:
-            logger.info(f"For this pair, auto means {', '.join(found)} (MODEL.KD.{name.upper()}).")
+        given, options = options, options_of_pair(name, options, student, teacher.view)
+        node = f"MODEL.KD.{name.upper()}"
+        new = ", ".join(f"{node}.{k.upper()} {v}" for k, v in options.items() if v != given[k])
+        if not isinstance(teacher.view, DenseView):
+            logger.warning(
+                f"The teacher, a {teacher.view.name}, predicts no classes per cell. Only its "
+                f"features are used{', with ' if new else ''}{new}."
+            )
+        elif new:
+            logger.info(f"For this pair: {new}.")
         # The global random state stays unchanged, so that the student and the order of the data
         # are the same as in plain training.
         with torch.random.fork_rng(devices=[]):
@@ -145,7 +148,6 @@ class FgBgDistiller(nn.Module):
     def from_config(cls, cfg):
         kd = cfg.MODEL.KD
         student = build_model(student_config(cfg))
-        get_method(kd.METHOD)
         options = method_options(cfg)
         teacher = None
         if not kd.TEACHER.CONFIG:
@@ -195,8 +197,7 @@ class FgBgDistiller(nn.Module):
         scale = self.scale_at(get_event_storage().iter)
         if scale == 0:
             return losses | self._zeros(output)
-        needs = {"logits": self.method.needs_logits, "boxes": self.method.needs_boxes}
-        target = self.teacher(images, batched_inputs, student, **needs)
+        target = self.teacher(images, batched_inputs, student, logits=self.method.needs_logits)
         batch = self.match(output, target, images, gt)
         if batch.loss_normalizer is not None and labeled < len(gt):  # it is of the labelled images
             normalizer = batch.loss_normalizer * len(gt) / labeled
@@ -243,15 +244,11 @@ class FgBgDistiller(nn.Module):
         """Puts both outputs on the shared levels, with maps of equal size, and adds ground truth.
 
         Args:
-            student, teacher: outputs, each on its own levels. If the method needs boxes, the
-                teacher's output has decoded boxes.
+            student, teacher: outputs, each on its own levels.
             images: the student's batch.
             gt: N Instances on the device.
         """
         of = dense_student(self.student)
-        if self.method.needs_boxes and student.boxes is None:
-            with torch.no_grad():
-                student = of.with_boxes(student)
         mine, theirs = zip(*(level.place for level in self.levels))
         shapes = [student.features[i].shape[-2:] for i in mine]
         scales = self.teacher.scales(images)

@@ -147,7 +147,7 @@ def select(
     cropped at the right and bottom. A smaller map repeats its last cells there. This affects only
     padding, and at most one cell where two backbones round differently.
     """
-    maps = (output.features, output.logits, output.boxes)
+    maps = (output.features, output.logits)
     return DenseOutput(
         *(m and [_resize(m[i], shape) for i, shape in zip(index, shapes)] for m in maps)
     )
@@ -167,22 +167,15 @@ def select_unwarped(
 ) -> DenseOutput:
     """The same as :func:`select` for the output of warped images.
 
-    Each cell gets the values of the cell at the same place of the warped image. Boxes are scaled
-    back.
+    Each cell gets the values of the cell at the same place of the warped image.
 
     Args:
         scales: (N, 2), x and y: sizes of the warped images divided by the sizes of the images.
         ratios: stride of the cells wanted, divided by the stride of the output, per level.
     """
-    found = [
-        maps
-        and [_unwarped(maps[i], *x) for i, *x in zip(index, shapes, (scales * r for r in ratios))]
-        for maps in (output.features, output.logits, output.boxes)
-    ]
-    if found[2]:
-        back = (1 / scales).repeat(1, 2)[:, None, :, None, None]  # (N, 1, 4, 1, 1)
-        found[2] = [(x.unflatten(1, (-1, 4)) * back).flatten(1, 2) for x in found[2]]
-    return DenseOutput(*found)
+    places = list(zip(index, shapes, (scales * ratio for ratio in ratios)))
+    maps = (output.features, output.logits)
+    return DenseOutput(*(m and [_unwarped(m[i], *place) for i, *place in places] for m in maps))
 
 
 def _unwarped(x: Tensor, shape: tuple[int, int], cells: Tensor) -> Tensor:
@@ -255,25 +248,25 @@ def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[Shared
     return all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
 
 
-def features_only(name: str, options: dict[str, Any], teacher: DetectorView) -> dict[str, Any]:
-    """The options of a method for a teacher that is not dense. Logs the options that it changes.
+def options_of_pair(
+    name: str, options: dict[str, Any], student: DenseView, teacher: DetectorView
+) -> dict[str, Any]:
+    """The options of a method for this pair, with a value in place of each "auto".
 
     Raises:
-        TeacherError: these options leave no term of the method.
+        TeacherError: the teacher is not dense, and its features alone leave no term of the method.
     """
-    changed = get_method(name).for_features_only(options)
-    node = f"MODEL.KD.{name.upper()}"
-    off = [f"{node}.{k.upper()} {v}" for k, v in changed.items() if options[k] != v]
-    logger.warning(
-        f"The teacher, a {teacher.name}, predicts no classes per cell. Only its features are used"
-        f"{', with ' if off else ''}{', '.join(off)}."
-    )
-    if get_method(name).is_off(changed):
-        raise TeacherError(
-            f"{name} has no term left, because only the teacher's features can be used: set the "
-            f"weight of its feature term over 0 ({node}.FG_WEIGHT of FgBg), or use another method."
-        )
-    return changed
+    method = get_method(name)
+    if not isinstance(teacher, DenseView):
+        options = method.for_features_only(options)
+        if method.is_off(options):
+            raise TeacherError(
+                f"{name} has no term left, because only the teacher's features can be used: set "
+                f"the weight of its feature term over 0 (MODEL.KD.{name.upper()}.FG_WEIGHT of "
+                "FgBg), or use another method."
+            )
+    alike = type(student) is type(teacher) and not student.behind_activation
+    return method.for_pair(options, alike)
 
 
 def check_predictions(
@@ -287,7 +280,7 @@ def check_predictions(
     Raises:
         TeacherError: the teacher has no predictions per cell, or other anchors than the student.
     """
-    if (method.needs_logits or method.needs_boxes) and not isinstance(teacher, DenseView):
+    if method.needs_logits and not isinstance(teacher, DenseView):
         raise TeacherError(
             f"MODEL.KD.METHOD {name} compares predictions per cell, but the teacher, a "
             f"{teacher.name}, has no such predictions: use a one-stage teacher, or another method."

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from .data import test_size_of, training_classes
 from .detectors.dense import (
     DenseOutput,
-    DenseView,
     DetectorView,
     num_classes_of,
     view,
@@ -84,7 +83,6 @@ class Teacher:
         student: DetectorView,
         *,
         logits: bool,
-        boxes: bool,
         cached: bool = True,
     ) -> DenseOutput:
         """The teacher's output on its own levels.
@@ -92,20 +90,17 @@ class Teacher:
         Args:
             images: the student's batch, normalised for the student.
             batched_inputs: Detectron2's inputs of this batch.
-            logits, boxes: whether class logits and decoded boxes are needed.
+            logits: whether class logits are needed.
             cached: False: the cache is not used.
         """
         with autocast(self.precision, images.tensor.device):
             inputs = self.input_of(images, student)
             if self.cache and cached:
-                return self.cache(lambda x: self._run(x, logits, boxes), inputs, batched_inputs)
-            return self._run(inputs, logits, boxes)
+                return self.cache(lambda x: self._run(x, logits), inputs, batched_inputs)
+            return self._run(inputs, logits)
 
-    def _run(self, inputs: Tensor, logits: bool, boxes: bool) -> DenseOutput:
-        output = self.view.run(inputs, logits=logits, boxes=boxes)
-        if boxes and isinstance(self.view, DenseView):
-            output = self.view.with_boxes(output)
-        return output._replace(raw=None)
+    def _run(self, inputs: Tensor, logits: bool) -> DenseOutput:
+        return self.view.run(inputs, logits=logits, raw=False)
 
     def input_of(self, images: ImageList, student: DetectorView) -> Tensor:
         """(N, 3, H', W'): the student's batch with the teacher's normalisation and padding.

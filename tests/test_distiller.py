@@ -5,7 +5,6 @@ import torch
 from conftest import (
     detector,
     distiller,
-    faster_rcnn,
     make_batch,
     save_teacher,
     seen_by,
@@ -15,7 +14,6 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
-from fgbg_kd import METHOD_REGISTRY, Method
 from fgbg_kd.matching import usual_size
 from fgbg_kd.utils.errors import TeacherError
 
@@ -204,7 +202,7 @@ def test_the_teachers_box_branch_is_not_run(distil_cfg):
     teacher = model.teacher.view
     expected = teacher.run(images).logits
     model.teacher.detector.head.bbox_subnet.register_forward_hook(lambda *_: runs.append(1))
-    got = teacher.run(images, boxes=False).logits
+    got = teacher.run(images, raw=False).logits
     assert losses_of(model, batch)["loss_kd_bg"] > 0
     assert not runs
     for a, b in zip(got, expected):
@@ -273,25 +271,6 @@ def test_the_usual_size_is_that_of_an_image_with_sides_3_to_4(sizes, sampling, l
 
 def test_a_python_config_without_resizing_has_no_usual_size():
     assert usual_size(OmegaConf.create({"dataloader": {"train": {"mapper": {}}}})) is None
-
-
-class BoxesOnly(Method):
-    needs_boxes = True
-
-    def __init__(self, student_channels, teacher_channels):
-        super().__init__()
-
-    def forward(self, batch):
-        difference = (a - b for a, b in zip(batch.student.boxes, batch.teacher.boxes))
-        return {"loss_kd": sum(x.abs().mean() for x in difference)}, {}
-
-
-def test_a_method_may_need_boxes_without_logits():
-    METHOD_REGISTRY.register(BoxesOnly)
-    model = distiller(detector(), detector(seed=2), name="BoxesOnly")
-    assert losses_of(model, make_batch())["loss_kd"] > 0
-    with pytest.raises(TeacherError, match="has no such predictions"):
-        distiller(detector(), faster_rcnn(), name="BoxesOnly")
 
 
 def test_a_grey_teacher_of_a_colour_student_is_refused():

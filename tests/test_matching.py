@@ -152,9 +152,10 @@ def test_a_backbone_that_takes_any_size_wants_no_padding():
 
 def test_maps_of_other_sizes_keep_their_cells_in_place():
     x = torch.arange(12.0).reshape(1, 1, 3, 4)
-    output = DenseOutput([x, x], None, [x, x], raw="left out")
-    (cut,), logits, (same,), raw = select(output, [1], [(2, 3)])
-    assert torch.equal(cut, x[..., :2, :3]) and logits is raw is None and torch.equal(same, cut)
+    output = DenseOutput([x, x], [x, x], raw="left out")
+    (cut,), (same,), raw = select(output, [1], [(2, 3)])
+    assert torch.equal(cut, x[..., :2, :3]) and raw is None and torch.equal(same, cut)
+    assert select(output._replace(logits=None), [1], [(2, 3)]).logits is None
     (longer,), *_ = select(output, [0], [(4, 4)])
     assert torch.equal(longer[..., :3, :], x) and torch.equal(longer[..., 3, :], x[..., 2, :])
 
@@ -168,7 +169,7 @@ def test_a_users_head_of_the_same_kind_gives_its_own_logits():
     model = detector().eval()
     model.head.__class__ = Shifted
     images = torch.randn(1, 3, 64, 64)
-    full, part = (view(model).run(images, boxes=b).logits for b in (True, False))
+    full, part = (view(model).run(images, raw=b).logits for b in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(full, part))
 
 
@@ -221,7 +222,7 @@ def test_a_two_stage_teacher_teaches_by_its_features_and_the_log_says_why(caplog
     with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
         model = distiller(detector(seed=0), faster_rcnn())
     assert "GeneralizedRCNN, predicts no classes per cell" in caplog.text
-    changes = "BG_WEIGHT 0.0", "ASSIGN scale", "GATE False"
+    changes = "BG_WEIGHT 0.0", "ASSIGN scale", "STANDARDISE always", "GATE False"
     assert ", ".join(f"MODEL.KD.FGBG.{change}" for change in changes) in caplog.text
     losses, batch = seen_by(model)
     assert {k for k in losses if "kd" in k} == {"loss_kd_fg"} and losses["loss_kd_fg"] > 0

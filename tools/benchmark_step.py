@@ -95,10 +95,7 @@ def steps(args) -> list[dict]:
     channels = len(of.normalization[0])
     batch = random_batch(args.images, *args.size, channels, of.num_classes)
     methods = [distiller.method for distiller in distillers.values() if distiller.method]
-    needs = {
-        "logits": any(method.needs_logits for method in methods),
-        "boxes": any(method.needs_boxes for method in methods),
-    }
+    logits = any(method.needs_logits for method in methods)
 
     def train(model):
         def step():
@@ -111,7 +108,7 @@ def steps(args) -> list[dict]:
 
     @torch.no_grad()
     def look():
-        teacher(of.preprocess(batch), batch, of, **needs)
+        teacher(of.preprocess(batch), batch, of, logits=logits)
 
     calls = {"plain student step": train(student), "teacher forward": look}
     calls |= {f"{spec} step": train(distiller) for spec, distiller in distillers.items()}

@@ -35,14 +35,12 @@ class DenseOutput(NamedTuple):
     Attributes:
         features: (N, C_l, H_l, W_l).
         logits: (N, A_l*K, H_l, W_l); sigmoid(logits) is the class score. None: not computed.
-        boxes: (N, A_l*4, H_l, W_l) XYXY in pixels; None: not decoded.
         raw: the head's own output, which only its :class:`DenseView` reads; None: not kept. It is a
             tensor whose first dimension is N, or a nest of lists, tuples and dicts of such tensors.
     """
 
     features: Maps
     logits: Maps | None = None
-    boxes: Maps | None = None
     raw: Any = None
 
     def of_images(self, images: slice) -> "DenseOutput":
@@ -124,14 +122,13 @@ class DetectorView:
         maps = self.detector.backbone(images)
         return [maps[level.name] for level in self.levels]
 
-    def run(self, images: Tensor, *, logits: bool = True, boxes: bool = False) -> DenseOutput:
+    def run(self, images: Tensor, *, logits: bool = True, raw: bool = True) -> DenseOutput:
         """One pass of the network.
 
         Args:
             images: (N, 3, H, W), normalised and padded.
             logits: whether class logits are needed. A two-stage detector has none.
-            boxes: whether the whole head must run, so that :meth:`DenseView.with_boxes` can decode
-                its boxes.
+            raw: whether the whole head must run, for losses and boxes.
         """
         return DenseOutput(self.features(images))
 
@@ -226,22 +223,17 @@ class DenseView(DetectorView):
             f"Classes cannot be removed from a {self.name}: train it on the student's classes."
         )
 
-    def run(self, images: Tensor, *, logits: bool = True, boxes: bool = True) -> DenseOutput:
+    def run(self, images: Tensor, *, logits: bool = True, raw: bool = True) -> DenseOutput:
         features = self.features(images)
-        if not (logits or boxes):
-            return DenseOutput(features)
-        if not boxes:  # the classification branch is enough
-            return DenseOutput(features, self.class_logits(features))
-        raw = self.head(features)
-        return DenseOutput(features, self.logits(raw), raw=raw)
+        if raw:
+            whole = self.head(features)
+            return DenseOutput(features, self.logits(whole), whole)
+        # The classification branch is enough.
+        return DenseOutput(features, self.class_logits(features) if logits else None)
 
     def named_predictions(self, output: DenseOutput) -> dict[str, Maps]:
         """The head's maps per level, by names for error messages."""
         return {"class logits": output.logits or ()}
-
-    def with_boxes(self, output: DenseOutput) -> DenseOutput:
-        """The output with its boxes decoded."""
-        return output._replace(boxes=self.decode(output.features, output.raw))
 
     def network(self, images: Tensor) -> Any:
         return self.head(self.features(images))

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config import method_defaults
 from ..detectors.dense import DenseView
 from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
-from ..matching import dense_student
+from ..matching import dense_student, options_of_pair
 from ..methods import Batch, FgBg, build_method
 from ..ops import Split, cosine_similarity, teacher_gate
 from ..utils.errors import CheckpointError
@@ -61,12 +62,12 @@ def run_both(distiller: FgBgDistiller, inputs: dict) -> Batch:
         inputs: "image" and "instances", as from a training mapper.
     """
     student, teacher = dense_student(distiller.student), distiller.teacher
-    dense, boxes = isinstance(teacher.view, DenseView), distiller.method.needs_boxes
+    dense = isinstance(teacher.view, DenseView)
     (inputs,) = student.as_seen([inputs])
     with evaluating(distiller.student):
         images = student.preprocess([inputs])
-        output = student.run(images.tensor, boxes=boxes)
-        target = teacher(images, [inputs], student, logits=dense, boxes=boxes, cached=False)
+        output = student.run(images.tensor)
+        target = teacher(images, [inputs], student, logits=dense, cached=False)
         gt = [inputs["instances"].to(distiller.device)]
         return distiller.match(output, target, images, gt)
 
@@ -86,7 +87,10 @@ def cell_maps(
     """
     fgbg = distiller.method
     if not isinstance(fgbg, FgBg):
-        fgbg = build_method("FgBg", (), ())
+        pair = dense_student(distiller.student), distiller.teacher.view
+        fgbg = build_method(
+            "FgBg", (), (), **options_of_pair("FgBg", method_defaults("FgBg"), *pair)
+        )
     batch = run_both(distiller, inputs)
     cells = fgbg.split(batch)
     student, teacher = batch.student, batch.teacher

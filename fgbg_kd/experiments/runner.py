@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -283,8 +282,9 @@ def _metrics(output: Path, eval_only: bool) -> dict:
             "no box of the test set counts. Its annotations need boxes that are not iscrowd, in "
             "images and classes that the same file lists."
         )
-    nothing = {"detections": 0} if math.isnan(found["AP"]) else {}
+    empty = values["AP"] == 0 and file.is_file() and not read_json(file)
     classes = {k.removeprefix("AP-"): v for k, v in values.items() if k.startswith("AP-")}
+    nothing = {"detections": 0} if empty else {}
     return {**{k: values.get(k) for k in METRICS}, "classes": classes, **nothing}
 
 

@@ -63,17 +63,19 @@ def _summary(methods: dict[str, dict]) -> str:
         elif plain:
             gain = paired_difference(values, plain)
             ahead = paired_difference(aps[fgbg], values) if fgbg and name != fgbg else None
-            row += [signed(gain), signed(ahead), _gap_closed(teacher, values, plain)]
+            row += [signed(gain), signed(ahead), _gap_closed(gain, teacher, values, plain)]
         rows.append(row)
     return markdown_table(columns, rows)
 
 
-def _gap_closed(teacher: float | None, values: dict, plain: dict) -> str:
+def _gap_closed(gain: Estimate | None, teacher: float | None, values: dict, plain: dict) -> str:
     """The share of the gap between plain training and teacher that a method closes, in per cent.
 
     Only seeds that both methods have are used.
+
+    Args:
+        gain: the paired difference of ``values`` and ``plain``.
     """
-    gain = paired_difference(values, plain)
     if not gain or not teacher:
         return "–"
     gap = teacher - statistics.fmean(plain[s] for s in plain.keys() & values.keys())
@@ -84,9 +86,9 @@ def _metrics(methods: dict[str, dict]) -> str:
     rows = []
     for name, by_seed in methods.items():
         runs = list(by_seed.values())
-        memory = "gpu_memory_mb" if runs[0]["gpu_memory_mb"] else "memory_mb"
+        key = "gpu_memory_mb" if runs[0]["gpu_memory_mb"] else "memory_mb"
         seconds = average(runs, "seconds_per_step", statistics.median)
-        memory = average(runs, memory, statistics.median)
+        memory = average(runs, key, statistics.median)
         means = [number(average(runs, m)) for m in METRICS]
         rows.append([name, *means, number(seconds, 3), number(memory, 0)])
     return markdown_table(["method", *METRICS, "s / step", "memory (MB)"], rows)
@@ -105,6 +107,11 @@ def _classes(methods: dict[str, dict]) -> str:
     """The mean AP of each class, and its paired difference to plain training."""
     rows = [r.get("classes") or {} for by_seed in methods.values() for r in by_seed.values()]
     names = list(dict.fromkeys(name for row in rows for name in row))
+    zero = {"classes": dict.fromkeys(names, 0.0)}
+    methods = {
+        name: {s: r | zero if r.get("detections") == 0 else r for s, r in by_seed.items()}
+        for name, by_seed in methods.items()
+    }
     table = _beside_plain(methods, "classes", "AP by class", names)
     return table and f"{table}\n\nIn brackets: the difference to {PLAIN}."
 
@@ -152,10 +159,12 @@ def _tuning(methods: dict[str, dict]) -> str:
     rows = []
     for family, tried in families.items():
         options = [o for o, _ in tried]
-        varied = [k for k in options[0] if len({o.get(k) for o in options}) > 1]
+        keys = dict.fromkeys(k for o in options for k in o)
+        varied = [k for k in keys if len({repr(o.get(k)) for o in options}) > 1]
         best, cells = max(ap for _, ap in tried), []
-        for chosen, ap in sorted(tried, key=lambda x: [x[0].get(k) for k in varied]):
-            label = " ".join(f"{k.upper()}={short(chosen.get(k))}" for k in varied) or "as given"
+        for chosen, ap in sorted(tried, key=lambda x: [(k in x[0], x[0].get(k)) for k in varied]):
+            given = [f"{k.upper()}={short(chosen[k])}" for k in varied if k in chosen]
+            label = " ".join(given) or "as given"
             cells.append(f"{label}: {f'**{ap:.1f}**' if ap == best else f'{ap:.1f}'}")
         rows.append([family, "; ".join(cells)])
     return markdown_table(["method", "AP of each choice"], rows)
@@ -164,16 +173,16 @@ def _tuning(methods: dict[str, dict]) -> str:
 def _note(methods: dict[str, dict]) -> str:
     rows = [r for by_seed in methods.values() for r in by_seed.values()]
 
-    def each(key):
-        values = [part for r in rows if r.get(key) for part in str(r[key]).split(", ")]
-        return ", ".join(dict.fromkeys(values))
+    def each(key, between=" and "):
+        return between.join(dict.fromkeys(str(r[key]) for r in rows if r.get(key)))
 
     several = any(len(by_seed) > 1 for by_seed in methods.values())
+    commits = ", ".join(dict.fromkeys(each("commit", ", ").split(", ")))
     explained = "± is the 95 % confidence interval of the mean difference, paired by seed. "
     text = (
         f"{explained if several else ''}{each('hardware')}; threads {each('threads')}, "
         f"runs at a time {each('jobs')}; "
-        f"{each('versions')}; commit {each('commit')}."
+        f"{each('versions')}; commit {commits}."
     )
     students = [frozenset(by_seed) for name, by_seed in methods.items() if name != TEACHER]
     if len(set(students)) > 1:

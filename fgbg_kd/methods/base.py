@@ -75,8 +75,6 @@ class Method(nn.Module):
 
     # Whether the method needs the class logits of both detectors.
     needs_logits = False
-    # Whether it needs the decoded boxes of both detectors.
-    needs_boxes = False
     # Whether it compares logits anchor by anchor. Both detectors must then have the same anchors.
     compares_logits = False
     # Names of its losses.

@@ -150,7 +150,7 @@ def statistics(cells: Split, gate: Gate) -> dict[str, Tensor]:
         kd/fg_gate, kd/bg_gate: mean of the gate. kd/fg_lead: how much higher the teacher's best
         score on an object is, 0 if it is lower. Without a gate it is left out.
     """
-    found = {"kd/fg_gate": (gate.value, cells.weight)}  # an object's cells weigh 1 on a level
+    found = {"kd/fg_gate": (gate.value, cells.weight)}
     if gate.lead is not None:
         found["kd/fg_lead"] = (gate.lead, cells.weight)
     found["kd/bg_gate"] = (gate.value, cells.background)

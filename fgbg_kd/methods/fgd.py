@@ -91,7 +91,7 @@ class FGD(Method):
                 (gc[0](s).to(t.dtype) - gc[1](t).to(t.dtype)).square().sum(),
             )
             loss = loss + sum(r * term for r, term in zip(self.ratios, terms))
-        return {"loss_kd": self.weight * loss / len(t)}, {}
+        return {"loss_kd": self.weight * loss / len(batch.image_sizes)}, {}
 
     def attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of cells (N, 1, H, W) and of channels (N, C, 1, 1). Each has mean 1."""

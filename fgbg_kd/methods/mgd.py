@@ -52,4 +52,4 @@ class MGD(Method):
         for generate, (s, t) in zip(self.generators, aligned(self.adapters, batch)):
             kept = torch.rand_like(s[:, :1]) >= self.mask_ratio
             loss = loss + (generate(s * kept).to(t.dtype) - t).square().sum()
-        return {"loss_kd": self.weight * loss / len(t)}, {}
+        return {"loss_kd": self.weight * loss / len(batch.image_sizes)}, {}

@@ -253,9 +253,12 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
         return {}
     plan = read_json(file)
     old, written = plan.pop("request"), plan.pop("configs", {})
-    if old == json.loads(json.dumps(request)):
-        return plan if all(config.is_file() for config in configs) else {}
-    if any((output / name / "metrics.json").is_file() for name in ("plain", "distilled")):
+    same = old == json.loads(json.dumps(request))
+    if same and all(config.is_file() for config in configs):
+        return plan
+    if not same and any(
+        (output / name / "metrics.json").is_file() for name in ("plain", "distilled")
+    ):
         changed = [k for k in request if old.get(k) != request[k]]
         what = "; ".join(f"{k} was {old.get(k)!r}, is {request[k]!r}" for k in changed)
         raise RunError(
@@ -265,7 +268,7 @@ def _known_plan(output: Path, request: dict) -> dict[str, Any]:
     for config in configs:
         if config.is_file() and sha256_of(config) != written.get(config.name):
             raise RunError(
-                f"{config} was edited, and another command would overwrite it: give another "
+                f"{config} was edited, and this command would overwrite it: give another "
                 "--output, or move it away."
             )
     return {}

@@ -61,13 +61,8 @@ def compare_predictions(
     if kl not in (None, "sigmoid", "softmax"):
         raise ValueError(f"kl is {kl!r}: choose 'sigmoid', 'softmax' or None.")
     rest = (cells, gt_classes, num_classes)
-    if kl and not same_anchors:
-        found = compare_predictions(student, teacher, *rest, kl=None, quality=quality, impl=impl)
-        best = [[_best_anchor(x, num_classes) for x in maps] for maps in (student, teacher)]
-        apart = compare_predictions(
-            best[0], best[1], *rest, kl=kl, temperature=temperature, quality=False, impl=impl
-        )
-        return found._replace(kl=apart.kl)
+    if kl and not same_anchors:  # the quality is that of the best anchors anyway
+        student, teacher = ([_best_anchor(x, num_classes) for x in m] for m in (student, teacher))
     if use_triton(impl, student[0]):
         from .predictions_triton import compare  # imported on first use: Triton is optional
 

@@ -23,8 +23,8 @@ class Split(NamedTuple):
     Attributes:
         box_index: (N, R) int32, index of the owning box in its image's list; -1 background,
             -2 padding.
-        weight: (N, R) float32, 1 / (number of the box's cells on that level) for a foreground
-            cell; 0 elsewhere.
+        weight: (N, R) float32, of :func:`split` or :meth:`weighted` for a foreground cell; 0
+            elsewhere.
         boxes: (N, max(B, 1), 4) float32, the boxes as XYXY pixels, padded with zeros.
         level_shapes: (H_l, W_l) per level.
     """
@@ -44,13 +44,17 @@ class Split(NamedTuple):
         """(N, R) bool."""
         return self.box_index == BACKGROUND
 
+    @property
+    def _owner_index(self) -> Tensor:
+        """(N, R) int64, ``box_index`` with 0 for cells without a box."""
+        return self.box_index.clamp(min=0).long()
+
     def owner(self, per_box: Tensor) -> Tensor:
         """Spreads a value per box, (N, B, ...), to the cells of the box: (N, R, ...).
 
         Cells without a box get the value of box 0. Mask these cells.
         """
-        index = self.box_index.clamp(min=0).long()
-        index = index.reshape(*index.shape, *[1] * (per_box.dim() - 2))
+        index = self._owner_index.reshape(*self.box_index.shape, *[1] * (per_box.dim() - 2))
         return per_box.gather(1, index.expand(-1, -1, *per_box.shape[2:]))
 
     def best_of_box(self, quality: Tensor) -> Tensor:
@@ -59,9 +63,9 @@ class Split(NamedTuple):
         Args:
             quality: (N, R) of at least 0.
         """
-        index = self.box_index.clamp(min=0).long()
         best = quality.new_zeros(len(quality), self.boxes.shape[1])
-        return best.scatter_reduce(1, index, torch.where(self.foreground, quality, 0), "amax")
+        quality = torch.where(self.foreground, quality, 0)
+        return best.scatter_reduce(1, self._owner_index, quality, "amax")
 
     def weighted(self, quality: Tensor) -> "Split":
         """The same cells with other weights: an object's weight of 1 is shared by its cells.
@@ -74,8 +78,8 @@ class Split(NamedTuple):
         """
         # Integers, because a sum of floats depends on the order of its terms, and a GPU has none.
         part = ((quality.nan_to_num(0) * 2**30).long() + 1) * self.foreground
-        index = self.box_index.clamp(min=0).long()
-        total = part.new_zeros(len(part), self.boxes.shape[1]).scatter_add(1, index, part)
+        total = part.new_zeros(len(part), self.boxes.shape[1])
+        total = total.scatter_add(1, self._owner_index, part)
         weight = (part / self.owner(total).clamp(min=1)).float()
         # A NaN has no integer. It stays visible in the loss, which stops the training.
         lost = (quality.isnan() & self.foreground).any(1, keepdim=True) & self.foreground

@@ -179,21 +179,21 @@ def test_the_logits_are_those_of_the_softmax_score():
 
 def test_fewer_classes_keep_their_scores():
     of, images = view(tiny_ssd().eval()), torch.randn(1, 3, 96, 96)
-    before = of.run(images, boxes=False).logits
+    before = of.run(images, raw=False).logits
     of.keep_classes([1])
     assert of.num_classes == 1
-    for all_of_them, one in zip(before, of.run(images, boxes=False).logits):
+    for all_of_them, one in zip(before, of.run(images, raw=False).logits):
         torch.testing.assert_close(one, all_of_them[:, 1::2])
 
 
 def test_a_head_has_the_order_of_the_classes_that_are_kept():
     """INHERIT copies this head to a student whose classes have another order."""
     of, images = view(tiny_ssd().eval()), torch.randn(1, 3, 96, 96)
-    before = of.run(images, boxes=False).logits
+    before = of.run(images, raw=False).logits
     of.keep_classes([1, 0])
     student = tiny_ssd(seed=2).eval()
     student.load_state_dict(of.detector.state_dict())
-    for old, new in zip(before, view(student).run(images, boxes=False).logits):
+    for old, new in zip(before, view(student).run(images, raw=False).logits):
         torch.testing.assert_close(new.unflatten(1, (-1, 2)), old.unflatten(1, (-1, 2)).flip(2))
 
 
@@ -253,18 +253,14 @@ def test_pairs_train(name):
 @pytest.mark.parametrize("strides", [(16, 32), (8, 16)])
 def test_maps_of_warped_images_are_put_back_cell_by_cell(strides):
     """The reference looks up, for each cell, the cell of the warped image at the same place."""
-    output = (
-        view(tiny_ssd())
-        .run(torch.randn(2, 3, 96, 96), logits=False)
-        ._replace(boxes=[torch.rand(2, 4, 6, 6) * 96, torch.rand(2, 4, 3, 3) * 96])
-    )
+    output = view(tiny_ssd()).run(torch.randn(2, 3, 96, 96))
     sizes, theirs = [(64, 80), (72, 56)], (16, 32)
     scales = torch.tensor([(96 / w, 96 / h) for h, w in sizes])
     ratios = [s / t for s, t in zip(strides, theirs)]
     found = select_unwarped(output, [0, 1], [(9, 10), (5, 5)], scales, ratios)
     for level, (stride, their) in enumerate(zip(strides, theirs)):
         maps = output.features[level], found.features[level]
-        boxes = output.boxes[level], found.boxes[level]
+        logits = output.logits[level], found.logits[level]
         last = maps[0].shape[-1] - 1
         for n, (h, w) in enumerate(sizes):
             for y in range(maps[1].shape[2]):
@@ -272,9 +268,7 @@ def test_maps_of_warped_images_are_put_back_cell_by_cell(strides):
                     v = min(int((y + 0.5) * stride * 96 / h / their), last)
                     u = min(int((x + 0.5) * stride * 96 / w / their), last)
                     assert torch.equal(maps[1][n, :, y, x], maps[0][n, :, v, u])
-                    back = torch.tensor([w / 96, h / 96] * 2)
-                    expected = boxes[0][n, :, v, u] * back
-                    torch.testing.assert_close(boxes[1][n, :, y, x], expected)
+                    assert torch.equal(logits[1][n, :, y, x], logits[0][n, :, v, u])
 
 
 def test_levels_of_a_warping_teacher_meet_by_their_stride_in_the_students_pixels():

@@ -109,10 +109,10 @@ def test_boxes_and_scores_are_the_librarys():
     images = model.preprocess_image(make_batch()).tensor
     expected = library(model)(images)  # (N, R, 4 + 1 + K)
     of = view(model)
-    output = of.with_boxes(of.run(images))
+    output = of.run(images)
     boxes, logits = (
         torch.cat([x.flatten(2) for x in maps], dim=2).transpose(1, 2)
-        for maps in (output.boxes, output.logits)
+        for maps in (of.decode(output.features, output.raw), output.logits)
     )
     centre, size = expected[..., :2], expected[..., 2:4]
     corners = torch.cat([centre - size / 2, centre + size / 2], dim=2)

@@ -474,5 +474,5 @@ def test_every_family_can_be_cut_by_images():
         with torch.no_grad():
             output = of.run(of.preprocess(batch).tensor)
             cut = output.of_images(slice(1, None))
-            boxes = of.with_boxes(output).boxes, of.with_boxes(cut).boxes
+            boxes = [of.decode(x.features, x.raw) for x in (output, cut)]
         assert all(torch.equal(a[1:], b) for a, b in zip(*boxes))

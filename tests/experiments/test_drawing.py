@@ -49,14 +49,6 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     assert "gate" in drawing._columns({"student": maps})
 
 
-@pytest.mark.parametrize("needed", [True, False])
-def test_boxes_are_decoded_only_for_a_method_that_needs_them(distil_cfg, needed):
-    model = build_model(distil_cfg)
-    model.method.needs_boxes = needed
-    batch = run_both(model, make_batch()[0])
-    assert [x.boxes is not None for x in (batch.student, batch.teacher)] == [needed, needed]
-
-
 def test_a_teacher_without_predictions_has_split_and_cosine_only(distil_cfg):
     model = distiller(build_model(tiny_cfg()), faster_rcnn())
     maps = cell_maps(model, make_batch()[0])

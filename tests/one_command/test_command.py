@@ -202,7 +202,7 @@ def test_other_labels_another_device_or_other_gpus_need_another_plan(arguments, 
     labels.write_text(text.replace('"category_id": 1', '"category_id": 2', 1))
     assert known() == {}
     (output / "student.yaml").write_text("SEED: 7")
-    with pytest.raises(RunError, match="student.yaml was edited, and another command would"):
+    with pytest.raises(RunError, match="student.yaml was edited, and this command would"):
         known()
     (output / "distilled").mkdir()
     (output / "distilled" / "metrics.json").write_text("")
