@@ -207,11 +207,17 @@ def match_classes(
         classes, teacher_classes: class names in the order of their indices; None: not known.
 
     Raises:
+        ConfigError: the student has not as many classes as ``classes``.
         TeacherError: the teacher lacks a class of the student. Or names are not known, and student
             and teacher have different numbers of classes.
     """
-    named = classes and len(classes) == student.num_classes
-    if not named or not teacher_classes:
+    if classes and len(classes) != student.num_classes:
+        raise ConfigError(
+            f"The training set has {len(classes)} classes, but the student has "
+            f"{student.num_classes}: set its NUM_CLASSES {len(classes)} (num_classes in a Python "
+            "config)."
+        )
+    if not classes or not teacher_classes:
         if student.num_classes != teacher.num_classes:
             raise TeacherError(
                 f"The student has {student.num_classes} classes, but the teacher has "
@@ -219,10 +225,12 @@ def match_classes(
                 "and the student's classes in the metadata of DATASETS.TRAIN, or train the teacher "
                 "on the student's classes."
             )
+        who, where = "student", "thing_classes in the metadata of DATASETS.TRAIN sets them"
+        if classes:
+            who, where = "teacher", "MODEL.KD.TEACHER.CLASSES sets them"
         logger.warning(
-            f"The names of the {'teacher' if named else 'student'}'s classes are not known. "
-            f"Class i of the student is taken for class i of the teacher, for all "
-            f"{student.num_classes} classes. MODEL.KD.TEACHER.CLASSES sets the teacher's names."
+            f"The names of the {who}'s classes are not known. Class i of the student is taken for "
+            f"class i of the teacher, for all {student.num_classes} classes. {where}."
         )
         return
     classes, theirs = list(classes), list(teacher_classes)

@@ -3,7 +3,6 @@
 import argparse
 import ast
 import functools
-import json
 import os
 import re
 import runpy
@@ -366,28 +365,6 @@ def test_the_readme_is_short_and_has_no_open_place():
     assert re.findall(r"@[A-Z]+@", text) == []
 
 
-@pytest.mark.parametrize(
-    "row, file",
-    [("scenes, 3,000 iterations", "scenes_long"), ("trees, 1,000 iterations", "trees_long")],
-)
-def test_the_gains_in_the_readme_are_those_of_the_rows(row, file):
-    text = (ROOT / "README.md").read_text()
-    (line,) = re.findall(rf"^\| {row} \| (.*) \|$", text, re.MULTILINE)
-    seeds, *printed, gain, peer = line.split(" | ")
-    iterations = row.split(", ", 1)[1].split()[0].replace(",", "")
-    ap = defaultdict(dict)  # by method, by seed
-    for run in map(json.loads, (ROOT / f"docs/results/{file}.jsonl").read_text().splitlines()):
-        other_length = "SOLVER.MAX_ITER" in run["overrides"] and iterations not in run["overrides"]
-        other_weight = run["options"].get("fg_weight", 8.0) != 8.0
-        if not other_length and not other_weight:
-            ap[run["method"].split()[0]][run["seed"]] = run["AP"]
-    means = [statistics.fmean(ap[name].values()) for name in ("teacher", "plain", "FgBg")]
-    assert printed == [f"{mean:.1f}" for mean in means]
-    paired = [ap["FgBg"][seed] - ap["plain"][seed] for seed in ap["FgBg"]]
-    assert gain.startswith(f"+{statistics.fmean(paired):.1f} ± ") and int(seeds) == len(paired)
-    assert peer.split()[0] in ap
-
-
 def pair_line(runs: list[dict]) -> str:
     """The line of a pair in docs/results.md."""
     ap = defaultdict(dict)  # by method, by seed
@@ -437,7 +414,8 @@ def test_the_measured_pairs_are_those_of_their_rows():
     assert sorted(printed) == sorted(map(pair_line, pairs.values()))
     text = (ROOT / "README.md").read_text()
     printed = re.findall(r"^\| .* \| (?:aquarium|voc07) \| .*$", text, re.MULTILINE)
-    assert sorted(printed) == sorted(map(readme_line, pairs.values()))
+    several = [rows for rows in pairs.values() if len({row["seed"] for row in rows}) > 2]
+    assert sorted(printed) == sorted(map(readme_line, several))  # the teacher's seed is None
 
 
 # Here: the test that runs the text of docs/extending.md.
@@ -480,7 +458,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named_in_a_line(
         start(monkeypatch, tool, arguments)
 
 
-@pytest.mark.parametrize("name", ["results.md", "results_details.md"])
+@pytest.mark.parametrize("name", ["results.md", "results_details.md", "results_scenes_trees.md"])
 def test_the_tables_of_results_are_those_of_their_rows(name, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / name).read_text()

@@ -26,7 +26,7 @@ from fgbg_kd.detectors.dense import DetectorView, FeatureLevel, view
 from fgbg_kd.matching import SharedLevel, same_anchors, select, shared_levels
 from fgbg_kd.methods import DenseOutput
 from fgbg_kd.teacher import padded
-from fgbg_kd.utils.errors import TeacherError
+from fgbg_kd.utils.errors import ConfigError, TeacherError
 
 # --- FCOS and RetinaNet ---
 
@@ -303,12 +303,23 @@ def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
     assert "names of the teacher's classes are not known" in caplog.text
 
 
-def test_names_that_are_not_one_a_class_of_the_student_name_nothing():
-    teacher = detector()
-    before = teacher.head.cls_score.weight.clone()
+def test_a_student_with_another_number_of_classes_than_its_data_is_told_the_number():
     names = {"classes": ["disc", "square", "stripe"], "teacher_classes": ["stripe", "square"]}
-    distiller(detector(seed=0), teacher, **names)
-    assert torch.equal(teacher.head.cls_score.weight, before)
+    with pytest.raises(
+        ConfigError, match="3 classes, but the student has 2: set its NUM_CLASSES 3"
+    ):
+        distiller(detector(), detector(), **names)
+
+
+def test_the_warning_about_unknown_names_says_where_to_set_them(caplog):
+    for names, key in (
+        ({"classes": ["square", "stripe"]}, "MODEL.KD.TEACHER.CLASSES sets"),
+        ({"teacher_classes": ["square", "stripe"]}, "metadata of DATASETS.TRAIN sets"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+            distiller(detector(), detector(), **names)
+        assert key in caplog.text
 
 
 @pytest.mark.parametrize("source", ["key", "file", "registered set"])

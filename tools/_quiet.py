@@ -9,6 +9,7 @@ The argument ``--traceback`` switches the first two off: every error is printed 
 trace. The tool itself does not see this argument.
 """
 
+import logging
 import signal
 import sys
 import warnings
@@ -17,12 +18,16 @@ from typing import NoReturn
 _report = sys.excepthook
 
 
-def _excepthook(kind, error, trace):
+def _is_of_package(kind) -> bool:
     # An error of fgbg_kd has already imported this module. An import here could fail.
     errors = sys.modules.get("fgbg_kd.utils.errors")
+    return bool(errors) and issubclass(kind, errors.FgBgError)
+
+
+def _excepthook(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
-    elif errors and issubclass(kind, errors.FgBgError):
+    elif _is_of_package(kind):
         print(f"{kind.__name__}: {error}", file=sys.stderr)
     else:
         _report(kind, error, trace)
@@ -33,6 +38,10 @@ if _trace:
     sys.argv.remove("--traceback")
 else:
     sys.excepthook = _excepthook
+    # Detectron2 logs an error in the training loop with its trace, before _excepthook prints it.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(
+        lambda record: not (record.exc_info and _is_of_package(record.exc_info[0]))
+    )
 
 
 def stop(tool: str, error: Exception) -> NoReturn:

@@ -1,9 +1,11 @@
 """Detectron2's COCO evaluator for boxes. It also handles unusual files and pycocotools versions."""
 
 import logging
+from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
@@ -11,9 +13,11 @@ logger = logging.getLogger(__name__)
 class BoxEvaluator(COCOEvaluator):
     """COCOEvaluator for boxes.
 
-    It differs from COCOEvaluator in four ways:
+    It differs from COCOEvaluator in five ways:
 
     - A file without "info" is evaluated: pycocotools 2.0.9 and 2.0.10 raise a KeyError.
+    - A set that was registered in Python is written to a COCO file anew. COCOEvaluator takes the
+      file of an earlier run, even if the annotations have changed.
     - If nothing was detected, AP is 0, not NaN.
     - If AP cannot be computed, the log says why.
     - The AP of each class has the right name, even if the file and the training set number the
@@ -26,6 +30,10 @@ class BoxEvaluator(COCOEvaluator):
             dataset_name: a registered set with a COCO file.
             output_dir: folder for the detections. None: they are not written.
         """
+        if output_dir and not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
+            if comm.is_main_process():
+                Path(output_dir, f"{dataset_name}_coco_format.json").unlink(missing_ok=True)
+            comm.synchronize()
         super().__init__(dataset_name, tasks=("bbox",), output_dir=output_dir)
         self._coco_api.dataset.setdefault("info", {})
         objects = self._coco_api.dataset.get("annotations", ())

@@ -1,6 +1,7 @@
 """Runs a detector on images, folders and videos. Draws detections and writes COCO's JSON."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +63,8 @@ def predict(
     found = find(inputs, say)
     drawn_to = targets(found, output) if output else {}
     written = [*drawn_to.values(), *filter(None, [results])]
-    check_not_overwritten(found, written)
+    files = [Path(x) for x in (detector, weights, ids) if x and os.path.isfile(x)]
+    check_not_overwritten([*found.values(), *files], written)
     model, about = open_detector(detector, weights, need_ids=bool(results))
     image_ids, category_ids = {}, [c["id"] for c in about["categories"]]
     if ids:
@@ -234,12 +236,12 @@ def targets(inputs: dict[Path, Path], output: Path) -> dict[Path, Path]:
     return found
 
 
-def check_not_overwritten(inputs: dict[Path, Path], written: list[Path]) -> None:
+def check_not_overwritten(inputs: list[Path], written: list[Path]) -> None:
     """
     Raises:
         DeployError: an output file is also an input, or would be written twice.
     """
-    sources, seen = {file.resolve() for file in inputs.values()}, set()
+    sources, seen = {file.resolve() for file in inputs}, set()
     for path in (p.resolve() for p in written):
         if path in sources:
             raise DeployError(f"{path} is an input: give another --output or --json.")

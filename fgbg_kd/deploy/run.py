@@ -38,16 +38,18 @@ class ExportedDetector:
 
     input_format = "RGB"
 
-    def __init__(self, file: str):
+    def __init__(self, file: str, device: str = ""):
         """
         Args:
             file: a .onnx, .pt or .xml file from :func:`export` or :func:`quantize`.
+            device: "cpu": ONNX Runtime uses the CPU. Otherwise it uses a GPU if it has one.
 
         Raises:
             DeployError: the file does not exist, is damaged, or was written by another program.
         """
         if not os.path.isfile(file):
             raise DeployError(f"{file}: there is no such file.")
+        self.providers = ["CPUExecutionProvider"] if device == "cpu" else None
         try:
             about = json.loads(self._open(file) or "{}")
         except DeployError:
@@ -76,7 +78,7 @@ class ExportedDetector:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         session = runtime.InferenceSession(
-            file, options, providers=runtime.get_available_providers()
+            file, options, providers=self.providers or runtime.get_available_providers()
         )
         self.run: Callable = lambda image: session.run(OUTPUTS, {"image": image})
         return session.get_modelmeta().custom_metadata_map.get(METADATA, "")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import get_fgbg_kd_cfg, student_config, student_model
 from ..utils.build_errors import explained
-from ..utils.config_files import merge_yaml
+from ..utils.config_files import expand_paths, merge_yaml
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.safe_checkpoint import SafeCheckpointer
 
@@ -40,7 +40,7 @@ def find_config(config: str) -> str:
 
 
 def read_detector_config(config: str) -> CfgNode | DictConfig:
-    """Reads a .yaml or .py config. A .yaml gets the CPU as its device.
+    """Reads a .yaml or .py config, and expands its paths. A .yaml gets the CPU as its device.
 
     Args:
         config: see :func:`find_config`.
@@ -50,10 +50,12 @@ def read_detector_config(config: str) -> CfgNode | DictConfig:
     """
     path = find_config(config)
     if path.endswith(".py"):
-        return LazyConfig.load(path)
-    cfg = get_fgbg_kd_cfg()
-    merge_yaml(cfg, path)
-    cfg.MODEL.DEVICE = "cpu"
+        cfg = LazyConfig.load(path)
+    else:
+        cfg = get_fgbg_kd_cfg()
+        merge_yaml(cfg, path)
+        cfg.MODEL.DEVICE = "cpu"
+    expand_paths(cfg, strict=False)  # it can name folders of another machine that are not needed
     return cfg
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from torch import nn
 from ..utils.errors import CheckpointError, ConfigError
 from ..utils.files import whole
 from ..utils.safe_checkpoint import SafeCheckpointer, read_pth
+from .ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +76,34 @@ class RunCheckpointer(SafeCheckpointer):
         self._check_same_settings(last)
         return self.load(last)
 
+    def _load_model(self, checkpoint):
+        found = super()._load_model(checkpoint)
+        if found is not None:
+            self._absent = {*found.missing_keys, *(key for key, *_ in found.incorrect_shapes)}
+        return found
+
     def _load_start(self, path: str) -> dict:
+        """
+        Raises:
+            CheckpointError: the file cannot be read, or it has no tensor of the detector.
+        """
+        self._absent = set()
         try:
-            return super().resume_or_load(path, resume=False)
+            loaded = super().resume_or_load(path, resume=False)
         except (OSError, AssertionError) as error:  # Detectron2 asserts that the file exists
             raise CheckpointError(
                 f"MODEL.WEIGHTS (train.init_checkpoint) is {path!r}, which cannot be read ({error})"
                 '. Give the path of a checkpoint, or "" to start from random weights. If this '
                 "machine has no network, download the file elsewhere and give its path."
             ) from error
+        names = {name for name, _ in self.model.named_parameters()}
+        if path and names <= self._absent:
+            raise CheckpointError(
+                f"MODEL.WEIGHTS (train.init_checkpoint) is {path}, but this file has no tensor of "
+                f"the detector ({_some(sorted(names))}). Give a checkpoint of this detector or of "
+                "its backbone. The weights of a timm backbone belong into MODEL.TIMM.WEIGHTS."
+            )
+        return loaded
 
     def _check_same_settings(self, path: str) -> None:
         """Checks, before anything is loaded, that checkpoint and run have the same tensors."""
@@ -91,6 +112,7 @@ class RunCheckpointer(SafeCheckpointer):
             *_model_changes(saved.get("model", {}), self.model),
             *_method_changes(saved, self.checkpointables.get("method")),
             *_optimizer_changes(saved.get("trainer", {}), self.checkpointables.get("trainer")),
+            *_ema_changes(saved.get("trainer", {}), self.checkpointables.get("trainer")),
         ]
         if changes:
             raise CheckpointError(
@@ -175,14 +197,32 @@ def _optimizer_changes(saved: dict, trainer) -> list[str]:
         return []
     optimizer = getattr(trainer, "_trainer", trainer).optimizer
     groups = [x["param_groups"] for x in (saved, optimizer.state_dict())]
-    # The learning rate scheduler adds "initial_lr" when it is created.
-    options = [{*x[0]} - {"initial_lr"} for x in groups]
-    if options[0] != options[1]:
+    # Not all options are compared: a newer PyTorch has more of them.
+    kinds = [{"momentum", "betas"} & {*x[0]} for x in groups]
+    if kinds[0] != kinds[1]:
         return ["another optimizer (SOLVER.OPTIMIZER)"]
     sizes = [[len(g["params"]) for g in x] for x in groups]
     if sizes[0] != sizes[1]:
         return ["other parameters are trained (BACKBONE.FREEZE_AT, SOLVER.*)"]
-    return []
+    # PyTorch loads the values of the checkpoint, so a new value would have no effect.
+    names = {"initial_lr": "the learning rate (SOLVER.BASE_LR)", "weight_decay": "the weight decay"}
+    changes = [
+        f"{name} was {was[key]:g}, now it is {now[key]:g}"
+        for key, name in names.items()
+        for was, now in zip(*groups)
+        if not math.isclose(was.get(key, 0), now.get(key, was.get(key, 0)), rel_tol=1e-6)
+    ]
+    return list(dict.fromkeys(changes))
+
+
+def _ema_changes(saved: dict, trainer) -> list[str]:
+    """Of SOLVER.EMA_DECAY. The weights of a run with it are means, and of a run without are not."""
+    name = WeightAverage.__qualname__
+    was = name in saved.get("hooks", {})
+    hooks = {type(h).__qualname__ for h in getattr(trainer, "_hooks", ())}
+    if trainer is None or was == (name in hooks):
+        return []
+    return [f"SOLVER.EMA_DECAY was {'not 0' if was else 0}, now it is {0 if was else 'not 0'}"]
 
 
 def _some(names: list[str]) -> str:

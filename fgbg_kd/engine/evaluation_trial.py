@@ -43,10 +43,10 @@ class EvaluationTrial(HookBase):
         """
         tried = 0
         try:
-            with _silence():
-                for loader, evaluators in self.evaluations():
+            for loader, evaluators in self.evaluations():  # their own warnings are shown
+                with _silence():
                     _try(self.model, loader, evaluators)
-                    tried += 1
+                tried += 1
         except FgBgError:
             raise
         except Exception as error:  # whatever a dependency, a file or a model raises

@@ -8,6 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..detectors.dense import DenseView
 from ..distiller import FgBgDistiller
 from ..teacher import Teacher
 from ..utils.errors import TeacherError
@@ -69,7 +70,14 @@ class TeacherCheck(HookBase):
     def before_train(self):
         if self.min_ap <= 0 or self.trainer.iter > 0:
             return
-        results = self.test(unwrapped(self.trainer.model).teacher)
+        teacher = unwrapped(self.trainer.model).teacher
+        if not isinstance(teacher.view, DenseView):
+            raise TeacherError(
+                f"MODEL.KD.TEACHER.MIN_AP cannot measure a {teacher.view.name}: the classes of a "
+                "two-stage teacher are not matched to the student's. Set MIN_AP 0, and measure the "
+                "teacher with its own config and --eval-only."
+            )
+        results = self.test(teacher)
         # Only the first process has the results, but all processes must stop.
         ap = comm.all_gather(results.get("bbox", {}).get("AP"))[0]
         if ap is None:

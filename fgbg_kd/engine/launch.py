@@ -56,9 +56,10 @@ def check_gpus(number: int) -> None:
     """
     available = torch.cuda.device_count()
     if number > max(available, 1):
+        cpu = "" if available else ", or start several processes on CPUs with torchrun"
         raise ConfigError(
             f"--num-gpus is {number}, but PyTorch finds {available} CUDA devices here: give "
-            "--num-gpus 1, or start several processes on CPUs with torchrun."
+            f"--num-gpus {max(available, 1)}{cpu}."
         )
 
 

@@ -83,6 +83,10 @@ class _LastInput:
 class FiniteAMPTrainer(FiniteTrainer, AMPTrainer):
     """AMPTrainer with the check of FiniteTrainer."""
 
+    def load_state_dict(self, state_dict):
+        """Loads the state of a training with or without mixed precision."""
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
 
 def save_batch(path: str, model: nn.Module, batch: list[dict], state: dict) -> None:
     """Writes a checkpoint of the student, the adapters and the batch atomically.

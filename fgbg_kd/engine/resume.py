@@ -156,7 +156,7 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
         write_whole(os.path.join(output_dir, SEED_FILE), f"{seed}\n")
         metrics = os.path.join(output_dir, "metrics.json")
         if resume and os.path.isfile(metrics):
-            rewind_metrics(metrics, start)
+            rewind_metrics(metrics, start, end)
         if resume and 0 < start == end:
             RunCheckpointer(nn.Identity(), output_dir).finish()
 

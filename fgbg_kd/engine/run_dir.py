@@ -130,7 +130,7 @@ def _next_place(folder: str) -> str:
     return place
 
 
-def rewind_metrics(path: str, iteration: int) -> None:
+def rewind_metrics(path: str, iteration: int, end: int) -> None:
     """Removes the rows of metrics.json that a resumed run writes again.
 
     Rows of earlier runs in the same file stay. They come before the last place where the iteration
@@ -139,20 +139,24 @@ def rewind_metrics(path: str, iteration: int) -> None:
     Args:
         path: path of metrics.json.
         iteration: the first iteration that the resumed run computes.
+        end: number of iterations of the resumed run. A run that has ended before has a row with its
+            last AP at ``iteration``, which a longer run does not write again.
     """
     cut, offset, last = None, 0, -1
     with open(path, "rb") as file:
         for line in file:
             try:
-                at = json.loads(line)["iteration"] if line.endswith(b"\n") else None
+                row = json.loads(line) if line.endswith(b"\n") else {}
             except ValueError:
-                at = None
+                row = {}
+            at = row.get("iteration")
             if at is None:  # incomplete: the run was killed while it wrote this row
                 cut = offset if cut is None else cut
                 break
             if at < last:  # another run began
                 cut = None
-            if at >= iteration and cut is None:
+            last_ap = at == iteration < end and "total_loss" not in row
+            if at >= iteration and cut is None and not last_ap:
                 cut = offset
             offset, last = offset + len(line), at
     if cut is not None:

@@ -21,6 +21,7 @@ from ..data import (
     BoxEvaluator,
     NamingMapper,
     check_num_classes,
+    check_same_classes,
     register_datasets,
     training_classes,
 )
@@ -165,7 +166,11 @@ class FgBgTrainer(DefaultTrainer):
     def build_model(cls, cfg):
         with explained(cfg):
             model = super().build_model(cfg)
-        number = num_classes_of(detector_of(model))
+        detector = detector_of(model)
+        check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        number = num_classes_of(detector) or getattr(
+            getattr(detector, "roi_heads", None), "num_classes", None
+        )
         if number is not None:
             check_num_classes(cfg, number)
         if cfg.SOLVER.CHANNELS_LAST:  # activations follow the format of the weights
@@ -232,7 +237,10 @@ class FgBgTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return BoxEvaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:  # their files have the same names
+            folder = os.path.join(folder, dataset_name)
+        return BoxEvaluator(dataset_name, folder)
 
     def build_hooks(self):
         cfg, trainer = self.cfg, weakref.proxy(self)

@@ -190,7 +190,10 @@ def _read(file: Path) -> dict:
     """
     if not file.is_file():
         return {}
-    content = read_json(file)
+    try:
+        content = read_json(file)
+    except ValueError:
+        content = None
     if not (isinstance(content, dict) and "score_threshold" in (content.get("info") or {})):
         raise ConfigError(
             f"MODEL.KD.UNLABELED.FILE {file} was not written by a training with photos without "

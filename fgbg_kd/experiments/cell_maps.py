@@ -183,6 +183,7 @@ def load_student(
                 f"{weights} was distilled with another MODEL.KD than this config has: use the "
                 f"config of its run. {error}"
             ) from None
-    elif adapters is None or any(True for phi in adapters for _ in phi.parameters()):
+    learned = adapters is not None and any(True for phi in adapters for _ in phi.parameters())
+    if adapters is None or ("method" not in rest and learned):
         adapters = None if training is None else fit_adapters(distiller, training)
     return adapters

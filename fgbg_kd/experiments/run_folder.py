@@ -232,8 +232,7 @@ def load_run(run: Run) -> tuple:
     if not os.path.isfile(weights):
         raise RunError(f"its checkpoint {str(weights)!r} does not exist.")
     cfg = read_config(str(run.folder / "config.yaml"))
-    cfg.DATASETS.TRAIN_JSON = ""  # only the test set is needed
-    register_datasets(cfg)
+    register_datasets(cfg, training=False)
     if len(cfg.DATASETS.TEST) != 1:
         raise DataError(f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} sets, not exactly one.")
     (name,) = cfg.DATASETS.TEST

@@ -73,7 +73,7 @@ def draw_row(
     """
     image = read_image(record["file_name"], "RGB")
     scale = width / image.shape[1]
-    objects = [a for a in record["annotations"] if not a["iscrowd"]]
+    objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd")]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
     numbers = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
     truth = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)

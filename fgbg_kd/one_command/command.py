@@ -219,6 +219,15 @@ def _check(asked: _Asked, stop: str) -> None:
             "--latency 15 (milliseconds), --parameters 4 (millions) or --student NAME. --dry-run "
             "shows the candidates."
         )
+    if asked.device:
+        try:
+            torch.zeros(1, device=asked.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"--device {asked.device} cannot be used here ({reason}): give cpu, or cuda on a "
+                "machine with a GPU."
+            ) from None
     if asked.iterations and asked.hours:
         raise ConfigError("--iterations and --hours both set the length: give only one of them.")
     for name in ("iterations", "hours"):

@@ -86,12 +86,14 @@ def measure(
             example = {"image": torch.from_numpy(pixels).permute(2, 0, 1).float()}
             rows.append({"name": name, **size_of(model, example)})
             calls[name, "ms"] = _in_pytorch(model, example)
-            run = run_in_onnx(model.cpu(), pixels, folder) if has_onnx() else None
+            run = None
+            if has_onnx():
+                run = run_in_onnx(model.cpu(), images[name].copy(), folder, device)
             model.to(device)
             if run is not None:
                 calls[name, "onnx_ms"] = lambda _, run=run: run()
         for place, file in files.items():
-            detector = ExportedDetector(file)
+            detector = ExportedDetector(file, device)
             image = images[place[0]]
             shape = (*(detector.about["input_size"] or image.shape[:2]), 3)
             seen = np.ascontiguousarray(np.resize(image, shape))
@@ -124,16 +126,19 @@ def _in_pytorch(model: nn.Module, example: dict) -> Callable:
     return call
 
 
-def run_in_onnx(model: nn.Module, image: np.ndarray, folder: str) -> Callable | None:
+def run_in_onnx(
+    model: nn.Module, image: np.ndarray, folder: str, device: str = ""
+) -> Callable | None:
     """Exports a detector and returns a function that runs the file on an image.
 
     Args:
         model: on the CPU, in eval mode.
         image: (H, W, 3) uint8.
         folder: for the file.
+        device: "cpu": the file runs on the CPU. Otherwise it runs on a GPU if there is one.
 
     Returns:
-        The function; None if this detector cannot be exported (two stages, or grey images).
+        The function; None if this detector cannot be exported, because it has two stages.
     """
     file = os.path.join(folder, f"{len(os.listdir(folder))}.onnx")
     try:
@@ -148,7 +153,7 @@ def run_in_onnx(model: nn.Module, image: np.ndarray, folder: str) -> Callable | 
         if of.input_size:
             image = np.resize(image, (*of.input_size, image.shape[2]))
         export(model, about, file, image)
-        detector = ExportedDetector(file)
+        detector = ExportedDetector(file, device)
     except Exception:  # the exporter raises many types
         return None
     return lambda: detector.run(image)

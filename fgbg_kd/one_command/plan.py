@@ -273,7 +273,9 @@ def _schedule(plan: Plan, fixed: list[Setting], pretrained: bool, ms: float) -> 
         ms: time of the student for one image.
     """
     facts = plan.facts
-    images = len(read_coco(plan.data.train[0], training=True)["images"]) + plan.photos
+    # Detectron2 does not train on images without objects (FILTER_EMPTY_ANNOTATIONS).
+    objects = read_coco(plan.data.train[0], training=True)["annotations"]
+    images = len({a["image_id"] for a in objects if not a.get("iscrowd")}) + plan.photos
     # With photos without labels, each GPU gets an image of each kind.
     batch = batch_of(images, facts.batch, plan.num_gpus, each=2 if plan.photos else 1)
 

@@ -1,5 +1,6 @@
 """What the student takes from its teacher: family, levels, anchors, input and schedule."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,17 +211,21 @@ def _python_recipe(cfg: DictConfig) -> dict[str, Any]:
     default = get_fgbg_kd_cfg()
     resize = resize_of(OmegaConf.select(cfg, "dataloader.train")) or {}
     train = resize.get("short_edge_length", default.INPUT.MIN_SIZE_TRAIN)
+    train = [train] if isinstance(train, int) else list(train)
+    limit = resize.get("max_size", sys.maxsize if resize else default.INPUT.MAX_SIZE_TRAIN)
     test_size, test_limit = test_size_of(cfg) or (
         default.INPUT.MIN_SIZE_TEST,
         default.INPUT.MAX_SIZE_TEST,
     )
-    further = {"MIN_SIZE_TRAIN_SAMPLING": "range"} if resize.get("sample_style") == "range" else {}
+    # "range" is the default of ResizeShortestEdge, but in a YAML config it needs two sizes.
+    ranged = resize and resize.get("sample_style", "range") == "range" and len(train) == 2
+    further = {"MIN_SIZE_TRAIN_SAMPLING": "range"} if ranged else {}
     steps = OmegaConf.select(cfg, "dataloader.train.mapper.augmentations")
     if steps is not None and "RandomFlip" not in str(steps):
         further["RANDOM_FLIP"] = "none"
     return {
-        "train_sizes": [train] if isinstance(train, int) else list(train),
-        "train_limit": resize.get("max_size", default.INPUT.MAX_SIZE_TRAIN),
+        "train_sizes": train,
+        "train_limit": limit,
         "test_size": test_size,
         "test_limit": test_limit,
         "input": further,

@@ -83,11 +83,12 @@ def merge_overrides(cfg: CN, opts: Sequence[str]) -> None:
         _merge(cfg, value, "command line")
 
 
-def expand_paths(cfg: CN | DictConfig) -> None:
+def expand_paths(cfg: CN | DictConfig, *, strict: bool = True) -> None:
     """Expands ``~`` and environment variables in all keys of a config that are paths, in place.
 
     Args:
         cfg: a YAML or a Python config, not frozen. URLs and names of the model zoo are unchanged.
+        strict: False: a path with an unknown variable or user stays as it is.
 
     Raises:
         ConfigError: an environment variable, or the user after ``~``, does not exist.
@@ -105,22 +106,24 @@ def expand_paths(cfg: CN | DictConfig) -> None:
                 node = node.get(group, {})
             value = node.get(name)
             if isinstance(value, str):
-                node[name] = _expanded(value, key)
+                node[name] = _expanded(value, key, strict)
             elif isinstance(value, (tuple, list)):
-                node[name] = type(value)(_expanded(str(x), key) for x in value)
+                node[name] = type(value)(_expanded(str(x), key, strict) for x in value)
         else:
             value = OmegaConf.select(cfg, key)
             if isinstance(value, str):
-                OmegaConf.update(cfg, key, _expanded(value, key))
+                OmegaConf.update(cfg, key, _expanded(value, key, strict))
             elif isinstance(value, ListConfig):
-                OmegaConf.update(cfg, key, [_expanded(str(x), key) for x in value])
+                OmegaConf.update(cfg, key, [_expanded(str(x), key, strict) for x in value])
 
 
-def _expanded(path: str, key: str) -> str:
+def _expanded(path: str, key: str, strict: bool) -> str:
     if "://" in path or os.path.exists(path):
         return path
     expanded = os.path.expandvars(os.path.expanduser(path))
     unknown = re.search(r"\$\{?\w+\}?|^~[^/]*", expanded)
+    if unknown and not strict:
+        return path
     if unknown:
         raise ConfigError(
             f"{key} is {path!r}, but {unknown[0]} is not known here: set this environment "

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import CLASSES, tiny_cfg, write_coco
+from conftest import CLASSES, faster_rcnn_cfg, tiny_cfg, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
@@ -15,11 +15,13 @@ from omegaconf import OmegaConf
 from fgbg_kd.data import (
     BoxEvaluator,
     check_num_classes,
+    check_same_classes,
     match_categories,
     register_datasets,
     training_classes,
 )
 from fgbg_kd.data.classes import class_names
+from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.utils.errors import ConfigError, DataError
 
 
@@ -145,8 +147,8 @@ def test_sets_that_are_registered_in_python_are_compared_too():
     MetadataCatalog.get("python_train").thing_classes = ["square", "stripe"]
     MetadataCatalog.get("python_test").thing_classes = ["stripe", "square"]
     with pytest.raises(DataError, match="python_train and python_test have the same classes"):
-        check_num_classes(cfg, 2)
-    cfg.DATASETS.TEST = ()
+        check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    check_same_classes(cfg.DATASETS.TRAIN)
     check_num_classes(cfg, 2)
     with pytest.raises(ConfigError, match="2 classes .* has 80: set MODEL.RETINANET.NUM_CLASSES 2"):
         check_num_classes(cfg, 80)
@@ -242,3 +244,28 @@ def test_nothing_detected_is_0_ap_and_nothing_to_detect_is_nan_with_its_reason(c
     assert of_nothing() == 0 and "AP is 0: the detector detected nothing" in caplog.text
     evaluator._objects = 0
     assert math.isnan(of_nothing()) and "AP cannot be computed: the test set has no" in caplog.text
+
+
+def test_a_set_that_python_registers_is_evaluated_on_its_own_boxes_again(cfg, tmp_path):
+    """Detectron2 keeps a COCO file of such a set, which a change of the boxes makes wrong."""
+    stale = tmp_path / "by_python_coco_format.json"
+    stale.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    register_datasets(cfg)
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    DatasetCatalog.register("by_python", lambda: records)
+    MetadataCatalog.get("by_python").thing_classes = list(CLASSES)
+    evaluator = BoxEvaluator("by_python", str(tmp_path))
+    assert len(evaluator._coco_api.imgs) == len(records) == 4
+
+
+def test_sets_of_a_two_stage_detector_are_compared_as_well():
+    for name, classes in (("ab_train", ["a", "b"]), ("ba_test", ["b", "a"])):
+        MetadataCatalog.get(name).thing_classes = classes
+    cfg = faster_rcnn_cfg()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("ab_train",), ("ba_test",)
+    with pytest.raises(DataError, match="ba_test"):
+        FgBgTrainer.build_model(cfg)
+    cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("ab_train",), 1
+    with pytest.raises(ConfigError, match="set MODEL.ROI_HEADS.NUM_CLASSES 2"):
+        FgBgTrainer.build_model(cfg)

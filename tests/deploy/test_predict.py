@@ -70,7 +70,11 @@ def test_nothing_that_is_read_is_written_over(tmp_path):
     ):
         with pytest.raises(DeployError, match="is an input: give another"):
             predict("student.pt", inputs, **outputs)
-    assert {p: p.read_bytes() for p in before} == before
+    labels = tmp_path / "val.json"
+    labels.write_text("{}")
+    with pytest.raises(DeployError, match="is an input: give another"):
+        predict("student.pt", [picture], results=labels, ids=labels)
+    assert {p: p.read_bytes() for p in before} == before and labels.read_text() == "{}"
 
 
 def test_each_image_has_an_id_of_its_own(coco, tmp_path):

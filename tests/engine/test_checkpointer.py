@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fgbg_kd.engine.checkpointer import PARTIAL, RunCheckpointer, last_checkpoint
+from fgbg_kd.engine.ema import WeightAverage
 from fgbg_kd.utils.errors import CheckpointError, ConfigError
 
 
@@ -137,6 +138,65 @@ def test_a_resume_may_not_train_other_parameters(tmp_path, trained, message):
     else:
         with pytest.raises(CheckpointError, match=message):
             again.resume_or_load("", resume=True)
+
+
+def training(folder, options=(), hooks=()):
+    """A checkpointer of a model that SGD trains, with a learning rate that has warmed up."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(
+        model.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, **dict(options)}
+    )
+    group = optimizer.param_groups[0]
+    group["initial_lr"], group["lr"] = group["lr"], group["lr"] / 2
+    trainer = SimpleNamespace(
+        optimizer=optimizer,
+        _hooks=hooks,
+        state_dict=lambda: {
+            "optimizer": optimizer.state_dict(),
+            "hooks": {type(h).__qualname__: {} for h in hooks},
+        },
+        load_state_dict=lambda state: optimizer.load_state_dict(state["optimizer"]),
+    )
+    return RunCheckpointer(model, str(folder), trainer=trainer)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, None),
+        ({"options": {"lr": 0.001}}, r"learning rate \(SOLVER.BASE_LR\) was 0.1, now it is 0.001"),
+        ({"options": {"weight_decay": 0.5}}, "weight decay was 0.0001, now it is 0.5"),
+        ({"hooks": [WeightAverage(nn.Linear(1, 1), 0.9)]}, "EMA_DECAY was 0, now it is not 0"),
+    ],
+)
+def test_a_resume_may_not_ask_for_values_that_it_would_not_use(tmp_path, change, message):
+    """PyTorch loads the optimizer's values from the checkpoint."""
+    training(tmp_path).save("model_0000001")
+    again = training(tmp_path, **change)
+    if message is None:
+        again.resume_or_load("", resume=True)
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            again.resume_or_load("", resume=True)
+
+
+def test_a_checkpoint_of_an_older_pytorch_with_fewer_options_is_resumed(tmp_path):
+    first = training(tmp_path)
+    first.save("model_0000001")
+    file = tmp_path / "model_0000001.pth"
+    saved = torch.load(file, weights_only=True)
+    saved["trainer"]["optimizer"]["param_groups"][0].pop("differentiable")
+    torch.save(saved, file)
+    training(tmp_path).resume_or_load("", resume=True)
+
+
+def test_a_file_without_a_tensor_of_the_detector_does_not_start_a_random_run(tmp_path):
+    torch.save({"model": {"features.0.weight": torch.ones(2, 2)}}, tmp_path / "timm.pth")
+    torch.save({"model": {"bias": torch.ones(2)}}, tmp_path / "part.pth")
+    checkpointer = RunCheckpointer(nn.Linear(2, 2))
+    checkpointer.resume_or_load(str(tmp_path / "part.pth"), resume=False)
+    with pytest.raises(CheckpointError, match="no tensor of the detector .*MODEL.TIMM.WEIGHTS"):
+        checkpointer.resume_or_load(str(tmp_path / "timm.pth"), resume=False)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.engine import FgBgTrainer
+from fgbg_kd.engine.non_finite import FiniteAMPTrainer, FiniteTrainer
 from fgbg_kd.utils.errors import NonFiniteLossError
 
 
@@ -222,3 +223,15 @@ def test_a_huge_image_beside_a_tiny_one_stays_finite(distil_cfg):
     sum(losses.values()).backward()
     assert all(v.isfinite() for v in losses.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_mixed_precision_can_be_switched_on_by_a_resume():
+    model = torch.nn.Linear(1, 1)
+    trainers = [
+        kind(model, [None], torch.optim.SGD(model.parameters(), lr=0.1), output_dir="", seed=0)
+        for kind in (FiniteTrainer, FiniteAMPTrainer)
+    ]
+    state = trainers[0].state_dict()
+    assert "grad_scaler" not in state
+    trainers[1].load_state_dict(state)
+    assert "grad_scaler" in trainers[1].state_dict()

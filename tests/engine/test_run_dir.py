@@ -128,5 +128,15 @@ def rows(*iterations):
 def test_metrics_of_iterations_that_come_again_are_cut(tmp_path, text, kept):
     path = tmp_path / "metrics.json"
     path.write_text(text)
-    rewind_metrics(str(path), 40)
+    rewind_metrics(str(path), 40, 60)
     assert path.read_text() == kept
+
+
+def test_a_longer_run_keeps_the_last_ap_of_the_run_that_it_continues(tmp_path):
+    path = tmp_path / "metrics.json"
+    trained = '{"iteration": 39, "total_loss": 1.0}\n'
+    path.write_text(trained + '{"iteration": 40, "bbox/AP": 12.0}\n')
+    rewind_metrics(str(path), 40, 80)
+    assert path.read_text().endswith('"bbox/AP": 12.0}\n')
+    rewind_metrics(str(path), 40, 40)  # the same run is only evaluated again
+    assert path.read_text() == trained

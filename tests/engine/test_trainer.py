@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     CLASSES,
+    detector,
+    distiller,
+    faster_rcnn,
     losses,
     make_batch,
     make_trainer,
@@ -24,6 +28,7 @@ from detectron2.utils.env import seed_all_rng
 from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
+from fgbg_kd.engine.hooks import TeacherCheck
 from fgbg_kd.utils.errors import CheckpointError, TeacherError
 
 
@@ -191,6 +196,25 @@ def test_min_ap_needs_one_set_to_measure_on(distil_cfg, tmp_path):
     trainer.cfg.DATASETS.TEST = ("tiny_test", "tiny_train")
     with pytest.raises(TeacherError, match="needs one test set, but DATASETS.TEST names"):
         trainer.train()
+
+
+def test_min_ap_does_not_measure_a_two_stage_teacher_whose_classes_are_not_matched():
+    trainer = SimpleNamespace(model=distiller(detector(), faster_rcnn()), iter=0)
+    check = TeacherCheck(30.0, lambda teacher: pytest.fail("measured"))
+    check.trainer = trainer
+    with pytest.raises(TeacherError, match="cannot measure a GeneralizedRCNN"):
+        check.before_train()
+
+
+def test_the_detections_of_several_test_sets_do_not_overwrite_each_other(coco, tmp_path):
+    cfg = tiny_cfg(coco)
+    cfg.OUTPUT_DIR = str(tmp_path)
+    name = cfg.DATASETS.TEST[0]
+    register_datasets(cfg)
+    assert FgBgTrainer.build_evaluator(cfg, name)._output_dir == str(tmp_path / "inference")
+    cfg.DATASETS.TEST = (name, cfg.DATASETS.TRAIN[0])
+    folders = {FgBgTrainer.build_evaluator(cfg, n)._output_dir for n in cfg.DATASETS.TEST}
+    assert folders == {str(tmp_path / "inference" / n) for n in cfg.DATASETS.TEST}
 
 
 def test_the_teacher_is_measured_at_its_own_test_size(distil_cfg, tmp_path, monkeypatch):

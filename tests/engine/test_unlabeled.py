@@ -255,6 +255,10 @@ def test_runs_can_share_a_file_and_never_overwrite_another(photo_cfg, believing,
     with pytest.raises(ConfigError, match="FILE .* was not written by a training with photos"):
         make_trainer(FgBgTrainer, photo_cfg, tmp_path / "c", 1)
     assert open(coco[0]).read() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    photo_cfg.MODEL.KD.UNLABELED.FILE = str(tmp_path / "notes.txt")
+    with pytest.raises(ConfigError, match="FILE .* was not written by a training with photos"):
+        make_trainer(FgBgTrainer, photo_cfg, tmp_path / "c", 1)
 
 
 class Kill(HookBase):

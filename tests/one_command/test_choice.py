@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -141,6 +142,25 @@ def test_sizes_and_flips_of_a_python_teacher_are_taken(tmp_path):
     assert (found.train_sizes, found.train_limit) == ([64, 96], 160)
     assert (found.test_size, found.test_limit) == (80, 128)
     assert found.input == {"MIN_SIZE_TRAIN_SAMPLING": "range", "RANDOM_FLIP": "none"}
+
+
+@pytest.mark.parametrize(
+    "resize, sizes, limit, sampling",
+    [
+        ("short_edge_length=(64, 96)", [64, 96], sys.maxsize, "range"),
+        ('short_edge_length=[64, 96, 128], sample_style="choice"', [64, 96, 128], sys.maxsize, ""),
+        ('short_edge_length=800, sample_style="range", max_size=160', [800], 160, ""),
+    ],
+)
+def test_the_defaults_of_the_resizing_of_a_python_teacher_are_detectron2s(
+    resize, sizes, limit, sampling, tmp_path
+):
+    old = 'short_edge_length=(64, 96), sample_style="range", max_size=160'
+    config = tmp_path / "teacher.py"
+    config.write_text(PYTHON_TEACHER.replace(old, resize))
+    found = facts_of(str(config), Teacher(detector()))
+    assert (found.train_sizes, found.train_limit) == (sizes, limit)
+    assert found.input.get("MIN_SIZE_TRAIN_SAMPLING", "") == sampling
 
 
 @pytest.mark.slow

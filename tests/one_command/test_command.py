@@ -210,6 +210,12 @@ def test_other_labels_another_device_or_other_gpus_need_another_plan(arguments, 
         known()
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_else(device, arguments):
+    with pytest.raises(ConfigError, match=f"--device {device} cannot be used here"):
+        fgbg_kd.distill(**arguments | {"device": device, "train": ["gone.json", "gone"]})
+
+
 def test_photos_without_labels_stand_in_the_config_that_distils_only(
     arguments, without_onnx, tmp_path, monkeypatch
 ):

@@ -410,3 +410,46 @@ def test_damaged_labels_are_named(coco, tmp_path):
     (tmp_path / "train" / "labels" / "1.txt").write_text("0 0.5")
     with pytest.raises(DataError, match="cannot be converted to COCO format: .*1.txt"):
         prepare([str(tmp_path)], [], tmp_path / "data")
+
+
+def test_an_object_of_several_parts_is_no_crowd(coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_yolo(tmp_path, coco)
+    label = next((tmp_path / "train" / "labels").glob("*.txt"))
+    ring = "0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9 0.1 0.1 0.4 0.4 0.4 0.6 0.6 0.6 0.6 0.4 0.4 0.4"
+    label.write_text(f"0 {ring}")
+    data = prepare([str(tmp_path)], [], tmp_path / "data")
+    found = json.loads(open(data.train[0]).read())
+    assert {a["iscrowd"] for a in found["annotations"]} == {0}
+
+
+def test_lists_of_voc_may_have_names_with_spaces_and_numbers_after_them(coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_voc(tmp_path, coco)
+    for folder in ("Annotations", "JPEGImages"):
+        for file in list((tmp_path / folder).iterdir()):
+            file.rename(file.with_stem(f"photo {file.stem}"))
+    write_lists(tmp_path, train=[f"photo {i}" for i in range(8)], val=["photo 8", "photo 9"])
+    data = prepare([str(tmp_path)], [], tmp_path / "data")
+    numbers = [len(json.loads(open(p).read())["images"]) for p in (data.train[0], data.test[0])]
+    assert numbers == [8, 2]
+
+
+def test_classes_that_only_the_test_part_has_are_named_with_what_to_do(coco, tmp_path):
+    pytest.importorskip("supervision")
+    for part in ("train", "test"):
+        write_voc(tmp_path / part, coco)
+    xml = next((tmp_path / "test" / "Annotations").glob("*.xml"))
+    xml.write_text(xml.read_text().replace("<name>square", "<name>dog").replace("stripe", "dog"))
+    with pytest.raises(DataError, match=r"objects of \['dog'\], which no training image has"):
+        prepare([str(tmp_path / "train")], [str(tmp_path / "test")], tmp_path / "data")
+
+
+def test_difficult_is_a_key_of_voc_only(coco, tmp_path):
+    content = json.loads(open(coco[0]).read())
+    for annotation in content["annotations"]:
+        annotation["difficult"] = None
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(content))
+    data = prepare([str(path), coco[1]], [], tmp_path / "data")
+    assert not any(a["iscrowd"] for a in json.loads(open(data.test[0]).read())["annotations"])

@@ -7,6 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.detectors.load import read_detector_config
 from fgbg_kd.engine import load_config
 from fgbg_kd.utils.config_files import expand_paths, merge_overrides, merge_yaml
 from fgbg_kd.utils.errors import ConfigError
@@ -271,3 +272,12 @@ def test_a_number_is_text_where_text_is_needed(tmp_path):
     cfg = get_fgbg_kd_cfg()
     merge_overrides(cfg, ["OUTPUT_DIR", "20240101", "MODEL.WEIGHTS", "1e3"])
     assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("20240101", "1e3")
+
+
+def test_the_config_of_a_teacher_expands_what_is_known_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    monkeypatch.delenv("GONE", raising=False)
+    path = tmp_path / "teacher.yaml"
+    path.write_text("DATASETS: {TRAIN_JSON: $DATA/train.json}\nOUTPUT_DIR: $GONE/runs")
+    cfg = read_detector_config(str(path))
+    assert cfg.DATASETS.TRAIN_JSON == f"{tmp_path}/train.json" and cfg.OUTPUT_DIR == "$GONE/runs"
