@@ -60,8 +60,9 @@ def _add_distillation(cfg: CN) -> None:
     # it, including CPUs.
     kd.TEACHER.PRECISION = "auto"
     # True = keep the teacher's outputs for every image in host memory. The teacher then runs again
-    # only if a batch has a new padded size. Images must be the same in every epoch: no crops, no flips, and one size in
-    # INPUT. An image of 288x288 pixels takes about 1 MB (96 channels, 40 logits per cell).
+    # only if a batch has a new padded size. Images must be the same in every epoch: no crops, no
+    # flips, and one size in INPUT. An image of 288x288 pixels takes about 1 MB (96 channels, 40
+    # logits per cell).
     kd.TEACHER.CACHE = False
     # COCO AP (0 to 100) that the teacher must reach on DATASETS.TEST before training. 0 = no check.
     kd.TEACHER.MIN_AP = 0.0

@@ -185,9 +185,12 @@ def test_ddp_leaves_each_process_its_own_teacher(of_two):
     assert of_two["teachers stay apart"]
 
 
-def test_more_gpus_than_the_machine_has_are_refused():
+def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="--num-gpus is 99, but PyTorch finds .* CUDA devices"):
         launch(print, SimpleNamespace(num_gpus=99))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="finds 2 CUDA devices here: give --num-gpus 2.$"):
+        launch(print, SimpleNamespace(num_gpus=4))
 
 
 def torchrun(cfg, folder) -> subprocess.Popen:

@@ -108,6 +108,8 @@ def test_the_picture_has_a_panel_each(coco):
     picture = draw_side_by_side(cfg, record, models, score=0.5, width=100)
     assert picture.ndim == 3 and picture.shape[1] == 3 * (100 + 4)
     assert (picture[:22] == 0).any()  # the titles
+    bare = {key: value for key, value in record.items() if key != "annotations"}
+    assert draw_side_by_side(cfg, bare, models, score=0.5, width=100).shape == picture.shape
     inputs = read_input(cfg, record["file_name"])
     assert inputs["image"].shape[0] == 3 and min(inputs["image"].shape[1:]) == 64
 

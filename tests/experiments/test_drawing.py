@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import distiller, faster_rcnn, make_batch, tiny_cfg
+from conftest import detector, distiller, faster_rcnn, make_batch, tiny_cfg
 from detectron2.modeling import build_model
 
 from fgbg_kd.experiments import cell_maps as cell_maps_module
@@ -121,6 +121,11 @@ def test_a_plain_student_gets_adapters_and_a_distilled_one_keeps_its_own(tmp_pat
     assert not torch.equal(fitted[0].weight, own[0].weight)
     for key, value in other.student.state_dict().items():
         assert torch.equal(plain.state_dict()[key], value)
+    wide = detector(edit=lambda cfg: setattr(cfg.MODEL.FPN, "OUT_CHANNELS", 24))
+    without = distiller(build_model(tiny_cfg()), wide, name="QFL")  # it has no adapters
+    torch.save({"model": without.student.state_dict(), "method": {}}, tmp_path / "qfl.pth")
+    found = load_student(without, str(tmp_path / "qfl.pth"), make_batch()[:1])
+    assert len(found) == len(without.levels)
     torch.save({"model": faster_rcnn().state_dict()}, tmp_path / "rcnn.pth")
     with pytest.raises(CheckpointError, match=r"not a checkpoint of this RetinaNet:\s+\d+ missing"):
         load_student(model, str(tmp_path / "rcnn.pth"), [])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import answers, row
+from pycocotools.coco import COCO
 
 from fgbg_kd.experiments.result_rows import group
 from fgbg_kd.experiments.tables import comparison_tables
@@ -73,6 +74,16 @@ def test_without_tidecv_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tidecv", None)
     with pytest.raises(RunError, match="pip install --no-deps tidecv"):
         tide()
+
+
+def test_scores_of_images_need_no_info_in_the_file(coco, tmp_path, monkeypatch):
+    """pycocotools 2.0.9 and 2.0.10 read dataset["info"] without a default."""
+    load = COCO.loadRes
+    older = lambda self, results: (self.dataset["info"], load(self, results))[1]  # noqa: E731
+    monkeypatch.setattr(COCO, "loadRes", older)
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(answers(coco, {3})))
+    assert image_scores(Path(coco[0]), file, 0.3)[3] == 1.0
 
 
 def test_the_table_has_means_and_paired_differences_to_plain():

@@ -56,3 +56,24 @@ def test_the_switch_shows_every_stack_trace_and_is_hidden_from_the_tool(error):
 def test_ctrl_c_is_one_line_and_the_process_dies_of_the_signal():
     done = run("KeyboardInterrupt")
     assert done.stderr == "\nstopped\n" and done.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("arguments, traces", [([], 0), (["--traceback"], 1)])
+def test_detectron2s_log_of_an_error_of_this_package_has_no_trace(arguments, traces):
+    """Its training loop logs every error with its stack trace before the tool ends."""
+    text = TOOL.format(error="error").replace(
+        "raise error",
+        """
+import logging
+logging.basicConfig()
+log = logging.getLogger("detectron2.engine.train_loop")
+for kind in (Unreadable, KeyError):
+    try:
+        raise kind("a.png")
+    except Exception:
+        log.exception("Exception during training:")
+""",
+    )
+    command = [sys.executable, "-c", text, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr.count("Unreadable: a.png") == traces and "KeyError: 'a.png'" in done.stderr
