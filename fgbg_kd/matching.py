@@ -214,8 +214,7 @@ def match_classes(
     if classes and len(classes) != student.num_classes:
         raise ConfigError(
             f"The training set has {len(classes)} classes, but the student has "
-            f"{student.num_classes}: set its NUM_CLASSES {len(classes)} (num_classes in a Python "
-            "config)."
+            f"{student.num_classes}: set NUM_CLASSES (num_classes) {len(classes)} for the student."
         )
     if not classes or not teacher_classes:
         if student.num_classes != teacher.num_classes:

@@ -235,7 +235,9 @@ def tables_of(
     for title, methods in group(rows).items():
         texts.append(f"`{without_folders(title)}`\n\n{comparison_tables(methods, parts)}\n")
         if pictures:
-            picture = pictures / f"{folder_name(title)}.png"
+            # Several files of a document can have rows of the same comparison.
+            name = f"{files[0].stem} {title}" if document_folder else title
+            picture = pictures / f"{folder_name(name)}.png"
             plot(methods, picture)
             link = picture.relative_to(document_folder or pictures).as_posix()
             texts.append(f"![AP of every seed]({link})\n")

@@ -83,9 +83,9 @@ def prepare(train: Sequence[str], test: Sequence[str], folder: Path) -> Data:
         _check_apart(*sets, converted=min(len(train), len(test)) < 2)
         return Data(found, other, note)
     parts, folder = split(content, found[0]), folder.resolve()
-    if len(train) == 1:  # VOC or YOLO data: a difficult object of the test set is not counted
-        for annotation in parts[1]["annotations"]:
-            annotation["iscrowd"] = annotation.get("difficult", 0)
+    # VOC's difficult objects are not counted in a test set.
+    for annotation in parts[1]["annotations"] if len(train) == 1 else ():
+        annotation["iscrowd"] = annotation.get("difficult", 0)
     for name, part in zip(("train_part", "test_part"), parts):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{name}.json", json.dumps(part))
@@ -228,8 +228,8 @@ def _from_voc(path: Path, part: str, folder: Path, shared: bool) -> tuple[str, s
     stems = None
     if listed is not None:
         # A line can end with VOC's 1 (the class is there), -1 (it is not) or 0 (difficult).
-        lines = [x.strip() for x in listed.read_text().splitlines() if x.strip()]
-        stems = {*lines, *(re.sub(r"\s+-?[01]$", "", x) for x in lines)}
+        lines = {x.strip() for x in listed.read_text().splitlines()}
+        stems = lines | {re.sub(r"\s+-?[01]$", "", x) for x in lines}
     read = _library().DetectionDataset.from_pascal_voc
     found = _converted(
         lambda: read(str(images), str(annotations)),
@@ -279,9 +279,7 @@ def _converted(read, images: Path, file: Path, names: set[str] | None = None) ->
     if names is not None:
         content["images"] = [i for i in content["images"] if Path(i["file_name"]).stem in names]
     kept = {i["id"] for i in content["images"]}
-    content["annotations"] = [
-        # Masks are not needed, and an annotation without a mask has an empty one. The library
-        # marks a mask with a hole or of several parts as a crowd, which would not be trained on.
+    content["annotations"] = [  # masks are not needed; one of several parts is marked as a crowd
         {k: v for k, v in a.items() if k != "segmentation"} | {"iscrowd": 0}
         for a in content["annotations"]
         if a["image_id"] in kept
@@ -324,14 +322,14 @@ def _same_categories(path: str, categories: list[dict]) -> None:
     """Adds training classes that a converted test set lacks: a VOC folder names no classes.
 
     Raises:
-        DataError: the test set has classes that the training set lacks.
+        DataError: the test set has a class that the training set lacks.
     """
     content = json.loads(Path(path).read_text())
     names = {c["name"] for c in content["categories"]}
     if new := sorted(names - {c["name"] for c in categories}):
         raise DataError(
-            f"The test images have objects of {new}, which no training image has: add such images "
-            "to the training part, or remove these objects from the labels of the test part."
+            f"The test images have objects of {new}, which no training image has: add such "
+            "training images, or remove these objects from the labels of the test part."
         )
     number = max((c["id"] for c in content["categories"]), default=0)
     for category in (c for c in categories if c["name"] not in names):

@@ -268,7 +268,7 @@ def test_the_tool_trains_compares_and_does_nothing_twice_with_a_method_from_outs
     assert "out/results.jsonl: made anew" in printed
     assert "elsewhere/results.jsonl: no rows" in printed
     assert document.read_text().count("| L1 WEIGHT=2 ") == 1
-    (picture,) = Path("document").glob("*.png")
+    (picture,) = Path("document").glob("results_*.png")  # with the name of the file of rows
     assert f"](document/{picture.name})" in document.read_text()
     assert document.read_text().endswith(tables.replace("out/", "elsewhere/"))
 
