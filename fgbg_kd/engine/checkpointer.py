@@ -216,13 +216,12 @@ def _optimizer_changes(saved: dict, trainer) -> list[str]:
 
 
 def _ema_changes(saved: dict, trainer) -> list[str]:
-    """Of SOLVER.EMA_DECAY. The weights of a run with it are means, and of a run without are not."""
+    """Of SOLVER.EMA_DECAY. Without it, a run would go on from the mean weights of one with it."""
     name = WeightAverage.__qualname__
-    was = name in saved.get("hooks", {})
     hooks = {type(h).__qualname__ for h in getattr(trainer, "_hooks", ())}
-    if trainer is None or was == (name in hooks):
+    if trainer is None or name in hooks or name not in saved.get("hooks", {}):
         return []
-    return [f"SOLVER.EMA_DECAY was {'not 0' if was else 0}, now it is {0 if was else 'not 0'}"]
+    return ["SOLVER.EMA_DECAY was not 0, now it is 0"]
 
 
 def _some(names: list[str]) -> str:

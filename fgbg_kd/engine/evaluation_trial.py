@@ -43,10 +43,10 @@ class EvaluationTrial(HookBase):
         """
         tried = 0
         try:
-            for loader, evaluators in self.evaluations():  # their own warnings are shown
-                with _silence():
+            with _silence():
+                for loader, evaluators in self.evaluations():
                     _try(self.model, loader, evaluators)
-                tried += 1
+                    tried += 1
         except FgBgError:
             raise
         except Exception as error:  # whatever a dependency, a file or a model raises
