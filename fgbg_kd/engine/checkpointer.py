@@ -210,7 +210,7 @@ def _optimizer_changes(saved: dict, trainer) -> list[str]:
         f"{name} was {was[key]:g}, now it is {now[key]:g}"
         for key, name in names.items()
         for was, now in zip(*groups)
-        if not math.isclose(was.get(key, 0), now.get(key, was.get(key, 0)), rel_tol=1e-6)
+        if key in was and key in now and not math.isclose(was[key], now[key], rel_tol=1e-6)
     ]
     return list(dict.fromkeys(changes))
 

@@ -190,7 +190,8 @@ def test_a_checkpoint_of_an_older_pytorch_with_fewer_options_is_resumed(tmp_path
     first.save("model_0000001")
     file = tmp_path / "model_0000001.pth"
     saved = torch.load(file, weights_only=True)
-    saved["trainer"]["optimizer"]["param_groups"][0].pop("differentiable")
+    for option in ("differentiable", "initial_lr"):
+        saved["trainer"]["optimizer"]["param_groups"][0].pop(option)
     torch.save(saved, file)
     training(tmp_path).resume_or_load("", resume=True)
 
