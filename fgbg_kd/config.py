@@ -100,15 +100,12 @@ def _add_methods(cfg: CN) -> None:
     fgbg = kd.FGBG = CN()
     fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
-    # Which cells of a box are foreground, and their weights. "scale": its cells on the one level
-    # that fits its size, with equal weights. "teacher": its cells on all levels, weighted by the
-    # teacher's score of the object's class. "all": its cells on all levels, with equal weights on
-    # each level. "auto": "scale" for two RetinaNets, two FCOS or a two-stage teacher, otherwise
-    # "teacher".
-    fgbg.ASSIGN = "auto"
-    # Whether each channel of the features is scaled to mean 0 and variance 1 before the cosine:
-    # "always" or "never". "auto": "never" for two RetinaNets or two FCOS, otherwise "always".
-    fgbg.STANDARDISE = "auto"
+    fgbg.BG_FEATURE_WEIGHT = 32.0  # scales loss_kd_bg_features; 0 = off
+    # Which cells of a box are foreground, and their weights. "teacher": its cells on all levels,
+    # weighted by the teacher's score of the object's class (a two-stage teacher: "scale").
+    # "scale": its cells on the one level that fits its size, with equal weights. "all": its cells
+    # on all levels, with equal weights on each level.
+    fgbg.ASSIGN = "teacher"
     # "sigmoid": KL of a Bernoulli distribution for each class. "softmax": one KL over all classes
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"

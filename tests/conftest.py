@@ -29,6 +29,9 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("square", "stripe")
+# The losses of FgBg, and the options that switch all of them off.
+KD_LOSSES = {"loss_kd_fg", "loss_kd_bg", "loss_kd_bg_features"}
+FGBG_OFF = {"fg_weight": 0.0, "bg_weight": 0.0, "bg_feature_weight": 0.0}
 
 
 def write_coco(folder, count: int, seed: int) -> tuple[str, str]:

@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 from conftest import (
+    FGBG_OFF,
+    KD_LOSSES,
     detector,
     distiller,
     make_batch,
@@ -23,17 +25,17 @@ def losses_of(model, batch, iteration=0):
         return model.train()(batch)
 
 
-def test_adds_two_losses_and_keeps_the_students_own(distil_cfg):
+def test_adds_three_losses_and_keeps_the_students_own(distil_cfg):
     distil_cfg.MODEL.KD.FGBG.GATE = False  # a random teacher need not be better
     torch.manual_seed(3)
     distiller = build_model(distil_cfg)
     torch.manual_seed(3)
     plain = build_model(tiny_cfg())
     losses, own = losses_of(distiller, make_batch()), losses_of(plain, make_batch())
-    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_kd_fg", "loss_kd_bg"}
+    assert set(losses) == {"loss_cls", "loss_box_reg", *KD_LOSSES}
     for name, value in own.items():
         assert torch.equal(losses[name], value)
-    assert losses["loss_kd_fg"] > 0 and losses["loss_kd_bg"] > 0
+    assert all(losses[name] > 0 for name in KD_LOSSES)
 
 
 def test_gradients_reach_student_and_adapters_and_never_the_teacher(distil_cfg):
@@ -77,7 +79,7 @@ def test_without_weights_or_teacher_nothing_is_added(distil_cfg, key):
     if key == "teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
-        distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = distil_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
+        distil_cfg.MODEL.KD.FGBG.update({k.upper(): v for k, v in FGBG_OFF.items()})
     model = build_model(distil_cfg)
     assert model.teacher is None and model.method is None
     assert set(losses_of(model, make_batch())) == {"loss_cls", "loss_box_reg"}
@@ -93,11 +95,11 @@ def test_no_boxes_in_the_batch_is_a_normal_input(distil_cfg):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_warm_up_and_stop_scale_both_terms(distil_cfg):
+def test_warm_up_and_stop_scale_all_terms(distil_cfg):
     distil_cfg.MODEL.KD.WARMUP_ITERS, distil_cfg.MODEL.KD.STOP_ITER = 10, 20
     model = build_model(distil_cfg)
     first, full, after = (losses_of(model, make_batch(), i) for i in (0, 9, 20))
-    for name in ("loss_kd_fg", "loss_kd_bg"):
+    for name in KD_LOSSES:
         # BatchNorm in training mode sees the same batch: the terms differ by the scale alone.
         torch.testing.assert_close(first[name] * 10, full[name], rtol=1e-4, atol=1e-6)
         assert after[name] == 0
@@ -127,7 +129,7 @@ def test_iterations_under_0_are_named(distil_cfg, key):
 
 
 def test_a_method_that_is_off_drops_the_teacher_that_is_given():
-    model = distiller(detector(), detector(), fg_weight=0.0, bg_weight=0.0)
+    model = distiller(detector(), detector(), **FGBG_OFF)
     assert model.teacher is None and model.method is None
 
 
@@ -188,7 +190,7 @@ def test_teacher_with_other_pixel_statistics_gets_its_own_input(tmp_path, distil
 
 
 def test_without_gate_and_background_the_teachers_head_is_not_run(distil_cfg):
-    distil_cfg.MODEL.KD.FGBG.BG_WEIGHT, distil_cfg.MODEL.KD.FGBG.GATE = 0.0, False
+    distil_cfg.MODEL.KD.FGBG.update(BG_WEIGHT=0.0, GATE=False, ASSIGN="scale")
     model = build_model(distil_cfg)
     calls = []
     model.teacher.detector.head.register_forward_hook(lambda *_: calls.append(1))

@@ -458,7 +458,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named_in_a_line(
         start(monkeypatch, tool, arguments)
 
 
-@pytest.mark.parametrize("name", ["results.md", "results_details.md", "results_scenes_trees.md"])
+@pytest.mark.parametrize("name", ["results.md", "results_details.md", "results_earlier.md"])
 def test_the_tables_of_results_are_those_of_their_rows(name, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / name).read_text()

@@ -66,9 +66,6 @@ class DetectorView:
     pad_value = 0.0
     # (height, width) if the detector warps all images to one size.
     input_size: tuple[int, int] | None = None
-    # Whether the features are the output of an activation, such as a ReLU. Then the features of all
-    # cells have a large common part.
-    behind_activation = False
     # Attribute of the backbone that computes the maps which its FPN merges.
     bottom_up = "bottom_up"
 

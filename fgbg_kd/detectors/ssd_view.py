@@ -26,8 +26,6 @@ class SSDView(DenseView):
     classifier whose sigmoid gives the same score: log p - log(1 - p).
     """
 
-    behind_activation = True
-
     def __init__(self, detector: SSD):
         super().__init__(detector)
         self.input_size = detector.size, detector.size

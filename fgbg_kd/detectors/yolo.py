@@ -165,7 +165,6 @@ class YOLOView(DenseView):
     """View of a YOLO. The score of a class is objectness times the class's own score."""
 
     pad_value = _GREY
-    behind_activation = True
 
     @property
     def levels(self) -> list[FeatureLevel]:

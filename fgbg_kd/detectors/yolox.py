@@ -239,7 +239,6 @@ class YOLOXView(DenseView):
     """View of :class:`YOLOX`. The logit of a class is that of objectness times class score."""
 
     bottom_up = "backbone"
-    behind_activation = True
 
     def __init__(self, detector: nn.Module):
         super().__init__(detector)

@@ -12,7 +12,7 @@ from ..config import method_defaults
 from ..detectors.dense import DenseView
 from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
-from ..matching import dense_student, options_of_pair
+from ..matching import dense_student, options_for
 from ..methods import Batch, FgBg, build_method
 from ..ops import Split, cosine_similarity, teacher_gate
 from ..utils.errors import CheckpointError
@@ -87,10 +87,8 @@ def cell_maps(
     """
     fgbg = distiller.method
     if not isinstance(fgbg, FgBg):
-        pair = dense_student(distiller.student), distiller.teacher.view
-        fgbg = build_method(
-            "FgBg", (), (), **options_of_pair("FgBg", method_defaults("FgBg"), *pair)
-        )
+        options = options_for("FgBg", method_defaults("FgBg"), distiller.teacher.view)
+        fgbg = build_method("FgBg", (), (), **options)
     batch = run_both(distiller, inputs)
     cells = fgbg.split(batch)
     student, teacher = batch.student, batch.teacher

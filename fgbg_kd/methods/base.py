@@ -90,16 +90,6 @@ class Method(nn.Module):
         """The options for a teacher that predicts nothing per cell (Faster R-CNN)."""
         return options
 
-    @classmethod
-    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        """The options for this student and teacher, with a value in place of each "auto".
-
-        Args:
-            alike: whether both are the same kind of detector, and their features are not the output
-                of an activation. Of this package's detectors: two RetinaNets, or two FCOS.
-        """
-        return options
-
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:

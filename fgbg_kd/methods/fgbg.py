@@ -24,15 +24,16 @@ from .base import (
 class FgBg(Method):
     """The method of this package, after the thesis (README).
 
-    L_fg = fg_weight * sum over foreground cells of w g (1 - cos(z(phi(S)), z(T))) / sum of w
+    L_fg = fg_weight * sum over foreground cells of w g d / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
+    L_bg_features = bg_feature_weight * sum over background cells of g d / (number of them)
+    d = 1 - cos(z(phi(S)), z(T))
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
-    each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`) with STANDARDISE always;
-    otherwise the identity. w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher,
-    :meth:`fgbg_kd.ops.Split.weighted` by the teacher's quality). g: the gate
-    (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
-    F: number of foreground cells. tau: temperature.
+    each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`). w: weight of a cell
+    (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, :meth:`fgbg_kd.ops.Split.weighted` by the
+    teacher's quality). g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
+    F: number of foreground cells. tau: temperature. L_bg_features is not in the thesis' abstract.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. The gate is not in the divisors, so L_fg shrinks as
@@ -48,65 +49,81 @@ class FgBg(Method):
         *,
         fg_weight: float,
         bg_weight: float,
+        bg_feature_weight: float,
         assign: str,
-        standardise: str,
         kl: str,
         temperature: float,
         gate: bool,
     ):
         super().__init__()
-        check_not_negative("FGBG", fg_weight=fg_weight, bg_weight=bg_weight)
+        check_not_negative(
+            "FGBG",
+            fg_weight=fg_weight,
+            bg_weight=bg_weight,
+            bg_feature_weight=bg_feature_weight,
+        )
         check_positive("FGBG", temperature=temperature)
-        check_choice("FGBG.ASSIGN", assign, ("auto", "teacher", "scale", "all"))
-        check_choice("FGBG.STANDARDISE", standardise, ("auto", "always", "never"))
+        check_choice("FGBG.ASSIGN", assign, ("teacher", "scale", "all"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, (True, False))
-        self.fg_weight, self.bg_weight = fg_weight, bg_weight
-        self.assign = "scale" if assign == "auto" else assign
-        self.standardises = standardise == "always"
-        self.kl, self.temperature, self.gate = kl, temperature, gate
-        weights = {"loss_kd_fg": fg_weight, "loss_kd_bg": bg_weight}
-        self.losses = [name for name, weight in weights.items() if weight > 0]
+        self.assign, self.kl, self.temperature, self.gate = assign, kl, temperature, gate
+        weights = (fg_weight, bg_feature_weight, bg_weight)
+        names = ("loss_kd_fg", "loss_kd_bg_features", "loss_kd_bg")
+        self.weights = {name: weight for name, weight in zip(names, weights) if weight > 0}
+        self.losses = list(self.weights)
         self.needs_quality = gate or (fg_weight > 0 and self.assign == "teacher")
         self.needs_logits = bg_weight > 0 or self.needs_quality
-        # Only a foreground term needs adapters. DistributedDataParallel fails on unused parameters.
-        channels = (student_channels, teacher_channels) if fg_weight > 0 else ((), ())
-        self.adapters = build_adapters(*channels)
+        # Only the terms of features need adapters. DistributedDataParallel fails on unused ones.
+        features = fg_weight > 0 or bg_feature_weight > 0
+        self.adapters = build_adapters(
+            *((student_channels, teacher_channels) if features else ((), ()))
+        )
 
     @classmethod
     def is_off(cls, options: dict[str, Any]) -> bool:
-        return options.get("fg_weight") == options.get("bg_weight") == 0
+        names = "fg_weight", "bg_weight", "bg_feature_weight"
+        return all(options.get(name) == 0 for name in names)
 
     @classmethod
     def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
-        assign = "scale" if options["assign"] in ("auto", "teacher") else options["assign"]
+        assign = "scale" if options["assign"] == "teacher" else options["assign"]
         return {**options, "bg_weight": 0.0, "gate": False, "assign": assign}
-
-    @classmethod
-    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        usual = ("scale", "never") if alike else ("teacher", "always")
-        auto = dict(zip(("assign", "standardise"), usual))
-        return options | {name: value for name, value in auto.items() if options[name] == "auto"}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
         found = self.compare(batch, cells)
-        if self.fg_weight > 0 and self.assign == "teacher":
+        if "loss_kd_fg" in self.weights and self.assign == "teacher":
             cells = cells.weighted(found.teacher_quality)
         gate = self.gate_of(cells, found)
-        counts = [cells.foreground.float(), cells.background.float(), cells.weight]
-        num_fg, num_bg, weight = world_mean(torch.stack([x.sum() for x in counts]))
-        losses = {}
-        if self.fg_weight > 0:
-            adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
-            maps = self.directions(adapted, batch.teacher.features, cells)
-            total = cosine_loss(*maps, cells.weight * gate.value)
-            losses["loss_kd_fg"] = self.fg_weight * total / or_one(weight)
-        if self.bg_weight > 0:
-            total = (gate.value * found.kl).sum()
-            divisor = torch.where(num_fg > 0, num_fg, num_bg)
-            losses["loss_kd_bg"] = self.bg_weight * total / or_one(divisor)
+        counts = [cells.weight, cells.foreground.float(), cells.background.float()]
+        objects, num_fg, num_bg = world_mean(torch.stack([x.sum() for x in counts]))
+        sums = self.feature_sums(batch, cells, gate)
+        if "loss_kd_bg" in self.weights:
+            sums["loss_kd_bg"] = (gate.value * found.kl).sum()
+        divisors = {
+            "loss_kd_fg": objects,
+            "loss_kd_bg_features": num_bg,
+            "loss_kd_bg": torch.where(num_fg > 0, num_fg, num_bg),
+        }
+        losses = {
+            name: weight * sums[name] / or_one(divisors[name])
+            for name, weight in self.weights.items()
+        }
         return losses, statistics(cells, gate)
+
+    def feature_sums(self, batch: Batch, cells: Split, gate: Gate) -> dict[str, Tensor]:
+        """The sums of the two terms of features, without their weights and divisors."""
+        weights = {
+            "loss_kd_fg": cells.weight * gate.value,
+            "loss_kd_bg_features": cells.background * gate.value,
+        }
+        weights = {name: x for name, x in weights.items() if name in self.weights}
+        if not weights:
+            return {}
+        adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
+        maps = self.directions(adapted, batch.teacher.features, cells)
+        # The kernel reads only cells with a weight, so two calls read each cell once.
+        return {name: cosine_loss(*maps, x) for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""
@@ -114,14 +131,12 @@ class FgBg(Method):
 
     def directions(
         self, adapted: list[Tensor], teacher: Sequence[Tensor], cells: Split
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Per level (N, C, H_l, W_l): z(phi(S)) and z(T).
 
         Args:
             adapted: phi(S).
         """
-        if not self.standardises:
-            return adapted, teacher
         real = cells.foreground | cells.background
         return standardise(adapted, real), standardise(teacher, real)
 
@@ -131,7 +146,7 @@ class FgBg(Method):
             return Comparison()
         return batch.compare(
             cells,
-            kl=self.kl if self.bg_weight > 0 else None,
+            kl=self.kl if "loss_kd_bg" in self.weights else None,
             temperature=self.temperature,
             quality=self.needs_quality,
         )

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import (
     CLASSES,
+    FGBG_OFF,
+    KD_LOSSES,
     detector,
     distiller,
     losses_of,
@@ -151,11 +153,11 @@ def test_padding_is_darknets_grey():
 def test_a_student_with_the_weights_0_is_trained_like_without_a_teacher():
     batch = make_batch()
     plain = losses_of(yolo().train(), batch)
-    model = distiller(yolo(), yolo(seed=2), fg_weight=0.0, bg_weight=0.0)
+    model = distiller(yolo(), yolo(seed=2), **FGBG_OFF)
     assert all(torch.equal(v, losses_of(model, batch)[k]) for k, v in plain.items())
     taught = losses_of(distiller(yolo(), yolo(seed=2)), batch)
     assert all(torch.equal(v, taught[k]) for k, v in plain.items())
-    assert taught.keys() - plain.keys() == {"loss_kd_fg", "loss_kd_bg"}
+    assert taught.keys() - plain.keys() == KD_LOSSES
 
 
 PAIRS = {

@@ -6,6 +6,7 @@ Several processes are tested in test_distributed.py.
 import pytest
 import torch
 from conftest import (
+    FGBG_OFF,
     detector,
     distiller,
     losses_of,
@@ -77,7 +78,7 @@ def test_a_batch_without_boxes_distils():
 
 def test_weights_of_0_are_plain_training_bit_for_bit():
     plain = losses_of(yolox_detector().train())
-    model = distiller(yolox_detector(), yolox_detector(seed=2), fg_weight=0.0, bg_weight=0.0)
+    model = distiller(yolox_detector(), yolox_detector(seed=2), **FGBG_OFF)
     assert model.teacher is None
     found = losses_of(model)
     assert found.keys() == plain.keys() and all(torch.equal(found[k], plain[k]) for k in plain)

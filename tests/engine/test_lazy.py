@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CLASSES, ROOT, save_teacher, write_coco
+from conftest import CLASSES, KD_LOSSES, ROOT, save_teacher, write_coco
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
@@ -130,7 +130,7 @@ def test_the_losses_are_those_of_the_yaml_path_bit_for_bit(config, distil_cfg, r
     seed_all_rng(distil_cfg.SEED)
     FgBgTrainer(distil_cfg).train()
     assert recorded == lazy and len(lazy) == 6
-    assert set(lazy[0]) == {"loss_cls", "loss_box_reg", "loss_kd_fg", "loss_kd_bg"}
+    assert set(lazy[0]) == {"loss_cls", "loss_box_reg", *KD_LOSSES}
     ours, yamls = saved(tmp_path / "lazy"), saved(tmp_path / "yaml")
     for part in ("model", "method"):
         assert ours[part].keys() == yamls[part].keys()
@@ -185,10 +185,11 @@ def test_the_checkpoint_has_the_average_of_the_weights_if_asked_for(config, tmp_
 
 @pytest.mark.slow
 def test_overrides_reach_the_method(config, recorded):
-    run(config, "model.method.fg_weight=0", "model.method.gate=False", "train.max_iter=1")
+    features_off = ["model.method.fg_weight=0", "model.method.bg_feature_weight=0"]
+    run(config, *features_off, "model.method.gate=False", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg", "loss_kd_bg"}
     recorded.clear()
-    run(config, "model.method.fg_weight=0", "model.method.bg_weight=0", "train.max_iter=1")
+    run(config, *features_off, "model.method.bg_weight=0", "train.max_iter=1")
     assert set(recorded[0]) == {"loss_cls", "loss_box_reg"}
     with pytest.raises(ValueError, match="FgBg has no option .'fg_wieght'.: choose from"):
         run(config, "model.method.fg_wieght=2")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (
     CLASSES,
+    FGBG_OFF,
     detector,
     distiller,
     faster_rcnn,
@@ -48,7 +49,7 @@ def test_off_is_bit_for_bit_the_plain_detector_of_stock_detectron2(
     if off == "no teacher":
         distil_cfg.MODEL.KD.TEACHER.CONFIG = distil_cfg.MODEL.KD.TEACHER.WEIGHTS = ""
     else:
-        distil_cfg.MODEL.KD.FGBG.FG_WEIGHT = distil_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
+        distil_cfg.MODEL.KD.FGBG.update({k.upper(): v for k, v in FGBG_OFF.items()})
     plain_cfg = tiny_cfg(coco)
     distil_cfg.INPUT.RANDOM_FLIP = plain_cfg.INPUT.RANDOM_FLIP = flip
     # In each process, TorchScript runs the first calls of fvcore's focal loss unoptimised, with

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    FGBG_OFF,
     detector,
     distiller,
     faster_rcnn,
@@ -297,10 +298,10 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(photo_cfg, believin
     ],
 )
 def test_keys_that_do_not_fit_are_named(photo_cfg, believing, key, value, message, tmp_path):
-    if value is None:  # both terms are off: this is plain training
-        key, value = "MODEL.KD.FGBG.FG_WEIGHT", 0.0
-        photo_cfg.MODEL.KD.FGBG.BG_WEIGHT = 0.0
-    photo_cfg.merge_from_list([key, value])
+    if value is None:  # all terms are off: this is plain training
+        photo_cfg.MODEL.KD.FGBG.update({k.upper(): v for k, v in FGBG_OFF.items()})
+    else:
+        photo_cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=message):
         make_trainer(FgBgTrainer, photo_cfg, tmp_path / "run", 1)
 

@@ -39,10 +39,13 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     maps = cell_maps(model, inputs)
     losses, shares = model.method(run_both(model, inputs))
     foreground = maps.cells.foreground
-    gate = foreground.float() if options.get("gate") is False else maps.gate
+    background, kd = maps.cells.background, distil_cfg.MODEL.KD.FGBG
+    gate = (foreground | background).float() if options.get("gate") is False else maps.gate
     weight = maps.cells.weight / maps.cells.weight.sum()
     fg = (weight * gate * (1 - maps.cosine)).sum()
-    torch.testing.assert_close(distil_cfg.MODEL.KD.FGBG.FG_WEIGHT * fg, losses["loss_kd_fg"])
+    torch.testing.assert_close(kd.FG_WEIGHT * fg, losses["loss_kd_fg"])
+    bg = (background * gate * (1 - maps.cosine)).sum() / background.sum()
+    torch.testing.assert_close(kd.BG_FEATURE_WEIGHT * bg, losses["loss_kd_bg_features"])
     torch.testing.assert_close(maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
     torch.testing.assert_close((weight * gate).sum(), shares["kd/fg_gate"])
     assert 0 < maps.gate.mean() < 1  # a gate that is off shows where it would be open

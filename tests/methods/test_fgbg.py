@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import in_two_processes
+from conftest import FGBG_OFF, in_two_processes
 from detectron2.utils import comm
 from torch import distributed
+from torch.nn import functional as F
 
 from fgbg_kd import Batch, DenseOutput, FgBg
 from fgbg_kd.config import method_defaults
@@ -27,9 +28,9 @@ from fgbg_kd.ops import (
 
 def outputs(size, seed):
     generator = torch.Generator().manual_seed(seed)
-    features, logits = (torch.randn(1, 3, 1, 1, generator=generator) for _ in range(2))
-    expand = (2, -1, size, size)
-    return DenseOutput([features.expand(expand)], [logits.expand(expand)])
+    maps = (torch.randn(1, 3, 2, 2, generator=generator) for _ in range(2))
+    maps = [F.interpolate(x, size).repeat(2, 1, 1, 1) for x in maps]
+    return DenseOutput(*([x] for x in maps))
 
 
 def terms(student, teacher, boxes, size, **options):
@@ -47,17 +48,23 @@ def terms(student, teacher, boxes, size, **options):
     return loss(batch)[0]
 
 
+# Features of one channel. Its mean over the four cells is 0, and a direction is a sign.
+SIGNS = torch.tensor([[[[1.0, -1], [1, -1]]]])
+
+
 def test_by_hand():
-    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)])
+    student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
-    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits])
-    loss = build_method("FgBg", [1], [1], gate=False, fg_weight=6.0, bg_weight=0.5)
+    teacher = DenseOutput([torch.tensor([[[[-1.0, 1], [1, -1]]]])], [logits])
+    weights = {"fg_weight": 6.0, "bg_weight": 0.5, "bg_feature_weight": 4.0}
+    loss = build_method("FgBg", [1], [1], gate=False, **weights)
     box = torch.tensor([[0.0, 0, 8, 8]])
     one = torch.zeros(1, dtype=torch.long)
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2)  # 2: 1 - cos
+    assert losses["loss_kd_bg_features"].item() == pytest.approx(4 * 2 / 3)  # 2, 0, 0
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
         "kd/fg_gate": 1,
@@ -65,13 +72,14 @@ def test_by_hand():
     }
 
 
-def test_the_gate_scales_the_cells_of_both_terms_and_leaves_the_divisors(monkeypatch):
-    student = DenseOutput([torch.ones(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)])
+def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch):
+    student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
-    teacher = DenseOutput([-torch.ones(1, 1, 2, 2)], [logits])
+    teacher = DenseOutput([-SIGNS], [logits])
     # Above a box of two cells: the student lacks 0.4 of 0.9. Below the background: in the second
     # cell the teacher is worse, 0.1 against 0.5.
     better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
+    weights = {"fg_weight": 1.0, "bg_feature_weight": 1.0}
 
     def found(self, cells, **options):
         apart = kl_divergence(student.logits[0], logits, 1, "sigmoid").flatten(1) * cells.background
@@ -81,9 +89,10 @@ def test_the_gate_scales_the_cells_of_both_terms_and_leaves_the_divisors(monkeyp
     one = torch.zeros(1, dtype=torch.long)
     box = torch.tensor([[0.0, 0, 16, 8]])
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
-    losses, shares = build_method("FgBg", [1], [1], fg_weight=1.0)(batch)
+    losses, shares = build_method("FgBg", [1], [1], assign="scale", **weights)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(0.4 / 0.9 * 2)
+    assert losses["loss_kd_bg_features"].item() == pytest.approx(1.2 * 2 / 2)
     assert losses["loss_kd_bg"].item() == pytest.approx(1.2 * kl / 2, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
         "kd/fg_gate": pytest.approx(0.4 / 0.9),
@@ -149,8 +158,8 @@ def random_batch():
 ALL_OPTIONS = {
     "fg_weight": 2.0,
     "bg_weight": 3.0,
+    "bg_feature_weight": 5.0,
     "assign": "scale",
-    "standardise": "never",
     "kl": "softmax",
     "temperature": 2.0,
     "gate": True,
@@ -162,12 +171,12 @@ ALL_OPTIONS = {
     [
         ("assign", "all"),
         ("assign", "teacher"),
-        ("standardise", "always"),
         ("kl", "sigmoid"),
         ("temperature", 1.0),
         ("gate", False),
         ("fg_weight", 4.0),
         ("bg_weight", 1.0),
+        ("bg_feature_weight", 1.0),
     ],
 )
 def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
@@ -191,12 +200,16 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
             gate = teacher_gate(found.student_quality, found.teacher_quality, cells).value
         if o["assign"] == "teacher":
             cells = cells.weighted(found.teacher_quality)
-        maps = s.features, t.features
-        if o["standardise"] == "always":
-            maps = [standardise(x, torch.ones(1, 20, dtype=torch.bool)) for x in maps]
+        real = torch.ones(1, 20, dtype=torch.bool)
+        maps = [standardise(x, real) for x in (s.features, t.features)]
         fg = cosine_loss(*maps, cells.weight * gate) / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
-        return {"loss_kd_fg": o["fg_weight"] * fg, "loss_kd_bg": o["bg_weight"] * bg}
+        bg_features = cosine_loss(*maps, cells.background * gate) / cells.background.sum()
+        return {
+            "loss_kd_fg": o["fg_weight"] * fg,
+            "loss_kd_bg": o["bg_weight"] * bg,
+            "loss_kd_bg_features": o["bg_feature_weight"] * bg_features,
+        }
 
     changed = {**ALL_OPTIONS, option: value}
     before, expected = composed(ALL_OPTIONS), composed(changed)
@@ -206,21 +219,24 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         torch.testing.assert_close(got[name], loss)
 
 
-def test_a_gate_without_a_background_term_needs_the_logits():
-    method = build_method("FgBg", [4, 4], [4, 4], bg_weight=0.0)
+@pytest.mark.parametrize("weight", ["fg_weight", "bg_feature_weight"])
+def test_a_gate_without_a_kl_needs_the_logits(weight):
+    method = build_method("FgBg", [4, 4], [4, 4], **FGBG_OFF | {weight: 1.0})
     assert method.needs_logits
-    assert list(method(random_batch())[0]) == ["loss_kd_fg"]
+    name = {"fg_weight": "loss_kd_fg", "bg_feature_weight": "loss_kd_bg_features"}[weight]
+    assert list(method(random_batch())[0]) == method.losses == [name]
 
 
-def test_without_a_foreground_term_there_is_no_parameter_that_gets_no_gradient():
-    method = build_method("FgBg", [3], [5], fg_weight=0.0)
+def test_without_a_term_of_features_there_is_no_parameter_that_gets_no_gradient():
+    method = build_method("FgBg", [3], [5], fg_weight=0.0, bg_feature_weight=0.0)
     assert not list(method.parameters())
+    for weight in ("fg_weight", "bg_feature_weight"):
+        assert list(build_method("FgBg", [3], [5], **{weight: 0.0}).parameters())
 
 
-def test_one_weight_of_two_keeps_the_method_on():
-    assert not FgBg.is_off({"fg_weight": 0.0, "bg_weight": 1.0})
-    assert not FgBg.is_off({"fg_weight": 1.0, "bg_weight": 0.0})
-    assert FgBg.is_off({"fg_weight": 0.0, "bg_weight": 0.0})
+def test_one_weight_over_0_keeps_the_method_on():
+    assert FgBg.is_off(FGBG_OFF)
+    assert not any(FgBg.is_off(FGBG_OFF | {weight: 1.0}) for weight in FGBG_OFF)
 
 
 def test_for_features_alone_the_background_term_and_the_gate_are_off():
@@ -228,28 +244,17 @@ def test_for_features_alone_the_background_term_and_the_gate_are_off():
     assert FgBg.for_features_only(ALL_OPTIONS) == ALL_OPTIONS | changed
 
 
-@pytest.mark.parametrize("assign", ["auto", "teacher"])
-def test_for_features_alone_no_weight_asks_for_the_teachers_scores(assign):
-    options = method_defaults("FgBg") | {"assign": assign}
-    options = FgBg.for_features_only(options)
-    assert options["assign"] == "scale"
-    method = build_method("FgBg", [4], [4], **FgBg.for_pair(options, alike=False))
-    assert not method.needs_logits and method.standardises
-
-
-def test_auto_depends_on_the_pair_and_other_values_do_not():
-    defaults = method_defaults("FgBg")
-    one, two = (FgBg.for_pair(defaults, alike=x) for x in (True, False))
-    assert (one["assign"], one["standardise"]) == ("scale", "never")
-    assert (two["assign"], two["standardise"]) == ("teacher", "always")
-    set_by_user = defaults | {"assign": "all", "standardise": "never"}
-    assert FgBg.for_pair(set_by_user, alike=False) == set_by_user
+@pytest.mark.parametrize("assign, expected", [("teacher", "scale"), ("all", "all")])
+def test_for_features_alone_no_weight_asks_for_the_teachers_scores(assign, expected):
+    options = FgBg.for_features_only(method_defaults("FgBg") | {"assign": assign})
+    assert options["assign"] == expected
+    assert not build_method("FgBg", [4], [4], **options).needs_logits
 
 
 def test_weights_by_the_teachers_scores_need_no_gate():
     method = build_method("FgBg", [4, 4], [4, 4], assign="teacher", gate=False, bg_weight=0.0)
     assert method.needs_logits
-    assert list(method(random_batch())[0]) == ["loss_kd_fg"]
+    assert list(method(random_batch())[0]) == ["loss_kd_fg", "loss_kd_bg_features"]
 
 
 def test_both_terms_divide_by_the_cells_of_all_processes(monkeypatch):
@@ -274,7 +279,8 @@ def test_a_normaliser_under_1_divides_too():
         ({"fg_weight": -1}, "FG_WEIGHT is -1"),
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
-        ({"standardise": True}, "MODEL.KD.FGBG.STANDARDISE is True"),
+        ({"bg_feature_weight": -1}, "BG_FEATURE_WEIGHT is -1"),
+        ({"assign": "auto"}, "MODEL.KD.FGBG.ASSIGN is 'auto'"),
         ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
         ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),
     ],
@@ -287,10 +293,10 @@ def test_options_out_of_range_are_named(options, message):
 def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps():
     """Both terms fall when the student's maps follow their gradients."""
     torch.manual_seed(0)
-    maps = [torch.randn(1, c, 4, 4) for c in (3, 5, 6, 6)]  # features, logits of two anchors
+    maps = [torch.randn(1, c, 4, 4) for c in (5, 3, 6, 6)]  # features, logits of two anchors
     s_features, t_features, s_logits, t_logits = maps
     leaves = [s_features.requires_grad_(), s_logits.requires_grad_()]
-    method = build_method("FgBg", [3], [5], gate=False)
+    method = build_method("FgBg", [5], [3], gate=False)
     optimizer = torch.optim.Adam([*leaves, *method.parameters()], lr=0.1)
     batch = Batch(
         DenseOutput([s_features], [s_logits]),
