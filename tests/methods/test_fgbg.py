@@ -92,13 +92,24 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
     losses, shares = build_method("FgBg", [1], [1], assign="scale", **weights)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(0.4 / 0.9 * 2)
-    assert losses["loss_kd_bg_features"].item() == pytest.approx(1.2 * 2 / 2)
+    assert losses["loss_kd_bg_features"].item() == pytest.approx(0.4 / 0.9 * 1.2 * 2 / 2)
     assert losses["loss_kd_bg"].item() == pytest.approx(1.2 * kl / 2, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
         "kd/fg_gate": pytest.approx(0.4 / 0.9),
         "kd/fg_lead": pytest.approx(0.4),
         "kd/bg_gate": pytest.approx(0.6),  # 1 and 0.2
     }
+
+
+def test_a_closed_gate_closes_the_background_too_and_a_batch_without_objects_does_not():
+    batch = random_batch()
+    method = build_method("FgBg", [4, 4], [4, 4])
+    perfect = batch.student._replace(logits=[torch.full_like(x, 9.0) for x in batch.student.logits])
+    losses, shares = method(batch._replace(student=perfect))
+    assert shares["kd/fg_gate"] == losses["loss_kd_fg"] == losses["loss_kd_bg_features"] == 0
+    none = {"gt_boxes": [torch.zeros(0, 4)], "gt_classes": [torch.zeros(0, dtype=torch.long)]}
+    losses, _ = method(batch._replace(**none))
+    assert losses["loss_kd_fg"] == 0 and losses["loss_kd_bg_features"] > 0
 
 
 def test_a_large_object_counts_once_in_the_logged_means():
@@ -205,6 +216,7 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         fg = cosine_loss(*maps, cells.weight * gate) / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
         bg_features = cosine_loss(*maps, cells.background * gate) / cells.background.sum()
+        bg_features = bg_features * (cells.weight * gate).sum() / cells.weight.sum()
         return {
             "loss_kd_fg": o["fg_weight"] * fg,
             "loss_kd_bg": o["bg_weight"] * bg,
