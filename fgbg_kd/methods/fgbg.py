@@ -27,14 +27,15 @@ class FgBg(Method):
     L_fg = fg_weight * sum over foreground cells of w g d / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
-    d = 1 - cos(z(phi(S)), z(T)), G = sum over foreground cells of w g / sum of w
+    d = 1 - cos(z(phi(S)), z(T))
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
     each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`). w: weight of a cell
     (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, :meth:`fgbg_kd.ops.Split.weighted` by the
     teacher's quality). g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
-    G: the mean gate of the objects. So the features on the background count as much as those of
-    the objects: a teacher that is better at few objects is followed little. Without objects G is 1.
+    G: the mean lead of the teacher over the objects, see :class:`fgbg_kd.ops.Gate`. So the features
+    on the background are followed little if the teacher finds few objects better. With GATE False,
+    and in a batch without objects, G is 1.
     F: number of foreground cells. tau: temperature. L_bg_features is not in the thesis' abstract.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
@@ -97,13 +98,14 @@ class FgBg(Method):
         if "loss_kd_fg" in self.weights and self.assign == "teacher":
             cells = cells.weighted(found.teacher_quality)
         gate = self.gate_of(cells, found)
-        counts = [cells.weight, cells.weight * gate.value, cells.foreground, cells.background]
+        lead = (cells.foreground if gate.lead is None else gate.lead) * cells.weight
+        counts = [cells.weight, lead, cells.foreground, cells.background]
         counts = world_mean(torch.stack([x.sum(dtype=torch.float32) for x in counts]))
-        objects, followed, num_fg, num_bg = counts
-        mean_gate = torch.where(objects > 0, followed / or_one(objects), 1)
+        objects, lead, num_fg, num_bg = counts
+        mean_lead = torch.where(objects > 0, lead / or_one(objects), 1)
         factors = {
             "loss_kd_fg": 1 / or_one(objects),
-            "loss_kd_bg_features": mean_gate / or_one(num_bg),
+            "loss_kd_bg_features": mean_lead / or_one(num_bg),
             "loss_kd_bg": 1 / or_one(torch.where(num_fg > 0, num_fg, num_bg)),
         }
         sums = self.feature_sums(batch, cells, gate)
