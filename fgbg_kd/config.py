@@ -100,7 +100,8 @@ def _add_methods(cfg: CN) -> None:
     fgbg = kd.FGBG = CN()
     fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
-    fgbg.BG_FEATURE_WEIGHT = 32.0  # scales loss_kd_bg_features; 0 = off
+    # Scales loss_kd_bg_features, which also follows the teacher's mean lead; 0 = off.
+    fgbg.BG_FEATURE_WEIGHT = 32.0
     # Which cells of a box are foreground, and their weights. "teacher": its cells on all levels,
     # weighted by the teacher's score of the object's class (a two-stage teacher: "scale").
     # "scale": its cells on the one level that fits its size, with equal weights. "all": its cells
@@ -111,7 +112,7 @@ def _add_methods(cfg: CN) -> None:
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
     # Whether objects are scaled by the share of the teacher's score that the student lacks, and
-    # background cells by the ratio of the qualities. False = 1 on all cells.
+    # background cells by the ratio of the qualities. False = 1 on all cells, and no mean lead.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

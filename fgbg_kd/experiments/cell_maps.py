@@ -25,7 +25,7 @@ class CellMaps(NamedTuple):
         cells: the split into foreground and background.
         strides: of each level, in pixels.
         cosine: (1, R), cosine between the adapted features of the student and the features of the
-            teacher. None if the channels differ and there is no adapter.
+            teacher, with channels scaled over this image. None if the channels differ and there is no adapter.
         gate: (1, R) in [0, 1], how far the student follows the teacher. None if the teacher is not
             dense.
         kl: (1, R), the background KL times the gate, as in the loss. None if the teacher is not

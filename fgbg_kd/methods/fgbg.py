@@ -1,4 +1,4 @@
-"""FgBg: cosine loss on foreground features, KL on background predictions, and a gate."""
+"""FgBg: a cosine loss of the features, a KL of the background predictions, and a gate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,14 +33,14 @@ class FgBg(Method):
     each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`). w: weight of a cell
     (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, :meth:`fgbg_kd.ops.Split.weighted` by the
     teacher's quality). g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
-    G: the mean lead of the teacher over the objects, see :class:`fgbg_kd.ops.Gate`. So the features
-    on the background are followed little if the teacher finds few objects better. With GATE False,
-    and in a batch without objects, G is 1.
+    G: the mean lead of the teacher over the objects, see :class:`fgbg_kd.ops.Gate`; 0 if there are
+    none. So L_bg_features is small if the teacher's scores on the objects are hardly higher than
+    the student's. With GATE False, G is 1.
     F: number of foreground cells. tau: temperature. L_bg_features is not in the thesis' abstract.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
-    processes changes the scale of a term. The gate is not in the divisors, so L_fg shrinks as
-    the student improves. In a batch without objects, L_bg is divided by the
+    processes changes the scale of a term. The gate is not in the divisors, so L_fg and
+    L_bg_features shrink as the student improves. In a batch without objects, L_bg is divided by the
     number of background cells. Without this divisor, such a batch would weigh a hundred times as
     much as other batches.
     """
@@ -98,11 +98,11 @@ class FgBg(Method):
         if "loss_kd_fg" in self.weights and self.assign == "teacher":
             cells = cells.weighted(found.teacher_quality)
         gate = self.gate_of(cells, found)
-        lead = (cells.foreground if gate.lead is None else gate.lead) * cells.weight
+        lead = cells.weight * (0 if gate.lead is None else gate.lead)
         counts = [cells.weight, lead, cells.foreground, cells.background]
         counts = world_mean(torch.stack([x.sum(dtype=torch.float32) for x in counts]))
         objects, lead, num_fg, num_bg = counts
-        mean_lead = torch.where(objects > 0, lead / or_one(objects), 1)
+        mean_lead = lead / or_one(objects) if self.gate else 1
         factors = {
             "loss_kd_fg": 1 / or_one(objects),
             "loss_kd_bg_features": mean_lead / or_one(num_bg),
@@ -125,7 +125,7 @@ class FgBg(Method):
             return {}
         adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
         maps = self.directions(adapted, batch.teacher.features, cells)
-        # The kernel reads only cells with a weight, so two calls read each cell once.
+        # Forward, the kernel reads only cells with a weight, so the two calls read each cell once.
         return {name: cosine_loss(*maps, x) for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:

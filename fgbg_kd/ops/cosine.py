@@ -1,4 +1,4 @@
-"""The foreground operator: cosine distance between the features of student and teacher."""
+"""The operator of features: cosine distance between the features of student and teacher."""
 
 from collections.abc import Sequence
 

@@ -101,15 +101,17 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
     }
 
 
-def test_a_closed_gate_closes_the_background_too_and_a_batch_without_objects_does_not():
+@pytest.mark.parametrize("gate", [True, False])
+def test_without_objects_and_behind_a_closed_gate_no_features_are_followed(gate):
     batch = random_batch()
-    method = build_method("FgBg", [4, 4], [4, 4])
+    method = build_method("FgBg", [4, 4], [4, 4], gate=gate)
     perfect = batch.student._replace(logits=[torch.full_like(x, 9.0) for x in batch.student.logits])
     losses, shares = method(batch._replace(student=perfect))
-    assert shares["kd/fg_gate"] == losses["loss_kd_fg"] == losses["loss_kd_bg_features"] == 0
+    closed = shares["kd/fg_gate"] == losses["loss_kd_fg"] == losses["loss_kd_bg_features"] == 0
+    assert closed == gate
     none = {"gt_boxes": [torch.zeros(0, 4)], "gt_classes": [torch.zeros(0, dtype=torch.long)]}
     losses, _ = method(batch._replace(**none))
-    assert losses["loss_kd_fg"] == 0 and losses["loss_kd_bg_features"] > 0
+    assert losses["loss_kd_fg"] == 0 and (losses["loss_kd_bg_features"] == 0) == gate
 
 
 def test_a_large_object_counts_once_in_the_logged_means():
