@@ -100,8 +100,9 @@ def _add_methods(cfg: CN) -> None:
     fgbg = kd.FGBG = CN()
     fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
-    # Scales loss_kd_bg_features, which also follows the teacher's mean lead; 0 = off.
-    fgbg.BG_FEATURE_WEIGHT = 32.0
+    # Scales loss_kd_bg_features, which also follows the teacher's mean lead; 0 = off. -1: 32 if
+    # student and teacher are the same kind of detector, otherwise 0.
+    fgbg.BG_FEATURE_WEIGHT = -1.0
     # Which cells of a box are foreground, and their weights. "teacher": its cells on all levels,
     # weighted by the teacher's score of the object's class (a two-stage teacher: "scale").
     # "scale": its cells on the one level that fits its size, with equal weights. "all": its cells

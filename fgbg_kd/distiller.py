@@ -22,7 +22,7 @@ from .matching import (
     dense_student,
     inherited_weights,
     match_classes,
-    options_for,
+    options_of_pair,
     same_anchors,
     select,
     select_unwarped,
@@ -127,7 +127,7 @@ class FgBgDistiller(nn.Module):
         if isinstance(teacher.view, DenseView):
             match_classes(student, teacher.view, classes, teacher.class_names)
             self.same_anchors = same_anchors(student, teacher.view, levels)
-        given, options = options, options_for(name, options, teacher.view)
+        given, options = options, options_of_pair(name, options, student, teacher.view)
         node = f"MODEL.KD.{name.upper()}"
         new = ", ".join(f"{node}.{k.upper()} {v}" for k, v in options.items() if v != given[k])
         if not isinstance(teacher.view, DenseView):
@@ -135,6 +135,8 @@ class FgBgDistiller(nn.Module):
                 f"The teacher, a {teacher.view.name}, predicts no classes per cell. Only its "
                 f"features are used{', with ' if new else ''}{new}."
             )
+        elif new:
+            logger.info(f"For this pair: {new}.")
         # The global random state stays unchanged, so that the student and the order of the data
         # are the same as in plain training.
         with torch.random.fork_rng(devices=[]):

@@ -255,22 +255,24 @@ def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[Shared
     return all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
 
 
-def options_for(name: str, options: dict[str, Any], teacher: DetectorView) -> dict[str, Any]:
-    """The options of a method for this teacher. Some are changed if only its features can be used.
+def options_of_pair(
+    name: str, options: dict[str, Any], student: DenseView, teacher: DetectorView
+) -> dict[str, Any]:
+    """The options of a method for this pair.
 
     Raises:
         TeacherError: the teacher is not dense, and its features alone leave no term of the method.
     """
-    if isinstance(teacher, DenseView):
-        return options
     method = get_method(name)
-    options = method.for_features_only(options)
-    if method.is_off(options):
-        raise TeacherError(
-            f"{name} has no term left, because only the teacher's features can be used: set "
-            "the weight of a feature term over 0 (MODEL.KD.FGBG.FG_WEIGHT or BG_FEATURE_WEIGHT of "
-            "FgBg), or use another method."
-        )
+    options = method.for_pair(options, type(student) is type(teacher))
+    if not isinstance(teacher, DenseView):
+        options = method.for_features_only(options)
+        if method.is_off(options):
+            raise TeacherError(
+                f"{name} has no term left, because only the teacher's features can be used: set "
+                "the weight of a feature term over 0 (MODEL.KD.FGBG.FG_WEIGHT or "
+                "BG_FEATURE_WEIGHT of FgBg), or use another method."
+            )
     return options
 
 

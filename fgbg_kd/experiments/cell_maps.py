@@ -12,7 +12,7 @@ from ..config import method_defaults
 from ..detectors.dense import DenseView
 from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
-from ..matching import dense_student, options_for
+from ..matching import dense_student, options_of_pair
 from ..methods import Batch, FgBg, build_method
 from ..ops import Split, cosine_similarity, teacher_gate
 from ..utils.errors import CheckpointError
@@ -25,7 +25,8 @@ class CellMaps(NamedTuple):
         cells: the split into foreground and background.
         strides: of each level, in pixels.
         cosine: (1, R), cosine between the adapted features of the student and the features of the
-            teacher, with channels scaled over this image. None if the channels differ and there is no adapter.
+            teacher, with channels scaled over this image. None if the channels differ and there is
+            no adapter.
         gate: (1, R) in [0, 1], how far the student follows the teacher. None if the teacher is not
             dense.
         kl: (1, R), the background KL times the gate, as in the loss. None if the teacher is not
@@ -87,7 +88,8 @@ def cell_maps(
     """
     fgbg = distiller.method
     if not isinstance(fgbg, FgBg):
-        options = options_for("FgBg", method_defaults("FgBg"), distiller.teacher.view)
+        pair = dense_student(distiller.student), distiller.teacher.view
+        options = options_of_pair("FgBg", method_defaults("FgBg"), *pair)
         fgbg = build_method("FgBg", (), (), **options)
     batch = run_both(distiller, inputs)
     cells = fgbg.split(batch)

@@ -90,6 +90,15 @@ class Method(nn.Module):
         """The options for a teacher that predicts nothing per cell (Faster R-CNN)."""
         return options
 
+    @classmethod
+    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
+        """The options for this student and teacher, with values in place of "depends on the pair".
+
+        Args:
+            alike: whether both are the same kind of detector, such as two FCOS.
+        """
+        return options
+
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
         Returns:

@@ -19,6 +19,9 @@ from .base import (
     or_one,
 )
 
+# A bg_feature_weight that :meth:`FgBg.for_pair` replaces. Built without a pair, it counts as 0.
+BY_PAIR = -1.0
+
 
 @METHOD_REGISTRY.register()
 class FgBg(Method):
@@ -59,6 +62,8 @@ class FgBg(Method):
         gate: bool,
     ):
         super().__init__()
+        if bg_feature_weight == BY_PAIR:
+            bg_feature_weight = 0.0
         check_not_negative(
             "FGBG",
             fg_weight=fg_weight,
@@ -84,13 +89,19 @@ class FgBg(Method):
 
     @classmethod
     def is_off(cls, options: dict[str, Any]) -> bool:
-        names = "fg_weight", "bg_weight", "bg_feature_weight"
-        return all(options.get(name) == 0 for name in names)
+        others = options.get("fg_weight") == options.get("bg_weight") == 0
+        return others and options.get("bg_feature_weight") in (0, BY_PAIR)
 
     @classmethod
     def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
         assign = "scale" if options["assign"] == "teacher" else options["assign"]
         return {**options, "bg_weight": 0.0, "gate": False, "assign": assign}
+
+    @classmethod
+    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
+        if options["bg_feature_weight"] != BY_PAIR:
+            return options
+        return {**options, "bg_feature_weight": 32.0 if alike else 0.0}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)

@@ -104,7 +104,7 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
 @pytest.mark.parametrize("gate", [True, False])
 def test_without_objects_and_behind_a_closed_gate_no_features_are_followed(gate):
     batch = random_batch()
-    method = build_method("FgBg", [4, 4], [4, 4], gate=gate)
+    method = build_method("FgBg", [4, 4], [4, 4], gate=gate, bg_feature_weight=1.0)
     perfect = batch.student._replace(logits=[torch.full_like(x, 9.0) for x in batch.student.logits])
     losses, shares = method(batch._replace(student=perfect))
     closed = shares["kd/fg_gate"] == losses["loss_kd_fg"] == losses["loss_kd_bg_features"] == 0
@@ -245,11 +245,11 @@ def test_without_a_term_of_features_there_is_no_parameter_that_gets_no_gradient(
     method = build_method("FgBg", [3], [5], fg_weight=0.0, bg_feature_weight=0.0)
     assert not list(method.parameters())
     for weight in ("fg_weight", "bg_feature_weight"):
-        assert list(build_method("FgBg", [3], [5], **{weight: 0.0}).parameters())
+        assert list(build_method("FgBg", [3], [5], **FGBG_OFF | {weight: 1.0}).parameters())
 
 
 def test_one_weight_over_0_keeps_the_method_on():
-    assert FgBg.is_off(FGBG_OFF)
+    assert FgBg.is_off(FGBG_OFF) and FgBg.is_off(FGBG_OFF | {"bg_feature_weight": -1.0})
     assert not any(FgBg.is_off(FGBG_OFF | {weight: 1.0}) for weight in FGBG_OFF)
 
 
@@ -268,7 +268,16 @@ def test_for_features_alone_no_weight_asks_for_the_teachers_scores(assign, expec
 def test_weights_by_the_teachers_scores_need_no_gate():
     method = build_method("FgBg", [4, 4], [4, 4], assign="teacher", gate=False, bg_weight=0.0)
     assert method.needs_logits
-    assert list(method(random_batch())[0]) == ["loss_kd_fg", "loss_kd_bg_features"]
+    assert list(method(random_batch())[0]) == ["loss_kd_fg"]
+
+
+def test_the_features_on_the_background_depend_on_the_pair_unless_they_are_set():
+    defaults = method_defaults("FgBg")
+    weights = [FgBg.for_pair(defaults, alike=x)["bg_feature_weight"] for x in (True, False)]
+    assert weights == [32, 0]
+    assert build_method("FgBg", [4], [4]).losses == ["loss_kd_fg", "loss_kd_bg"]
+    set_by_user = defaults | {"bg_feature_weight": 3.0}
+    assert FgBg.for_pair(set_by_user, alike=False) == set_by_user
 
 
 def test_both_terms_divide_by_the_cells_of_all_processes(monkeypatch):
@@ -293,7 +302,7 @@ def test_a_normaliser_under_1_divides_too():
         ({"fg_weight": -1}, "FG_WEIGHT is -1"),
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
-        ({"bg_feature_weight": -1}, "BG_FEATURE_WEIGHT is -1"),
+        ({"bg_feature_weight": -2}, "BG_FEATURE_WEIGHT is -2"),
         ({"assign": "auto"}, "MODEL.KD.FGBG.ASSIGN is 'auto'"),
         ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
         ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),
