@@ -488,6 +488,7 @@ def test_a_published_row_has_a_method_options_and_keys_of_today_or_names_an_earl
         known = set(method_defaults(name)) if name in METHOD_REGISTRY else set()
         pairs = list(zip(row["overrides"][::2], row["overrides"][1::2]))
         earlier = [key for key, value in pairs if (key, value) in EARLIER]
+        assert sum("GATE" in key for key in earlier) in (0, 3), row["method"]
         gone = {key.rsplit(".", 1)[1].lower() for key in earlier} if name == "FgBg" else set()
         assert set(row["options"]) <= known | gone, row["method"]
         today = [x for key, value in pairs if key not in earlier for x in (key, value)]

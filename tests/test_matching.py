@@ -245,7 +245,7 @@ def test_a_two_stage_teacher_by_config_needs_neither_our_classes_nor_our_anchors
 
 
 def test_nothing_left_to_learn_is_an_error():
-    with pytest.raises(TeacherError, match="no term left, .*over 0 .*MODEL.KD.FGBG.FG_WEIGHT"):
+    with pytest.raises(TeacherError, match="no term left, .*over 0 .MODEL.KD.FGBG.FG_WEIGHT or "):
         distiller(detector(), faster_rcnn(), fg_weight=0.0, bg_feature_weight=0.0)
     with pytest.raises(TeacherError, match="METHOD QFL compares predictions"):
         distiller(detector(), faster_rcnn(), name="QFL")
@@ -307,7 +307,7 @@ def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
 def test_a_student_with_another_number_of_classes_than_its_data_is_told_the_number():
     names = {"classes": ["disc", "square", "stripe"], "teacher_classes": ["stripe", "square"]}
     with pytest.raises(
-        ConfigError, match="3 classes, but the student has 2: set NUM_CLASSES .* 3 for"
+        ConfigError, match="3 classes, but the student has 2: set NUM_CLASSES .num_classes. 3 for"
     ):
         distiller(detector(), detector(), **names)
 

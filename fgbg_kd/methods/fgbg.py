@@ -83,9 +83,8 @@ class FgBg(Method):
         self.needs_logits = bg_weight > 0 or self.needs_quality
         # Only the terms of features need adapters. DistributedDataParallel fails on unused ones.
         features = fg_weight > 0 or bg_feature_weight > 0
-        self.adapters = build_adapters(
-            *((student_channels, teacher_channels) if features else ((), ()))
-        )
+        channels = (student_channels, teacher_channels) if features else ((), ())
+        self.adapters = build_adapters(*channels)
 
     @classmethod
     def is_off(cls, options: dict[str, Any]) -> bool:
