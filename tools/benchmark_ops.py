@@ -35,7 +35,14 @@ from _benchmark import (  # noqa: E402
     show,
 )
 
-from fgbg_kd.ops import compare_predictions, cosine_loss, split, teacher_gate  # noqa: E402
+from fgbg_kd.ops import (  # noqa: E402
+    compare_predictions,
+    split,
+    standardised_cosine,
+    teacher_gate,
+)
+from fgbg_kd.ops.cosine_triton import CELLS as COSINE_CELLS  # noqa: E402
+from fgbg_kd.ops.standardise_triton import CELLS as MOMENTS_CELLS  # noqa: E402
 
 CASES = {  # number of images of 800x1333, anchors per cell
     "RetinaNet, 16 images": (16, 9),
@@ -73,7 +80,10 @@ class Scene:
         return split(self.boxes, self.sizes, self.shapes, STRIDES, assign="scale", impl=impl)
 
     def cosine(self, features, impl):
-        return cosine_loss(features, self.teacher_features, self.cells.weight, impl)
+        """Both terms of features, of foreground and background, with a gate of 1."""
+        cells = self.cells
+        cosine = standardised_cosine(features, self.teacher_features, cells.real, cells.real, impl)
+        return ((cells.weight + cells.background) * (1 - cosine)).sum()
 
     def compare(self, logits, impl):
         """Compares as FgBg does by default."""
@@ -93,15 +103,18 @@ class Scene:
         cells = self.cells.box_index.numel()
         fg, bg = (x.sum().item() for x in (self.cells.foreground, self.cells.background))
         feature, logit = CHANNELS * self.itemsize, self.anchors * CLASSES * self.itemsize
-        # Read: both maps in foreground cells, forward and backward. Written: the whole gradient.
-        cosine = 4 * fg * feature + cells * feature
+        # Read: both maps, four times. Mean and variance need a pass before the cosine. Backward,
+        # the sums per channel need a pass before the gradient. Written: the gradient.
+        cosine = (8 * (fg + bg) + cells) * feature
+        # Marks of cells, 3 sums and 2 factors per cell; moments and sums per tile and channel.
+        tiles = 4 * CHANNELS * cells * (2 * 2 * 3 / MOMENTS_CELLS + 2 * 2 / COSINE_CELLS)
+        cosine_extra = cells * (4 * 1 + 4 * (3 + 2 * 2)) + tiles
         # Read: both maps in background cells, forward and backward. In foreground cells, the score
         # of the owner's class for each anchor, in both maps. Written: the whole gradient.
         compare = 4 * bg * logit + 2 * fg * self.anchors * self.itemsize + cells * logit
         return {
             "split": (4 * cells, 4 * cells, 1),
-            # Forward, kernels also read a weight and write 3 sums. Backward, they read 2 factors.
-            "cosine": (cosine, cosine + cells * 4 * (4 + 2), 2 * len(STRIDES)),
+            "cosine": (cosine, cosine + cosine_extra, 5 * len(STRIDES)),
             # Forward, they also read the owner and write KL and qualities. Backward, a weight.
             "compare": (compare, compare + cells * 4 * (4 + 1), 2 * len(STRIDES)),
         }
@@ -143,7 +156,7 @@ def gradient(function, leaves: list, impl: str) -> tuple:
 
 def extra_memory(args) -> list[dict]:
     """Peak memory of forward and backward beyond inputs and gradient, for small maps on a CPU."""
-    scene = Scene(1, 9, (64, 96), args.dtype, "cpu")
+    scene = Scene(1, 9, (128, 192), args.dtype, "cpu")
     rows = []
     for operator, maps in (("cosine", scene.features), ("compare", scene.logits)):
         whole = sum(x.numel() * x.element_size() for x in maps)
@@ -152,7 +165,7 @@ def extra_memory(args) -> list[dict]:
             step = partial(gradient, getattr(scene, operator), leaves, impl)
             step()
             extra = peak_memory(step) / whole - 1
-            row = {"case": "1 image of 64x96", "operator": operator, "impl": impl}
+            row = {"case": "1 image of 128x192", "operator": operator, "impl": impl}
             rows.append(rounded(row | {"extra memory / maps": extra}))
     return rows
 

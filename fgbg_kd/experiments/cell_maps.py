@@ -14,7 +14,7 @@ from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
 from ..matching import dense_student, options_of_pair
 from ..methods import Batch, FgBg, build_method
-from ..ops import Split, cosine_similarity, teacher_gate
+from ..ops import Split, standardised_cosine, teacher_gate
 from ..utils.errors import CheckpointError
 
 
@@ -97,8 +97,7 @@ def cell_maps(
     cosine, adapters = None, adapters or own_adapters(distiller)
     if adapters is not None:
         adapted = [phi(f) for phi, f in zip(adapters, student.features)]
-        levels = zip(*fgbg.directions(adapted, teacher.features, cells))
-        cosine = torch.cat([cosine_similarity(s, t).flatten(1) for s, t in levels], dim=1)
+        cosine = standardised_cosine(adapted, teacher.features, cells.real, cells.real)
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
     found = batch.compare(cells, kl=fgbg.kl, temperature=fgbg.temperature)

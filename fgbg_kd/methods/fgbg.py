@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Comparison, Gate, Split, cosine_loss, standardise, teacher_gate
+from ..ops import Comparison, Gate, Split, standardised_cosine, teacher_gate
 from ..utils.processes import world_mean
 from .adapters import build_adapters
 from .base import (
@@ -134,24 +134,13 @@ class FgBg(Method):
         if not weights:
             return {}
         adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
-        maps = self.directions(adapted, batch.teacher.features, cells)
-        # Forward, the kernel reads only cells with a weight, so the two calls read each cell once.
-        return {name: cosine_loss(*maps, x) for name, x in weights.items()}
+        used = sum(weights.values()) != 0
+        cosine = standardised_cosine(adapted, batch.teacher.features, cells.real, used)
+        return {name: (x * (1 - cosine)).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""
         return batch.split("scale" if self.assign == "scale" else "all")
-
-    def directions(
-        self, adapted: list[Tensor], teacher: Sequence[Tensor], cells: Split
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level (N, C, H_l, W_l): z(phi(S)) and z(T).
-
-        Args:
-            adapted: phi(S).
-        """
-        real = cells.foreground | cells.background
-        return standardise(adapted, real), standardise(teacher, real)
 
     def compare(self, batch: Batch, cells: Split) -> Comparison:
         """Computes the KL and qualities that the terms and the gate need."""
@@ -167,7 +156,7 @@ class FgBg(Method):
     def gate_of(self, cells: Split, found: Comparison) -> Gate:
         """The gate of each cell. Without a comparison it is 1; 0 on padding."""
         if not self.gate:
-            return Gate((cells.foreground | cells.background).float())
+            return Gate(cells.real.float())
         return teacher_gate(found.student_quality, found.teacher_quality, cells)
 
 

@@ -4,7 +4,7 @@ Each file has the definition in plain PyTorch. ``x_triton.py`` has the fused ker
 """
 
 from .common import BACKGROUND, PADDING
-from .cosine import cosine_loss, cosine_similarity
+from .cosine import cosine_similarity, standardised_cosine
 from .gate import Gate, teacher_gate
 from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
 from .split import Split, pack, split
@@ -17,12 +17,12 @@ __all__ = [
     "Gate",
     "Split",
     "compare_predictions",
-    "cosine_loss",
     "cosine_similarity",
     "kl_divergence",
     "pack",
     "prediction_quality",
     "split",
     "standardise",
+    "standardised_cosine",
     "teacher_gate",
 ]

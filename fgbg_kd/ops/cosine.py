@@ -1,4 +1,4 @@
-"""The operator of features: cosine distance between the features of student and teacher."""
+"""The operator of features: cosine similarity of the features of student and teacher."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .common import MIN_SQUARE, accumulation_dtype, use_triton
+from .standardise import standardise
 
 
 def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -27,25 +28,30 @@ def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(valid, dot / norm, 0)
 
 
-def cosine_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor, impl: str = "auto"
+def standardised_cosine(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    real: Tensor,
+    used: Tensor,
+    impl: str = "auto",
 ) -> Tensor:
-    """Sum over cells of weight * (1 - cos(student, teacher)).
+    """cos(z(student), z(teacher)) of each cell, with z of :func:`fgbg_kd.ops.standardise`.
 
     Args:
-        student, teacher: per level (N, C, H_l, W_l). Only the student gets a gradient.
-        weight: (N, R), R = sum of H_l * W_l. No gradient flows into it.
+        student, teacher: per level (N, C, H_l, W_l). Only the student gets a gradient. It also
+            flows through the mean and variance of each channel.
+        real: (N, R) bool, False on padding. R = sum of H_l * W_l.
+        used: (N, R) bool, the cells whose cosine is needed. Padding is never used.
         impl: "torch": plain PyTorch, the definition; "triton": fused; "auto": Triton on CUDA.
 
     Returns:
-        Scalar in fp32 or better, in [0, 2 * weight.sum()].
+        (N, R) in fp32 or better; 0 in cells that are not used.
     """
-    weight = weight.detach()
+    used = used & real
     if use_triton(impl, student[0]):
-        from .cosine_triton import weighted_cosine  # imported on first use: Triton is optional
+        from .cosine_triton import fused_cosine  # imported on first use: Triton is optional
 
-        return weighted_cosine(list(student), list(teacher), weight)[0]
-    cosine = torch.cat(
-        [cosine_similarity(s, t.detach()).flatten(1) for s, t in zip(student, teacher)], dim=1
-    )  # (N, R)
-    return (weight * (1 - cosine)).sum()
+        return fused_cosine(list(student), list(teacher), real, used)
+    maps = zip(standardise(student, real), standardise([t.detach() for t in teacher], real))
+    cosine = torch.cat([cosine_similarity(s, t).flatten(1) for s, t in maps], dim=1)  # (N, R)
+    return torch.where(used, cosine, 0)

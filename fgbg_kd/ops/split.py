@@ -45,6 +45,11 @@ class Split(NamedTuple):
         return self.box_index == BACKGROUND
 
     @property
+    def real(self) -> Tensor:
+        """(N, R) bool, all cells but padding."""
+        return self.box_index != PADDING
+
+    @property
     def _owner_index(self) -> Tensor:
         """(N, R) int64, ``box_index`` with 0 for cells without a box."""
         return self.box_index.clamp(min=0).long()

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from .common import accumulation_dtype, per_level
 
+# Added to the variance, as batch normalisation does.
+EPS = 1e-5
 
-def standardise(features: Sequence[Tensor], real: Tensor, eps: float = 1e-5) -> list[Tensor]:
+
+def standardise(features: Sequence[Tensor], real: Tensor, eps: float = EPS) -> list[Tensor]:
     """(x - mean) / sqrt(variance + eps) per level and channel.
 
     Mean and variance are taken over all cells of the level that are not padding, in all images of
@@ -34,14 +37,14 @@ def standardise(features: Sequence[Tensor], real: Tensor, eps: float = 1e-5) -> 
         for x, mean, mask in zip(features, means, masks)
     ]
     # Squares around the common mean, because E[x^2] - mean^2 cancels in fp32.
-    sums = _summed([x.square().sum((0, 2, 3)) for x in centred])
+    sums = summed_over_processes([x.square().sum((0, 2, 3)) for x in centred])
     scales = [(total / n + eps).rsqrt() for total, n in zip(sums, counts)]
     return [x * scale[:, None, None] for x, scale in zip(centred, scales)]
 
 
 def _means(features: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list, list]:
     """Per level the number of cells (1,), at least 1, and the mean (C,), over all processes."""
-    sums = _summed(
+    sums = summed_over_processes(
         [
             torch.cat([mask.sum().to(x.dtype)[None], torch.where(mask, x, 0).sum((0, 2, 3))])
             for x, mask in zip(features, masks)
@@ -51,7 +54,7 @@ def _means(features: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list, l
     return counts, [x[1:] / n for x, n in zip(sums, counts)]
 
 
-def _summed(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+def summed_over_processes(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     """The sums of vectors over all processes, with a gradient, by one exchange."""
     if comm.get_world_size() == 1:
         return parts

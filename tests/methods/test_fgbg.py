@@ -18,7 +18,7 @@ from fgbg_kd.ops import (
     Comparison,
     Gate,
     compare_predictions,
-    cosine_loss,
+    cosine_similarity,
     kl_divergence,
     split,
     standardise,
@@ -214,10 +214,11 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         if o["assign"] == "teacher":
             cells = cells.weighted(found.teacher_quality)
         real = torch.ones(1, 20, dtype=torch.bool)
-        maps = [standardise(x, real) for x in (s.features, t.features)]
-        fg = cosine_loss(*maps, cells.weight * gate) / cells.weight.sum()
+        maps = zip(standardise(s.features, real), standardise(t.features, real))
+        cosine = torch.cat([cosine_similarity(*x).flatten(1) for x in maps], 1)
+        fg = (cells.weight * gate * (1 - cosine)).sum() / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
-        bg_features = cosine_loss(*maps, cells.background * gate) / cells.background.sum()
+        bg_features = (gate * (1 - cosine))[cells.background].sum() / cells.background.sum()
         bg_features = bg_features * (cells.weight * lead).sum() / cells.weight.sum()
         return {
             "loss_kd_fg": o["fg_weight"] * fg,

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import in_two_processes
+from torch import distributed
 from torch.autograd import gradcheck
 
 from fgbg_kd.ops import (
@@ -9,9 +11,9 @@ from fgbg_kd.ops import (
     PADDING,
     Split,
     compare_predictions,
-    cosine_loss,
     kl_divergence,
     split,
+    standardised_cosine,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +39,15 @@ def make_weight(kind, n, cells):
 
 def layout(x, channels_last):
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def cosine_sum(student, teacher, weight, impl="auto"):
+    """Sum of weight * (1 - cos). The first cell is padding; cells of weight 0 are not used."""
+    real = torch.ones_like(weight, dtype=torch.bool)
+    if real.shape[1] > 1:
+        real[0, 0] = False
+    cosine = standardised_cosine(student, teacher, real, weight != 0, impl)
+    return (weight * real * (1 - cosine)).sum()
 
 
 def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
@@ -111,7 +122,7 @@ def test_cosine_equals_a_float64_reference(shape, dtype, weights, channels_last)
 
     def function(features, impl, wide=False):
         target = [t.double() for t in teacher] if wide else teacher
-        return cosine_loss(features, target, weight.double() if wide else weight, impl)
+        return cosine_sum(features, target, weight.double() if wide else weight, impl)
 
     check(function, student, [s.double() for s in student])
 
@@ -124,17 +135,19 @@ def test_cosine_gradcheck_through_the_kernels():
     ]
     teacher = [randn(1, 3, 2, 2, seed=3), randn(1, 3, 1, 1, seed=4)]
     weight = make_weight("mixed", 1, 5).double()
-    assert gradcheck(lambda *s: cosine_loss(s, teacher, weight, "triton"), student)
+    assert gradcheck(lambda *s: cosine_sum(s, teacher, weight, "triton"), student)
 
 
-def test_fused_cosine_does_not_read_cells_of_weight_zero_and_takes_zero_vectors():
+def test_fused_cosine_does_not_read_padding_and_takes_zero_vectors():
     student, teacher = randn(1, 5, 2, 2, seed=1).float(), randn(1, 5, 2, 2, seed=2).float()
-    student[0, :, 0, 0] = float("nan")
-    student[0, :, 1, 1] = 0
-    weight = torch.tensor([[0.0, 1, 1, 1]], device=DEVICE)
-    loss, (grad,) = run(lambda s: cosine_loss(s, [teacher], weight, "triton"), [student])
+    student[0, :, 0, 0] = teacher[0, :, 0, 0] = float("nan")
+    one = torch.ones(1, 5, 1, 1, device=DEVICE)  # the only cell of its level: 0 after scaling
+    weight = torch.ones(1, 5, device=DEVICE)
+    loss, (grad, of_one) = run(
+        lambda s: cosine_sum(s, [teacher, one], weight, "triton"), [student, one]
+    )
     assert loss.isfinite() and grad.isfinite().all()
-    assert (grad[0, :, 0, 0] == 0).all() and (grad[0, :, 1, 1] == 0).all()
+    assert (grad[0, :, 0, 0] == 0).all() and (of_one == 0).all()
     assert (grad[0, :, 0, 1] != 0).all()
 
 
@@ -143,7 +156,7 @@ def test_weights_of_cells_may_lie_in_any_order_in_memory():
     weight = make_weight("mixed", 6, 2).T
     assert not weight.is_contiguous()
     results = [
-        run(lambda s, i=impl: cosine_loss(s, [teacher], weight, i), [student])
+        run(lambda s, i=impl: cosine_sum(s, [teacher], weight, i), [student])
         for impl in ("torch", "triton")
     ]
     torch.testing.assert_close(results[1], results[0])
@@ -152,7 +165,7 @@ def test_weights_of_cells_may_lie_in_any_order_in_memory():
 def test_the_same_input_gives_the_same_bits():
     student, teacher = randn(2, 9, 7, 5, seed=1).float(), randn(2, 9, 7, 5, seed=2).float()
     weight = make_weight("mixed", 2, 35)
-    results = [run(lambda s: cosine_loss(s, [teacher], weight, "triton"), [student]) for _ in "ab"]
+    results = [run(lambda s: cosine_sum(s, [teacher], weight, "triton"), [student]) for _ in "ab"]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1][0], results[1][1][0])
 
@@ -160,14 +173,62 @@ def test_the_same_input_gives_the_same_bits():
 @pytest.mark.slow
 def test_cosine_operator_is_registered_soundly():
     """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
-    from fgbg_kd.ops.cosine_triton import weighted_cosine
+    from fgbg_kd.ops.cosine_triton import cosine_grad, cosine_of, cosine_sums
+    from fgbg_kd.ops.standardise_triton import channel_statistics, moments
 
-    arguments = (
-        [randn(2, 3, 2, 2, seed=1).float().requires_grad_()],
-        [randn(2, 3, 2, 2, seed=2).float()],
-        make_weight("all", 2, 4),
-    )
-    torch.library.opcheck(weighted_cosine, arguments)
+    student = [randn(2, 3, 2, 2, seed=1).float().requires_grad_()]
+    teacher = [randn(2, 3, 2, 2, seed=2).float()]
+    marks = torch.full((2, 4), 2, dtype=torch.int8, device=DEVICE)
+    stats = [channel_statistics(x, marks) for x in (student, teacher)]
+    torch.library.opcheck(moments, (teacher, marks))
+    torch.library.opcheck(cosine_of, (student, teacher, marks, *stats))
+    factors, detached = randn(2, 2, 4, seed=3).float(), [x.detach() for x in student]
+    torch.library.opcheck(cosine_sums, (detached, teacher, factors, *stats))
+    means = [randn(2, 3, seed=4).float()]
+    torch.library.opcheck(cosine_grad, (detached, teacher, factors, marks, *stats, means))
+
+
+def _worker(rank, folder):
+    distributed.init_process_group("gloo")
+    part = slice(0, 1) if rank == 0 else slice(1, 3)
+    torch.save(cosines_and_gradient(part), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def cosines_and_gradient(part):
+    """Fused cosines and gradient for the images of a process; the third image is half padding."""
+    maps = (randn(3, 4, 3, 4, seed=1), randn(3, 4, 3, 4, seed=2), randn(3, 12, seed=3))
+    student, teacher, weight = (x[part] for x in maps)
+    real = torch.ones(3, 12, dtype=torch.bool, device=DEVICE)
+    real[2, 6:] = False
+    student = student.clone().requires_grad_()
+    cosine = standardised_cosine([student], [teacher], real[part], weight > -1, "triton")
+    (weight * cosine).sum().backward()
+    return cosine.detach(), student.grad
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_cosines_and_gradients_of_one(tmp_path):
+    """Mean and variance are over all processes, and so is their gradient."""
+    in_two_processes(_worker, str(tmp_path))
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for whole, *both in zip(cosines_and_gradient(slice(0, 3)), *parts):
+        torch.testing.assert_close(torch.cat(both), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_channel_statistics_keep_a_small_spread_beside_a_large_mean():
+    """The tiles are combined around the common mean, so nothing cancels."""
+    from fgbg_kd.ops.standardise_triton import CELLS, channel_statistics
+
+    x = 1000 + 0.01 * randn(2, 3, 7, CELLS // 5, seed=1).float()
+    marks = (randn(2, 7 * (CELLS // 5), seed=2) > -1).to(torch.int8)
+    mean, scale, inverse = channel_statistics([x], marks)[0]
+    inside = x.double().flatten(2).transpose(1, 2)[marks != 0]
+    expected = (inside.var(0, correction=0) + 1e-5).rsqrt()
+    assert 1 / inverse[0].item() == pytest.approx(len(inside))
+    torch.testing.assert_close(mean.double(), inside.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scale.double(), expected, rtol=1e-3, atol=0)
 
 
 KL_SHAPES = [(1, 1, SHAPES[0][2]), (2, 5, SHAPES[1][2]), (1, 33, [(4, 3)])]
@@ -220,7 +281,7 @@ def test_maps_may_be_cut_out_or_transposed(loss, cut):
 
     def function(x):
         if loss == "cosine":
-            return cosine_loss([x], [other], weight, "triton")
+            return cosine_sum([x], [other], weight, "triton")
         return kl_sum([x], [other], weight, other.shape[1], impl="triton")
 
     expected, (grad,) = run(lambda x: function(cut(x[0]).contiguous()), [wide])
@@ -410,10 +471,10 @@ def test_the_losses_compile_without_a_graph_break():
     cells, classes, (student, teacher) = one_box_scene()
 
     def loss(maps):
-        cosine = cosine_loss(maps, teacher, cells.weight, "triton")
+        cosine = standardised_cosine(maps, teacher, cells.real, cells.foreground, "triton")
         found = compare_predictions(maps, teacher, cells, classes, 3, impl="triton")
         gate = (found.teacher_quality > found.student_quality).float()
-        return cosine + (gate * found.kl).sum()
+        return (cells.weight * (1 - cosine) + gate * found.kl).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     expected, grads = run(loss, student)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from fgbg_kd.ops import cosine_loss, cosine_similarity, kl_divergence
+from fgbg_kd.ops import cosine_similarity, kl_divergence, standardise, standardised_cosine
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -21,9 +21,7 @@ def test_cosine_by_hand():
     s = torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1)
     t = torch.tensor([4.0, 3.0]).reshape(1, 2, 1, 1)
     assert cosine_similarity(s, t).item() == pytest.approx(24 / 25)
-    weight = torch.tensor([[2.0]])
-    assert cosine_loss([s], [t], weight).item() == pytest.approx(2 / 25)
-    assert cosine_loss([s], [-s], weight).item() == pytest.approx(4)
+    assert cosine_similarity(s, -s).item() == pytest.approx(-1)
 
 
 def test_cosine_is_torchs():
@@ -37,19 +35,17 @@ def test_cosine_sees_direction_not_length():
 
 
 def test_cosine_gradient():
-    s = [randn(2, 3, 2, 3).requires_grad_(), randn(2, 3, 1, 1, seed=2).requires_grad_()]
-    t = [randn(2, 3, 2, 3, seed=1), randn(2, 3, 1, 1, seed=3)]
-    weight = randn(2, 7, seed=4).abs()
-    assert gradcheck(lambda *x: cosine_loss(x, t, weight), s)
+    s, t = randn(2, 3, 2, 3).requires_grad_(), randn(2, 3, 2, 3, seed=1)
+    assert gradcheck(lambda x: cosine_similarity(x, t), s)
 
 
-def test_zero_vectors_give_a_finite_loss_and_no_gradient():
+def test_zero_vectors_have_the_cosine_0_and_no_gradient():
     s = torch.zeros(1, 4, 1, 3, requires_grad=True)
     t = torch.zeros(1, 4, 1, 3)
     t[..., 0] = 1.0
-    loss = cosine_loss([s], [t], torch.ones(1, 3))
-    loss.backward()
-    assert loss.item() == 3 and (s.grad == 0).all()
+    cosine = cosine_similarity(s, t)
+    cosine.sum().backward()
+    assert (cosine == 0).all() and (s.grad == 0).all()
 
 
 def test_cosine_of_half_precision_is_summed_in_fp32():
@@ -61,10 +57,39 @@ def test_cosine_of_half_precision_is_summed_in_fp32():
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_cells_of_weight_zero_get_no_gradient():
-    s, t = randn(1, 3, 1, 2).requires_grad_(), randn(1, 3, 1, 2, seed=1)
-    cosine_loss([s], [t], torch.tensor([[1.0, 0.0]])).backward()
-    assert (s.grad[..., 0] != 0).all() and (s.grad[..., 1] == 0).all()
+def scene(impl="torch"):
+    """Two levels, padding in the second image, unused cells. Returns cosine and its inputs."""
+    s = [randn(2, 3, 2, 3).requires_grad_(), randn(2, 3, 1, 2, seed=2).requires_grad_()]
+    t = [randn(2, 3, 2, 3, seed=1), randn(2, 3, 1, 2, seed=3)]
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[1, [2, 5]] = False
+    used = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) < 0.6
+    return standardised_cosine(s, t, real, used, impl), s, t, real, used
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_standardised_cosine_is_the_cosine_of_standardised_features(impl):
+    got, s, t, real, used = scene(impl)
+    maps = zip(standardise(s, real), standardise(t, real))
+    expected = torch.cat([cosine_similarity(a, b).flatten(1) for a, b in maps], 1)
+    assert (used & ~real).any()
+    torch.testing.assert_close(got, expected * (used & real))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_standardised_cosine_does_not_depend_on_scale_and_offset_of_a_channel(impl):
+    s, t = randn(2, 5, 3, 4), randn(2, 5, 3, 4, seed=1)
+    every = torch.ones(2, 12, dtype=torch.bool)
+    scale, offset = randn(5, 1, 1, seed=2).abs() + 1, randn(5, 1, 1, seed=3)
+    got = standardised_cosine([scale * s + offset], [t], every, every, impl)
+    expected = standardised_cosine([s], [t], every, every, impl)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_standardised_cosine_gradient(impl):
+    _, s, t, real, used = scene()
+    assert gradcheck(lambda *x: standardised_cosine(x, t, real, used, impl), s)
 
 
 # --- KL ---
@@ -112,21 +137,32 @@ def test_a_temperature_divides_both_logits_and_its_square_multiplies_the_kl(kind
     torch.testing.assert_close(kl_divergence(s, t, 3, kind, temperature), expected)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
+def test_a_vector_has_a_direction_down_to_a_length_of_1e_6():
     t = torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1)
-    weight = torch.ones(1, 1)
-    for length, expected in ((3e-6, 0.0), (3e-7, 1.0)):
+    for length, expected in ((3e-6, 1.0), (3e-7, 0.0)):
         short = length * t / 5
-        assert cosine_loss([short], [t], weight, impl).item() == pytest.approx(expected, abs=1e-4)
-        assert cosine_loss([t], [short], weight, impl).item() == pytest.approx(expected, abs=1e-4)
+        assert cosine_similarity(short, t).item() == pytest.approx(expected, abs=1e-4)
+        assert cosine_similarity(t, short).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_no_gradient_flows_into_teacher_or_weight():
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_standardised_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
+    """Two cells of opposite features. Their variance is far below eps: z divides by sqrt(eps)."""
+    t = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64).reshape(1, 2, 1, 2)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    for length, expected in ((3e-6, 1.0), (3e-7, 0.0)):
+        short = length * (1e-5 / 2) ** 0.5 * t
+        for pair in (([short], [t]), ([t], [short])):
+            got = standardised_cosine(*pair, every, every, impl)
+            torch.testing.assert_close(got, torch.full_like(got, expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_no_gradient_flows_into_the_teacher(impl):
     s, t = randn(1, 3, 2, 2).requires_grad_(), randn(1, 3, 2, 2, seed=1).requires_grad_()
-    weight = randn(1, 4, seed=2).abs().requires_grad_()
-    cosine_loss([s], [t], weight).backward()
-    assert s.grad.abs().sum() > 0 and t.grad is None and weight.grad is None
+    every = torch.ones(1, 4, dtype=torch.bool)
+    (standardised_cosine([s], [t], every, every, impl) * randn(1, 4, seed=2)).sum().backward()
+    assert s.grad.abs().sum() > 0 and t.grad is None
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
