@@ -22,7 +22,7 @@ def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:
     s, t = student.to(dtype), teacher.to(dtype)
     dot = (s * t).sum(1)  # (N, H, W)
     ss, tt = s.square().sum(1), t.square().sum(1)
-    valid = (ss > MIN_SQUARE) & (tt > MIN_SQUARE)
+    valid = ~((ss <= MIN_SQUARE) | (tt <= MIN_SQUARE))  # a NaN stays visible in the loss
     # The inner `where` keeps the gradient of the unused branch finite.
     norm = torch.where(valid, ss, 1).sqrt() * torch.where(valid, tt, 1).sqrt()
     return torch.where(valid, dot / norm, 0)
@@ -46,7 +46,18 @@ def standardised_cosine(
 
     Returns:
         (N, R) in fp32 or better; 0 in cells that are not used.
+
+    Raises:
+        ValueError: the shapes do not agree.
     """
+    shapes = [tuple(x.shape) for x in student]
+    cells = (len(student[0]), sum(h * w for *_, h, w in shapes))
+    found = [[tuple(x.shape) for x in teacher], tuple(real.shape), tuple(used.shape)]
+    if found != [shapes, cells, cells]:
+        raise ValueError(
+            f"The student's maps have the shapes {shapes}. The teacher's maps must have the same "
+            f"shapes, and real and used {cells}. They have {found[0]}, {found[1]} and {found[2]}."
+        )
     used = used & real
     if use_triton(impl, student[0]):
         from .cosine_triton import fused_cosine  # imported on first use: Triton is optional

@@ -248,7 +248,10 @@ def cosine_of(
     s_stats: Sequence[Tensor],
     t_stats: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The (N, R) cosines, 0 in unused cells, and the (3, N, R) sums for the gradient."""
+    """The (N, R) cosines, 0 in unused cells, and the (3, N, R) sums for the gradient.
+
+    The gradient takes ``s_stats`` for the statistics of ``student``, and flows through them.
+    """
     marks = marks.contiguous()
     dtype = accumulation_dtype(student[0], teacher[0])
     sums = marks.new_empty(3, *marks.shape, dtype=dtype)
@@ -272,7 +275,7 @@ def _(student, teacher, marks, s_stats, t_stats):
 
 def _cosine(sums: Tensor):
     dot, ss, tt = sums
-    valid = (ss > MIN_SQUARE) & (tt > MIN_SQUARE)
+    valid = ~((ss <= MIN_SQUARE) | (tt <= MIN_SQUARE))  # a NaN stays visible in the loss
     ss, tt = torch.where(valid, ss, 1), torch.where(valid, tt, 1)
     inverse = (ss * tt).rsqrt() if ss.dtype == torch.float64 else ss.rsqrt() * tt.rsqrt()
     cosine = torch.where(valid, dot * inverse, 0)
@@ -308,5 +311,5 @@ def fused_cosine(
     """:func:`fgbg_kd.ops.standardised_cosine` by kernels. ``used`` is within ``real``."""
     marks = real.to(torch.int8) + used.to(torch.int8)
     dtype = accumulation_dtype(student[0], teacher[0])
-    stats = [[x.to(dtype) for x in channel_statistics(maps, marks)] for maps in (student, teacher)]
-    return cosine_of(student, teacher, marks, *stats)[0]
+    stats = [x.to(dtype) for x in channel_statistics([*student, *teacher], marks)]
+    return cosine_of(student, teacher, marks, stats[: len(student)], stats[len(student) :])[0]

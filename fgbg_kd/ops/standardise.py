@@ -25,8 +25,9 @@ def standardise(features: Sequence[Tensor], real: Tensor, eps: float = EPS) -> l
         real: (N, R) bool, False on padding.
 
     Returns:
-        Per level (N, C, H_l, W_l), in fp32 or better; 0 on padding. The gradient also flows through
-        mean and variance. A level with one cell is 0.
+        Per level (N, C, H_l, W_l), in fp32 or better; 0 on padding, and in a channel that is
+        constant up to rounding, such as any channel of a level with one cell. The gradient also
+        flows through mean and variance.
     """
     shapes = [tuple(x.shape[-2:]) for x in features]
     masks = per_level(real[..., None], shapes)  # (N, 1, H_l, W_l)
@@ -38,8 +39,17 @@ def standardise(features: Sequence[Tensor], real: Tensor, eps: float = EPS) -> l
     ]
     # Squares around the common mean, because E[x^2] - mean^2 cancels in fp32.
     sums = summed_over_processes([x.square().sum((0, 2, 3)) for x in centred])
-    scales = [(total / n + eps).rsqrt() for total, n in zip(sums, counts)]
+    scales = [scale_of(x / n, mean, eps) for x, n, mean in zip(sums, counts, means)]
     return [x * scale[:, None, None] for x, scale in zip(centred, scales)]
+
+
+def scale_of(variance: Tensor, mean: Tensor, eps: float = EPS) -> Tensor:
+    """1 / sqrt(variance + eps) of each channel; 0 if its spread is only the rounding of its mean.
+
+    Scaled up, rounding would be a random direction.
+    """
+    rounding = (16 * torch.finfo(mean.dtype).eps * mean.detach()).square()
+    return torch.where(variance > rounding, (variance + eps).rsqrt(), 0)
 
 
 def _means(features: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list, list]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import accumulation_dtype, levels, on_device_of, triton_dtype
-from .standardise import EPS, summed_over_processes
+from .standardise import scale_of, summed_over_processes
 
 # Size of a tile. Three numbers are stored for each channel of a tile, so a tile has many cells.
 CELLS, CHANNELS = 256, 16
@@ -52,16 +52,17 @@ def moments_kernel(
 
 
 @torch.library.custom_op("fgbg_kd::moments", mutates_args=())
-def moments(features: Sequence[Tensor], marks: Tensor) -> list[Tensor]:
-    """Per level (3, tiles * N, C): count, mean and sum of squared differences of each tile.
+def moments(maps: Sequence[Tensor], marks: Tensor) -> list[Tensor]:
+    """For each map (3, tiles * N, C): count, mean and sum of squared differences of each tile.
 
     Args:
-        features: per level (N, C, H_l, W_l).
+        maps: (N, C, H_l, W_l) for each level, of one detector or of several, one after another.
         marks: (N, R) int8, 0 on padding.
     """
     marks, found = marks.contiguous(), []
     with on_device_of(marks):
-        for (first, n, c, h, w), x in zip(levels(features), features):
+        for (first, n, c, h, w), x in zip(levels(maps), maps):
+            first %= marks.shape[1]  # the next detector's levels begin at cell 0 again
             tiles = triton.cdiv(h * w, CELLS)
             out = x.new_empty(3, tiles * n, c, dtype=accumulation_dtype(x))
             flat = x.flatten(2)
@@ -74,20 +75,23 @@ def moments(features: Sequence[Tensor], marks: Tensor) -> list[Tensor]:
 
 
 @moments.register_fake
-def _(features, marks):
+def _(maps, marks):
     return [
         x.new_empty(3, triton.cdiv(h * w, CELLS) * n, c, dtype=accumulation_dtype(x))
-        for (_, n, c, h, w), x in zip(levels(features), features)
+        for (_, n, c, h, w), x in zip(levels(maps), maps)
     ]
 
 
-def channel_statistics(features: Sequence[Tensor], marks: Tensor) -> list[Tensor]:
-    """Per level (3, C): mean, 1 / sqrt(variance + eps), 1 / number of cells, over all processes.
+def channel_statistics(maps: Sequence[Tensor], marks: Tensor) -> list[Tensor]:
+    """For each map (3, C): mean, scale, 1 / number of cells, over all processes.
+
+    The scale is :func:`fgbg_kd.ops.standardise.scale_of`. Maps of student and teacher need one
+    call, so that processes exchange sums twice only.
 
     Args:
-        features, marks: as for :func:`moments`. No gradient flows into them.
+        maps, marks: as for :func:`moments`. No gradient flows into them.
     """
-    tiles = moments([x.detach() for x in features], marks)
+    tiles = moments([x.detach() for x in maps], marks)
     totals = summed_over_processes(
         [torch.cat([n.sum(0), (n * mean).sum(0)]) for n, mean, _ in tiles]
     )
@@ -100,6 +104,6 @@ def channel_statistics(features: Sequence[Tensor], marks: Tensor) -> list[Tensor
         ]
     )
     return [
-        torch.stack([mean, (square / n + EPS).rsqrt(), 1 / n])
+        torch.stack([mean, scale_of(square / n, mean), 1 / n])
         for mean, square, n in zip(means, squares, counts)
     ]

@@ -9,9 +9,17 @@ from torch.nn import functional as F
 
 from fgbg_kd.ops import cosine_similarity, kl_divergence, standardise, standardised_cosine
 
+# Triton's interpreter runs the kernels if there is no GPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype).to(DEVICE)
+
+
+def all_cells(n, cells):
+    return torch.ones(n, cells, dtype=torch.bool, device=DEVICE)
 
 
 # --- cosine ---
@@ -61,9 +69,9 @@ def scene(impl="torch"):
     """Two levels, padding in the second image, unused cells. Returns cosine and its inputs."""
     s = [randn(2, 3, 2, 3).requires_grad_(), randn(2, 3, 1, 2, seed=2).requires_grad_()]
     t = [randn(2, 3, 2, 3, seed=1), randn(2, 3, 1, 2, seed=3)]
-    real = torch.ones(2, 8, dtype=torch.bool)
+    real = all_cells(2, 8)
     real[1, [2, 5]] = False
-    used = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) < 0.6
+    used = randn(2, 8, seed=4) < 0.3
     return standardised_cosine(s, t, real, used, impl), s, t, real, used
 
 
@@ -79,7 +87,7 @@ def test_standardised_cosine_is_the_cosine_of_standardised_features(impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_standardised_cosine_does_not_depend_on_scale_and_offset_of_a_channel(impl):
     s, t = randn(2, 5, 3, 4), randn(2, 5, 3, 4, seed=1)
-    every = torch.ones(2, 12, dtype=torch.bool)
+    every = all_cells(2, 12)
     scale, offset = randn(5, 1, 1, seed=2).abs() + 1, randn(5, 1, 1, seed=3)
     got = standardised_cosine([scale * s + offset], [t], every, every, impl)
     expected = standardised_cosine([s], [t], every, every, impl)
@@ -148,8 +156,8 @@ def test_a_vector_has_a_direction_down_to_a_length_of_1e_6():
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_standardised_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
     """Two cells of opposite features. Their variance is far below eps: z divides by sqrt(eps)."""
-    t = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64).reshape(1, 2, 1, 2)
-    every = torch.ones(1, 2, dtype=torch.bool)
+    t = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64, device=DEVICE).reshape(1, 2, 1, 2)
+    every = all_cells(1, 2)
     for length, expected in ((3e-6, 1.0), (3e-7, 0.0)):
         short = length * (1e-5 / 2) ** 0.5 * t
         for pair in (([short], [t]), ([t], [short])):
@@ -158,9 +166,45 @@ def test_a_standardised_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_feature_that_is_not_a_number_stays_visible_in_the_cosine(impl, whose):
+    maps = {"student": randn(1, 3, 2, 3), "teacher": randn(1, 3, 2, 3, seed=1)}
+    maps[whose][0, 1, 1, 1] = torch.nan
+    cosine = standardised_cosine(*([x] for x in maps.values()), *[all_cells(1, 6)] * 2, impl)
+    assert cosine.isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("constant", [0.1, 3.3, 100.0])
+def test_a_constant_map_has_no_direction_and_no_gradient(impl, constant):
+    s = torch.full((4, 16, 5, 7), constant, device=DEVICE).requires_grad_()
+    t = randn(4, 16, 5, 7, dtype=torch.float32)
+    cosine = standardised_cosine([s], [t], all_cells(4, 35), all_cells(4, 35), impl)
+    cosine.sum().backward()
+    assert (cosine == 0).all() and (s.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "student, teacher, cells",
+    [
+        ([(1, 2, 3, 3)], [(1, 3, 3, 3)], (1, 9)),
+        ([(1, 2, 3, 3)], [(1, 2, 4, 3)], (1, 9)),
+        ([(1, 2, 3, 3)], [(1, 2, 3, 3), (1, 2, 1, 1)], (1, 9)),
+        ([(1, 2, 3, 3)], [(1, 2, 3, 3)], (1, 8)),
+        ([(1, 2, 3, 3)], [(1, 2, 3, 3)], (2, 9)),
+    ],
+)
+def test_maps_and_masks_that_do_not_agree_are_refused(impl, student, teacher, cells):
+    maps = ([randn(*shape) for shape in shapes] for shapes in (student, teacher))
+    with pytest.raises(ValueError, match="shapes"):
+        standardised_cosine(*maps, all_cells(*cells), all_cells(*cells), impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_no_gradient_flows_into_the_teacher(impl):
     s, t = randn(1, 3, 2, 2).requires_grad_(), randn(1, 3, 2, 2, seed=1).requires_grad_()
-    every = torch.ones(1, 4, dtype=torch.bool)
+    every = all_cells(1, 4)
     (standardised_cosine([s], [t], every, every, impl) * randn(1, 4, seed=2)).sum().backward()
     assert s.grad.abs().sum() > 0 and t.grad is None
 
