@@ -29,6 +29,7 @@ from fgbg_kd.experiments.compare_methods import (
     fill_document,
     tables_of,
 )
+from fgbg_kd.experiments.method_specs import one_spelling
 from fgbg_kd.utils.errors import FgBgError
 
 TRAIN_NET = Path(__file__).with_name("train_net.py")
@@ -86,7 +87,7 @@ def main() -> None:
         return
     comparison = Comparison(
         config_file=args.config_file,
-        methods=list(dict.fromkeys(" ".join(spec.split()) for spec in args.methods)),
+        methods=list(dict.fromkeys(map(one_spelling, args.methods))),
         output=args.output or Path("output", "compare", Path(args.config_file).stem),
         seeds=args.seeds,
         overrides=args.set,

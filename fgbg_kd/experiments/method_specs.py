@@ -21,6 +21,25 @@ _NO_OPTIONS = {
 }
 
 
+def one_spelling(spec: str) -> str:
+    """The spec with single spaces and short numbers, so that a method has one name and one folder.
+
+    Example:
+        >>> one_spelling("FGD  WEIGHT=3e-3")
+        'FGD WEIGHT=0.003'
+    """
+
+    def of_option(text: str) -> str:
+        key, equals, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:  # a word, such as False
+            return text
+        return f"{key}{equals}{short(number)}" if float(short(number)) == number else text
+
+    return " ".join(map(of_option, spec.split()))
+
+
 def method_overrides(cfg, spec: str) -> list[str]:
     """The config overrides that train a student with a method.
 

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, read_config
-from fgbg_kd.experiments.method_specs import method_overrides
+from fgbg_kd.experiments.method_specs import method_overrides, one_spelling
 from fgbg_kd.experiments.runner import Runner
 from fgbg_kd.experiments.settings import task_of
 from fgbg_kd.experiments.teacher_runs import teacher_evaluation, train_or_find_teacher
@@ -49,6 +49,20 @@ def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
     assert overrides[-len(expected) :] == expected
     merge_overrides(distil_cfg, overrides)
     assert spec.startswith("plain") or distil_cfg.MODEL.KD.METHOD == spec.split()[0]
+
+
+@pytest.mark.parametrize(
+    "typed, name",
+    [
+        ("FGD  WEIGHT=3e-3", "FGD WEIGHT=0.003"),
+        ("PKD WEIGHT=20.0", "PKD WEIGHT=20"),
+        ("FgBg GATE=False BG_WEIGHT=0", "FgBg GATE=False BG_WEIGHT=0"),
+        ("PKD WEIGHT=0.12345678", "PKD WEIGHT=0.12345678"),  # all its digits
+        ("PKD WEIGHT", "PKD WEIGHT"),
+    ],
+)
+def test_a_method_has_one_name_however_its_numbers_are_written(typed, name):
+    assert one_spelling(typed) == name
 
 
 @pytest.mark.parametrize(
