@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Times the operators (split, cosine, compare) and counts the bytes that they read and write.
+"""Times the operators (split, features, predictions) and counts the bytes that they read and write.
 
 Example:
     tools/benchmark_ops.py --plot ops.png         times on the shapes of an FPN; needs a GPU
@@ -36,12 +36,12 @@ from _benchmark import (  # noqa: E402
 )
 
 from fgbg_kd.ops import (  # noqa: E402
+    compare_features,
     compare_predictions,
     split,
-    standardised_cosine,
     teacher_gate,
 )
-from fgbg_kd.ops.cosine_triton import CELLS as COSINE_CELLS  # noqa: E402
+from fgbg_kd.ops.features_triton import CELLS as FEATURES_CELLS  # noqa: E402
 from fgbg_kd.ops.standardise_triton import CELLS as MOMENTS_CELLS  # noqa: E402
 
 CASES = {  # number of images of 800x1333, anchors per cell
@@ -73,19 +73,21 @@ class Scene:
                 for h, w in self.shapes
             ]
 
-        self.features, self.teacher_features = maps(CHANNELS), maps(CHANNELS)
+        self.student_features, self.teacher_features = maps(CHANNELS), maps(CHANNELS)
         self.logits, self.teacher_logits = maps(anchors * CLASSES), maps(anchors * CLASSES)
 
     def split(self, impl):
         return split(self.boxes, self.sizes, self.shapes, STRIDES, assign="scale", impl=impl)
 
-    def cosine(self, features, impl):
+    def features(self, features, impl):
         """Both terms of features, of foreground and background, with a gate of 1."""
         cells = self.cells
-        cosine = standardised_cosine(features, self.teacher_features, cells.real, cells.real, impl)
-        return ((cells.weight + cells.background) * (1 - cosine)).sum()
+        cosine, distance = compare_features(
+            features, self.teacher_features, cells.real, cells.real, impl
+        )
+        return (cells.weight * distance + cells.background * (1 - cosine)).sum()
 
-    def compare(self, logits, impl):
+    def predictions(self, logits, impl):
         """Compares as FgBg does by default."""
         found = compare_predictions(
             logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
@@ -103,20 +105,20 @@ class Scene:
         cells = self.cells.box_index.numel()
         fg, bg = (x.sum().item() for x in (self.cells.foreground, self.cells.background))
         feature, logit = CHANNELS * self.itemsize, self.anchors * CLASSES * self.itemsize
-        # Read: both maps, four times. Mean and variance need a pass before the cosine. Backward,
+        # Read: both maps, four times. Mean and variance need a pass before the products. Backward,
         # the sums per channel need a pass before the gradient. Written: the gradient.
-        cosine = (8 * (fg + bg) + cells) * feature
+        features = (8 * (fg + bg) + cells) * feature
         # Marks of cells, 3 sums and 2 factors per cell; moments and sums per tile and channel.
-        tiles = 4 * CHANNELS * cells * (2 * 2 * 3 / MOMENTS_CELLS + 2 * 2 / COSINE_CELLS)
-        cosine_extra = cells * (4 * 1 + 4 * (3 + 2 * 2)) + tiles
+        tiles = 4 * CHANNELS * cells * (2 * 2 * 3 / MOMENTS_CELLS + 2 * 2 / FEATURES_CELLS)
+        features_extra = cells * (4 * 1 + 4 * (3 + 2 * 2)) + tiles
         # Read: both maps in background cells, forward and backward. In foreground cells, the score
         # of the owner's class for each anchor, in both maps. Written: the whole gradient.
-        compare = 4 * bg * logit + 2 * fg * self.anchors * self.itemsize + cells * logit
+        predictions = 4 * bg * logit + 2 * fg * self.anchors * self.itemsize + cells * logit
         return {
             "split": (4 * cells, 4 * cells, 1),
-            "cosine": (cosine, cosine + cosine_extra, 5 * len(STRIDES)),
+            "features": (features, features + features_extra, 5 * len(STRIDES)),
             # Forward, they also read the owner and write KL and qualities. Backward, a weight.
-            "compare": (compare, compare + cells * 4 * (4 + 1), 2 * len(STRIDES)),
+            "predictions": (predictions, predictions + cells * 4 * (4 + 1), 2 * len(STRIDES)),
         }
 
 
@@ -158,7 +160,7 @@ def extra_memory(args) -> list[dict]:
     """Peak memory of forward and backward beyond inputs and gradient, for small maps on a CPU."""
     scene = Scene(1, 9, (128, 192), args.dtype, "cpu")
     rows = []
-    for operator, maps in (("cosine", scene.features), ("compare", scene.logits)):
+    for operator, maps in (("features", scene.student_features), ("predictions", scene.logits)):
         whole = sum(x.numel() * x.element_size() for x in maps)
         leaves = [x.requires_grad_() for x in maps]
         for impl in ("torch", "triton"):
@@ -204,7 +206,7 @@ def timed(case: str, scene: Scene, args, copy: float) -> list[dict]:
     for impl in (i for i in args.impls if i != "compile"):
         measure("split", impl, "forward", lambda impl=impl: scene.split(impl))
     least = {operator: bytes_moved for operator, (bytes_moved, *_) in scene.counts().items()}
-    for operator, maps in (("cosine", scene.features), ("compare", scene.logits)):
+    for operator, maps in (("features", scene.student_features), ("predictions", scene.logits)):
         function = getattr(scene, operator)
         leaves = [x.requires_grad_() for x in maps]
         whole = sum(x.numel() * x.element_size() for x in maps)

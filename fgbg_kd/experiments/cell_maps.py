@@ -14,7 +14,7 @@ from ..detectors.load import load_exactly
 from ..distiller import FgBgDistiller
 from ..matching import dense_student, options_of_pair
 from ..methods import Batch, FgBg, build_method
-from ..ops import Split, standardised_cosine, teacher_gate
+from ..ops import Split, compare_features, teacher_gate
 from ..utils.errors import CheckpointError
 
 
@@ -97,7 +97,7 @@ def cell_maps(
     cosine, adapters = None, adapters or own_adapters(distiller)
     if adapters is not None:
         adapted = [phi(f) for phi, f in zip(adapters, student.features)]
-        cosine = standardised_cosine(adapted, teacher.features, cells.real, cells.real)
+        cosine = compare_features(adapted, teacher.features, cells.real, cells.real).cosine
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
     found = batch.compare(cells, kl=fgbg.kl, temperature=fgbg.temperature)

@@ -1,4 +1,4 @@
-"""FgBg: a cosine loss of the features, a KL of the background predictions, and a gate."""
+"""FgBg: losses of the features, a KL of the background predictions, and a gate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Comparison, Gate, Split, standardised_cosine, teacher_gate
+from ..ops import Comparison, Gate, Split, compare_features, teacher_gate
 from ..utils.processes import world_mean
 from .adapters import build_adapters
 from .base import (
@@ -19,27 +19,31 @@ from .base import (
     or_one,
 )
 
-# A bg_feature_weight that :meth:`FgBg.for_pair` replaces. Built without a pair, it counts as 0.
-BY_PAIR = -1.0
+# Values that :meth:`FgBg.for_pair` replaces. Built without a pair, they count as 0 and "cosine".
+WEIGHT_BY_PAIR, LOSS_BY_PAIR = -1.0, "auto"
 
 
 @METHOD_REGISTRY.register()
 class FgBg(Method):
     """The method of this package, after the thesis (README).
 
-    L_fg = fg_weight * sum over foreground cells of w g d / sum of w
+    L_fg = fg_weight * sum over foreground cells of w g e / sum of w
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
+    e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / 2C with FG_LOSS mse
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
-    each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`). w: weight of a cell
-    (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, :meth:`fgbg_kd.ops.Split.weighted` by the
-    teacher's quality). g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
+    each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
+    w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, it is by the teacher's
+    quality, :meth:`fgbg_kd.ops.Split.weighted`).
+    g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
     G: the mean lead of the teacher over the objects, see :class:`fgbg_kd.ops.Gate`; 0 if there are
     none. So L_bg_features is small if the teacher's scores on the objects are hardly higher than
     the student's. With GATE False, G is 1.
-    F: number of foreground cells. tau: temperature. L_bg_features is not in the thesis' abstract.
+    F: number of foreground cells. tau: temperature. L_bg_features and FG_LOSS mse are not in the
+    thesis' abstract. FG_LOSS mse also compares the direction, see
+    :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. The gate is not in the divisors, so L_fg and
@@ -56,13 +60,14 @@ class FgBg(Method):
         fg_weight: float,
         bg_weight: float,
         bg_feature_weight: float,
+        fg_loss: str,
         assign: str,
         kl: str,
         temperature: float,
         gate: bool,
     ):
         super().__init__()
-        if bg_feature_weight == BY_PAIR:
+        if bg_feature_weight == WEIGHT_BY_PAIR:
             bg_feature_weight = 0.0
         check_not_negative(
             "FGBG",
@@ -71,10 +76,12 @@ class FgBg(Method):
             bg_feature_weight=bg_feature_weight,
         )
         check_positive("FGBG", temperature=temperature)
+        check_choice("FGBG.FG_LOSS", fg_loss, (LOSS_BY_PAIR, "cosine", "mse"))
         check_choice("FGBG.ASSIGN", assign, ("teacher", "scale", "all"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, (True, False))
-        self.assign, self.kl, self.temperature, self.gate = assign, kl, temperature, gate
+        self.fg_loss, self.assign, self.gate = fg_loss, assign, gate
+        self.kl, self.temperature = kl, temperature
         weights = (fg_weight, bg_feature_weight, bg_weight)
         names = ("loss_kd_fg", "loss_kd_bg_features", "loss_kd_bg")
         self.weights = {name: weight for name, weight in zip(names, weights) if weight > 0}
@@ -89,7 +96,7 @@ class FgBg(Method):
     @classmethod
     def is_off(cls, options: dict[str, Any]) -> bool:
         others = options.get("fg_weight") == options.get("bg_weight") == 0
-        return others and options.get("bg_feature_weight") in (0, BY_PAIR)
+        return others and options.get("bg_feature_weight") in (0, WEIGHT_BY_PAIR)
 
     @classmethod
     def for_features_only(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -98,9 +105,12 @@ class FgBg(Method):
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        if options["bg_feature_weight"] != BY_PAIR:
-            return options
-        return {**options, "bg_feature_weight": 32.0 if alike else 0.0}
+        options = dict(options)
+        if options["bg_feature_weight"] == WEIGHT_BY_PAIR:
+            options["bg_feature_weight"] = 32.0 if alike else 0.0
+        if options["fg_loss"] == LOSS_BY_PAIR:
+            options["fg_loss"] = "mse" if alike else "cosine"
+        return options
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
@@ -135,8 +145,10 @@ class FgBg(Method):
             return {}
         adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
         used = sum(weights.values()) != 0
-        cosine = standardised_cosine(adapted, batch.teacher.features, cells.real, used)
-        return {name: (x * (1 - cosine)).sum() for name, x in weights.items()}
+        cosine, distance = compare_features(adapted, batch.teacher.features, cells.real, used)
+        on_objects = distance if self.fg_loss == "mse" else 1 - cosine
+        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": 1 - cosine}
+        return {name: (x * errors[name]).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""

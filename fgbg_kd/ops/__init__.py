@@ -4,7 +4,7 @@ Each file has the definition in plain PyTorch. ``x_triton.py`` has the fused ker
 """
 
 from .common import BACKGROUND, PADDING
-from .cosine import cosine_similarity, standardised_cosine
+from .features import FeatureComparison, compare_features, cosine_similarity
 from .gate import Gate, teacher_gate
 from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
 from .split import Split, pack, split
@@ -14,8 +14,10 @@ __all__ = [
     "BACKGROUND",
     "PADDING",
     "Comparison",
+    "FeatureComparison",
     "Gate",
     "Split",
+    "compare_features",
     "compare_predictions",
     "cosine_similarity",
     "kl_divergence",
@@ -23,6 +25,5 @@ __all__ = [
     "prediction_quality",
     "split",
     "standardise",
-    "standardised_cosine",
     "teacher_gate",
 ]

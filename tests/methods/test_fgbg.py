@@ -172,6 +172,7 @@ ALL_OPTIONS = {
     "fg_weight": 2.0,
     "bg_weight": 3.0,
     "bg_feature_weight": 5.0,
+    "fg_loss": "cosine",
     "assign": "scale",
     "kl": "softmax",
     "temperature": 2.0,
@@ -182,6 +183,7 @@ ALL_OPTIONS = {
 @pytest.mark.parametrize(
     "option, value",
     [
+        ("fg_loss", "mse"),
         ("assign", "all"),
         ("assign", "teacher"),
         ("kl", "sigmoid"),
@@ -214,9 +216,11 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         if o["assign"] == "teacher":
             cells = cells.weighted(found.teacher_quality)
         real = torch.ones(1, 20, dtype=torch.bool)
-        maps = zip(standardise(s.features, real), standardise(t.features, real))
+        maps = [*zip(standardise(s.features, real), standardise(t.features, real))]
         cosine = torch.cat([cosine_similarity(*x).flatten(1) for x in maps], 1)
-        fg = (cells.weight * gate * (1 - cosine)).sum() / cells.weight.sum()
+        mse = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in maps], 1)
+        error = mse / 2 if o["fg_loss"] == "mse" else 1 - cosine
+        fg = (cells.weight * gate * error).sum() / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
         bg_features = (gate * (1 - cosine))[cells.background].sum() / cells.background.sum()
         bg_features = bg_features * (cells.weight * lead).sum() / cells.weight.sum()
@@ -272,13 +276,20 @@ def test_weights_by_the_teachers_scores_need_no_gate():
     assert list(method(random_batch())[0]) == ["loss_kd_fg"]
 
 
-def test_the_features_on_the_background_depend_on_the_pair_unless_they_are_set():
+def test_the_terms_of_features_depend_on_the_pair_unless_they_are_set():
     defaults = method_defaults("FgBg")
-    weights = [FgBg.for_pair(defaults, alike=x)["bg_feature_weight"] for x in (True, False)]
-    assert weights == [32, 0]
-    assert build_method("FgBg", [4], [4]).losses == ["loss_kd_fg", "loss_kd_bg"]
-    set_by_user = defaults | {"bg_feature_weight": 3.0}
-    assert FgBg.for_pair(set_by_user, alike=False) == set_by_user
+    pairs = [FgBg.for_pair(defaults, alike=x) for x in (True, False)]
+    assert [(x["bg_feature_weight"], x["fg_loss"]) for x in pairs] == [(32, "mse"), (0, "cosine")]
+    set_by_user = defaults | {"bg_feature_weight": 3.0, "fg_loss": "cosine"}
+    assert FgBg.for_pair(set_by_user, alike=True) == set_by_user
+
+
+def test_without_a_pair_the_terms_of_features_are_those_of_different_detectors():
+    method, batch = build_method("FgBg", [4, 4], [4, 4]), random_batch()
+    assert method.losses == ["loss_kd_fg", "loss_kd_bg"]
+    different = FgBg.for_pair(method_defaults("FgBg"), alike=False)
+    expected = build_method("FgBg", [4, 4], [4, 4], **different)(batch)[0]
+    assert method(batch)[0] == expected
 
 
 def test_both_terms_divide_by_the_cells_of_all_processes(monkeypatch):
@@ -304,6 +315,7 @@ def test_a_normaliser_under_1_divides_too():
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
         ({"bg_feature_weight": -2}, "BG_FEATURE_WEIGHT is -2"),
+        ({"fg_loss": "l1"}, "MODEL.KD.FGBG.FG_LOSS is 'l1'"),
         ({"assign": "auto"}, "MODEL.KD.FGBG.ASSIGN is 'auto'"),
         ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
         ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),

@@ -13,7 +13,7 @@ import itertools, os, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fgbg_kd.ops import cosine_triton, predictions_triton, split_triton, standardise_triton
+from fgbg_kd.ops import features_triton, predictions_triton, split_triton, standardise_triton
 
 def ints(names):
     return dict.fromkeys(names.split(), "i32")
@@ -38,13 +38,13 @@ def cases():
         types |= ints("x_n x_c x_p")
         constants = {"ACC": getattr(tl, acc.replace("fp", "float")), **tile}
         yield f"moments {dtype}", standardise_triton.moments_kernel, types, constants
-        tile = {"CELLS": cosine_triton.CELLS, "CHANNELS": cosine_triton.CHANNELS}
+        tile = {"CELLS": features_triton.CELLS, "CHANNELS": features_triton.CHANNELS}
         constants = {"ACC": getattr(tl, acc.replace("fp", "float")), **tile}
         types = maps | dict.fromkeys("out factors s_stats t_stats means".split(), f"*{acc}")
         types |= {"marks": "*i8", "grad": f"*{dtype}"} | INTS | STRIDES | ints("g_n g_c g_p")
-        for name in ("forward", "sums", "backward"):
-            kernel = getattr(cosine_triton, f"cosine_{name}_kernel")
-            yield f"cosine {name} {dtype}", kernel, types, constants
+        for name in ("products", "channel_sums", "products_grad"):
+            kernel = getattr(features_triton, f"{name}_kernel")
+            yield f"{name} {dtype}", kernel, types, constants
     # Classes of a softmax, None: sigmoid; then (KL, qualities) of the comparison. Pairwise.
     passes = [
         ("fp32", None, [(1, 1), (1, 0), (0, 1)]),

@@ -10,10 +10,10 @@ from fgbg_kd.ops import (
     BACKGROUND,
     PADDING,
     Split,
+    compare_features,
     compare_predictions,
     kl_divergence,
     split,
-    standardised_cosine,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,13 +41,16 @@ def layout(x, channels_last):
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-def cosine_sum(student, teacher, weight, impl="auto"):
-    """Sum of weight * (1 - cos). The first cell is padding; cells of weight 0 are not used."""
+def features_sum(student, teacher, weight, impl="auto"):
+    """Sum of weight * (1 - cos + 3 * distance).
+
+    The first cell is padding; cells of weight 0 are not used.
+    """
     real = torch.ones_like(weight, dtype=torch.bool)
     if real.shape[1] > 1:
         real[0, 0] = False
-    cosine = standardised_cosine(student, teacher, real, weight != 0, impl)
-    return (weight * real * (1 - cosine)).sum()
+    cosine, distance = compare_features(student, teacher, real, weight != 0, impl)
+    return (weight * real * (1 - cosine + 3 * distance)).sum()
 
 
 def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
@@ -92,7 +95,7 @@ def check(function, student, reference_inputs):
         assert (f.double() - e).abs().max() <= bound
 
 
-# Every pair of values of two parameters occurs (for cosine and KL: shape, dtype, weights, layout).
+# Every pair of values of two parameters occurs (features and KL: shape, dtype, weights, layout).
 COSINE_CASES = [
     (0, torch.float64, "mixed", False),
     (0, torch.float32, "all", True),
@@ -111,7 +114,7 @@ COSINE_CASES = [
 
 @pytest.mark.parametrize("shape, dtype, weights, channels_last", COSINE_CASES)
 @pytest.mark.slow
-def test_cosine_equals_a_float64_reference(shape, dtype, weights, channels_last):
+def test_features_equal_a_float64_reference(shape, dtype, weights, channels_last):
     n, c, shapes = SHAPES[shape]
     student, teacher = (
         [layout(randn(n, c, h, w, seed=10 * i + j).to(dtype), channels_last)
@@ -122,29 +125,29 @@ def test_cosine_equals_a_float64_reference(shape, dtype, weights, channels_last)
 
     def function(features, impl, wide=False):
         target = [t.double() for t in teacher] if wide else teacher
-        return cosine_sum(features, target, weight.double() if wide else weight, impl)
+        return features_sum(features, target, weight.double() if wide else weight, impl)
 
     check(function, student, [s.double() for s in student])
 
 
 @pytest.mark.slow
-def test_cosine_gradcheck_through_the_kernels():
+def test_features_gradcheck_through_the_kernels():
     student = [
         randn(1, 3, 2, 2, seed=1).requires_grad_(),
         randn(1, 3, 1, 1, seed=2).requires_grad_(),
     ]
     teacher = [randn(1, 3, 2, 2, seed=3), randn(1, 3, 1, 1, seed=4)]
     weight = make_weight("mixed", 1, 5).double()
-    assert gradcheck(lambda *s: cosine_sum(s, teacher, weight, "triton"), student)
+    assert gradcheck(lambda *s: features_sum(s, teacher, weight, "triton"), student)
 
 
-def test_fused_cosine_does_not_read_padding_and_takes_zero_vectors():
+def test_fused_features_do_not_read_padding_and_takes_zero_vectors():
     student, teacher = randn(1, 5, 2, 2, seed=1).float(), randn(1, 5, 2, 2, seed=2).float()
     student[0, :, 0, 0] = teacher[0, :, 0, 0] = float("nan")
     one = torch.ones(1, 5, 1, 1, device=DEVICE)  # the only cell of its level: 0 after scaling
     weight = torch.ones(1, 5, device=DEVICE)
     loss, (grad, of_one) = run(
-        lambda s: cosine_sum(s, [teacher, one], weight, "triton"), [student, one]
+        lambda s: features_sum(s, [teacher, one], weight, "triton"), [student, one]
     )
     assert loss.isfinite() and grad.isfinite().all()
     assert (grad[0, :, 0, 0] == 0).all() and (of_one == 0).all()
@@ -156,7 +159,7 @@ def test_weights_of_cells_may_lie_in_any_order_in_memory():
     weight = make_weight("mixed", 6, 2).T
     assert not weight.is_contiguous()
     results = [
-        run(lambda s, i=impl: cosine_sum(s, [teacher], weight, i), [student])
+        run(lambda s, i=impl: features_sum(s, [teacher], weight, i), [student])
         for impl in ("torch", "triton")
     ]
     torch.testing.assert_close(results[1], results[0])
@@ -165,15 +168,15 @@ def test_weights_of_cells_may_lie_in_any_order_in_memory():
 def test_the_same_input_gives_the_same_bits():
     student, teacher = randn(2, 9, 7, 5, seed=1).float(), randn(2, 9, 7, 5, seed=2).float()
     weight = make_weight("mixed", 2, 35)
-    results = [run(lambda s: cosine_sum(s, [teacher], weight, "triton"), [student]) for _ in "ab"]
+    results = [run(lambda s: features_sum(s, [teacher], weight, "triton"), [student]) for _ in "ab"]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1][0], results[1][1][0])
 
 
 @pytest.mark.slow
-def test_cosine_operator_is_registered_soundly():
+def test_operator_of_features_is_registered_soundly():
     """torch.library's own checks: schema, fake tensors and autograd, for torch.compile."""
-    from fgbg_kd.ops.cosine_triton import cosine_grad, cosine_of, cosine_sums
+    from fgbg_kd.ops.features_triton import channel_sums, products, products_grad
     from fgbg_kd.ops.standardise_triton import channel_statistics, moments
 
     student = [randn(2, 3, 2, 2, seed=1).float().requires_grad_()]
@@ -182,39 +185,39 @@ def test_cosine_operator_is_registered_soundly():
     s_stats, t_stats = ([x] for x in channel_statistics([*student, *teacher], marks))
     stats = s_stats, t_stats
     torch.library.opcheck(moments, (teacher, marks))
-    torch.library.opcheck(cosine_of, (student, teacher, marks, *stats))
+    torch.library.opcheck(products, (student, teacher, marks, *stats))
     factors, detached = randn(2, 2, 4, seed=3).float(), [x.detach() for x in student]
-    torch.library.opcheck(cosine_sums, (detached, teacher, factors, *stats))
+    torch.library.opcheck(channel_sums, (detached, teacher, factors, *stats))
     means = [randn(2, 3, seed=4).float()]
-    torch.library.opcheck(cosine_grad, (detached, teacher, factors, marks, *stats, means))
+    torch.library.opcheck(products_grad, (detached, teacher, factors, marks, *stats, means))
 
 
 def _worker(rank, folder):
     distributed.init_process_group("gloo")
     part = slice(0, 1) if rank == 0 else slice(1, 3)
-    torch.save(cosines_and_gradient(part), f"{folder}/{rank}.pt")
+    torch.save(measures_and_gradient(part), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
-def cosines_and_gradient(part):
-    """Fused cosines and gradient for the images of a process; the third image is half padding."""
+def measures_and_gradient(part):
+    """Fused measures and gradient for the images of a process; the third image is half padding."""
     maps = (randn(3, 4, 3, 4, seed=1), randn(3, 4, 3, 4, seed=2), randn(3, 12, seed=3))
     student, teacher, weight = (x[part] for x in maps)
     real = torch.ones(3, 12, dtype=torch.bool, device=DEVICE)
     real[2, 6:] = False
     student = student.clone().requires_grad_()
-    cosine = standardised_cosine([student], [teacher], real[part], weight > -1, "triton")
-    (weight * cosine).sum().backward()
-    return cosine.detach(), student.grad
+    found = compare_features([student], [teacher], real[part], weight > -1, "triton")
+    (weight * found.cosine + found.distance).sum().backward()
+    return torch.stack(found, dim=1).detach(), student.grad
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes see no GPU, this one does")
-def test_two_processes_have_the_cosines_and_gradients_of_one(tmp_path):
+def test_two_processes_have_the_measures_and_gradients_of_one(tmp_path):
     """Mean and variance are over all processes, and so is their gradient."""
     in_two_processes(_worker, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for whole, *both in zip(cosines_and_gradient(slice(0, 3)), *parts):
+    for whole, *both in zip(measures_and_gradient(slice(0, 3)), *parts):
         torch.testing.assert_close(torch.cat(both), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -270,7 +273,7 @@ def test_kl_equals_a_float64_reference(shape, dtype, weights, kind, temperature,
     check(function, student, [s.double() for s in student])
 
 
-@pytest.mark.parametrize("loss", ["cosine", "kl"])
+@pytest.mark.parametrize("loss", ["features", "kl"])
 @pytest.mark.parametrize(
     "cut",
     [lambda x: x[..., 1:5, 2:8], lambda x: x[:, 1:4], lambda x: x.transpose(2, 3)],
@@ -282,8 +285,8 @@ def test_maps_may_be_cut_out_or_transposed(loss, cut):
     weight = make_weight("mixed", 2, other[0, 0].numel())
 
     def function(x):
-        if loss == "cosine":
-            return cosine_sum([x], [other], weight, "triton")
+        if loss == "features":
+            return features_sum([x], [other], weight, "triton")
         return kl_sum([x], [other], weight, other.shape[1], impl="triton")
 
     expected, (grad,) = run(lambda x: function(cut(x[0]).contiguous()), [wide])
@@ -473,10 +476,11 @@ def test_the_losses_compile_without_a_graph_break():
     cells, classes, (student, teacher) = one_box_scene()
 
     def loss(maps):
-        cosine = standardised_cosine(maps, teacher, cells.real, cells.foreground, "triton")
+        features = compare_features(maps, teacher, cells.real, cells.foreground, "triton")
         found = compare_predictions(maps, teacher, cells, classes, 3, impl="triton")
         gate = (found.teacher_quality > found.student_quality).float()
-        return (cells.weight * (1 - cosine) + gate * found.kl).sum()
+        error = 1 - features.cosine + features.distance
+        return (cells.weight * error + gate * found.kl).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     expected, grads = run(loss, student)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from fgbg_kd.ops import cosine_similarity, kl_divergence, standardise, standardised_cosine
+from fgbg_kd.ops import compare_features, cosine_similarity, kl_divergence, standardise
 
 # Triton's interpreter runs the kernels if there is no GPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,38 +66,56 @@ def test_cosine_of_half_precision_is_summed_in_fp32():
 
 
 def scene(impl="torch"):
-    """Two levels, padding in the second image, unused cells. Returns cosine and its inputs."""
+    """Two levels, padding in the second image, unused cells. Returns measures and inputs."""
     s = [randn(2, 3, 2, 3).requires_grad_(), randn(2, 3, 1, 2, seed=2).requires_grad_()]
     t = [randn(2, 3, 2, 3, seed=1), randn(2, 3, 1, 2, seed=3)]
     real = all_cells(2, 8)
     real[1, [2, 5]] = False
     used = randn(2, 8, seed=4) < 0.3
-    return standardised_cosine(s, t, real, used, impl), s, t, real, used
+    return compare_features(s, t, real, used, impl), s, t, real, used
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_standardised_cosine_is_the_cosine_of_standardised_features(impl):
+def test_features_are_compared_after_scaling(impl):
     got, s, t, real, used = scene(impl)
-    maps = zip(standardise(s, real), standardise(t, real))
-    expected = torch.cat([cosine_similarity(a, b).flatten(1) for a, b in maps], 1)
+    maps = [*zip(standardise(s, real), standardise(t, real))]
+    cosine = torch.cat([cosine_similarity(a, b).flatten(1) for a, b in maps], 1)
+    distance = torch.cat([(a - b).square().mean(1).flatten(1) / 2 for a, b in maps], 1)
     assert (used & ~real).any()
-    torch.testing.assert_close(got, expected * (used & real))
+    torch.testing.assert_close(got.cosine, cosine * (used & real))
+    torch.testing.assert_close(got.distance, distance * (used & real))
+
+
+def test_the_distance_weighs_directions_by_lengths_and_compares_lengths():
+    s, t = randn(1, 3, 1, 5), randn(1, 3, 1, 5, seed=1)
+    found = compare_features([s], [t], all_cells(1, 5), all_cells(1, 5))
+    of_s, of_t = (standardise([x], all_cells(1, 5))[0].norm(dim=1).flatten(1) for x in (s, t))
+    expected = 2 * of_s * of_t * (1 - found.cosine) + (of_s - of_t) ** 2
+    torch.testing.assert_close(found.distance, expected / 6)
+
+
+def test_each_level_has_its_own_number_of_channels():
+    s = [randn(1, 2, 2, 2), randn(1, 5, 1, 3, seed=1)]
+    found = compare_features(s, [-x for x in s], all_cells(1, 7), all_cells(1, 7))
+    scaled = standardise(s, all_cells(1, 7))
+    expected = torch.cat([2 * x.square().mean(1).flatten(1) for x in scaled], 1)
+    torch.testing.assert_close(found.distance, expected)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_standardised_cosine_does_not_depend_on_scale_and_offset_of_a_channel(impl):
+def test_the_comparison_does_not_depend_on_scale_and_offset_of_a_channel(impl):
     s, t = randn(2, 5, 3, 4), randn(2, 5, 3, 4, seed=1)
     every = all_cells(2, 12)
     scale, offset = randn(5, 1, 1, seed=2).abs() + 1, randn(5, 1, 1, seed=3)
-    got = standardised_cosine([scale * s + offset], [t], every, every, impl)
-    expected = standardised_cosine([s], [t], every, every, impl)
+    got = compare_features([scale * s + offset], [t], every, every, impl)
+    expected = compare_features([s], [t], every, every, impl)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_standardised_cosine_gradient(impl):
+def test_features_gradient(impl):
     _, s, t, real, used = scene()
-    assert gradcheck(lambda *x: standardised_cosine(x, t, real, used, impl), s)
+    assert gradcheck(lambda *x: tuple(compare_features(x, t, real, used, impl)), s)
 
 
 # --- KL ---
@@ -161,17 +179,17 @@ def test_a_standardised_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
     for length, expected in ((3e-6, 1.0), (3e-7, 0.0)):
         short = length * (1e-5 / 2) ** 0.5 * t
         for pair in (([short], [t]), ([t], [short])):
-            got = standardised_cosine(*pair, every, every, impl)
+            got = compare_features(*pair, every, every, impl).cosine
             torch.testing.assert_close(got, torch.full_like(got, expected), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_feature_that_is_not_a_number_stays_visible_in_the_cosine(impl, whose):
+def test_a_feature_that_is_not_a_number_stays_visible(impl, whose):
     maps = {"student": randn(1, 3, 2, 3), "teacher": randn(1, 3, 2, 3, seed=1)}
     maps[whose][0, 1, 1, 1] = torch.nan
-    cosine = standardised_cosine(*([x] for x in maps.values()), *[all_cells(1, 6)] * 2, impl)
-    assert cosine.isnan().all()
+    found = compare_features(*([x] for x in maps.values()), *[all_cells(1, 6)] * 2, impl)
+    assert found.cosine.isnan().all() and found.distance.isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -179,9 +197,9 @@ def test_a_feature_that_is_not_a_number_stays_visible_in_the_cosine(impl, whose)
 def test_a_constant_map_has_no_direction_and_no_gradient(impl, constant):
     s = torch.full((4, 16, 5, 7), constant, device=DEVICE).requires_grad_()
     t = randn(4, 16, 5, 7, dtype=torch.float32)
-    cosine = standardised_cosine([s], [t], all_cells(4, 35), all_cells(4, 35), impl)
-    cosine.sum().backward()
-    assert (cosine == 0).all() and (s.grad == 0).all()
+    found = compare_features([s], [t], all_cells(4, 35), all_cells(4, 35), impl)
+    (found.cosine + found.distance).sum().backward()
+    assert (found.cosine == 0).all() and (s.grad == 0).all()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -198,14 +216,15 @@ def test_a_constant_map_has_no_direction_and_no_gradient(impl, constant):
 def test_maps_and_masks_that_do_not_agree_are_refused(impl, student, teacher, cells):
     maps = ([randn(*shape) for shape in shapes] for shapes in (student, teacher))
     with pytest.raises(ValueError, match="shapes"):
-        standardised_cosine(*maps, all_cells(*cells), all_cells(*cells), impl)
+        compare_features(*maps, all_cells(*cells), all_cells(*cells), impl)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_no_gradient_flows_into_the_teacher(impl):
     s, t = randn(1, 3, 2, 2).requires_grad_(), randn(1, 3, 2, 2, seed=1).requires_grad_()
     every = all_cells(1, 4)
-    (standardised_cosine([s], [t], every, every, impl) * randn(1, 4, seed=2)).sum().backward()
+    found = compare_features([s], [t], every, every, impl)
+    ((found.cosine + found.distance) * randn(1, 4, seed=2)).sum().backward()
     assert s.grad.abs().sum() > 0 and t.grad is None
 
 

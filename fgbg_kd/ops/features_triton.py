@@ -1,4 +1,4 @@
-"""The cosine of standardised features in three kernels. None stores standardised features.
+"""The scalar products of standardised features in three kernels. None stores such features.
 
 Let x be the features, x' = (x - mean) * scale, and u the gradient of a loss for the student's x'.
 The forward kernel stores three numbers per cell: the dot product and the squared norms of x'.
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    MIN_SQUARE,
     accumulation_dtype,
     empty_map_like,
     levels,
@@ -40,7 +39,7 @@ def _standardised(at, of_c, stats, c, channels, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def cosine_forward_kernel(
+def products_kernel(
     student,  # (N, C, HW), any strides
     teacher,  # likewise
     marks,  # (N, R) int8, contiguous: 0 on padding, 2 in the cells whose cosine is needed, else 1
@@ -81,7 +80,7 @@ def cosine_forward_kernel(
 
 
 @triton.jit
-def cosine_sums_kernel(
+def channel_sums_kernel(
     student,  # (N, C, HW), any strides
     teacher,  # likewise
     factors,  # (2, N, R) contiguous: of t' and s' in u; both 0: the cell is not read
@@ -119,7 +118,7 @@ def cosine_sums_kernel(
 
 
 @triton.jit
-def cosine_backward_kernel(
+def products_grad_kernel(
     student,  # (N, C, HW), any strides
     teacher,  # likewise
     factors,  # (2, N, R) contiguous, as above
@@ -178,8 +177,8 @@ def _launch(kernel, grid, maps, arguments, size, **constants) -> None:
     )  # fmt: skip
 
 
-@torch.library.custom_op("fgbg_kd::cosine_sums", mutates_args=())
-def cosine_sums(
+@torch.library.custom_op("fgbg_kd::channel_sums", mutates_args=())
+def channel_sums(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     factors: Tensor,
@@ -197,18 +196,18 @@ def cosine_sums(
             grid = (tiles, triton.cdiv(c, CHANNELS), n)
             size = (c, h * w, first, factors.shape[2])
             arguments = (factors, *stats, out)
-            _launch(cosine_sums_kernel, grid, (s, t), arguments, size, ACC=triton_dtype(out.dtype))
+            _launch(channel_sums_kernel, grid, (s, t), arguments, size, ACC=triton_dtype(out.dtype))
             found.append(out.sum(1))
     return found
 
 
-@cosine_sums.register_fake
+@channel_sums.register_fake
 def _(student, teacher, factors, s_stats, t_stats):
     return [factors.new_empty(2, s.shape[1]) for s in student]
 
 
-@torch.library.custom_op("fgbg_kd::cosine_grad", mutates_args=())
-def cosine_grad(
+@torch.library.custom_op("fgbg_kd::products_grad", mutates_args=())
+def products_grad(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     factors: Tensor,
@@ -231,85 +230,72 @@ def cosine_grad(
             grid = (triton.cdiv(h * w, CELLS), triton.cdiv(c, CHANNELS), n)
             size = (c, h * w, first, factors.shape[2])
             arguments, acc = (factors, marks, *stats), triton_dtype(factors.dtype)
-            _launch(cosine_backward_kernel, grid, (s, t, grad), arguments, size, ACC=acc)
+            _launch(products_grad_kernel, grid, (s, t, grad), arguments, size, ACC=acc)
     return grads
 
 
-@cosine_grad.register_fake
+@products_grad.register_fake
 def _(student, teacher, factors, marks, s_stats, t_stats, means):
     return [empty_map_like(s) for s in student]
 
 
-@torch.library.custom_op("fgbg_kd::cosine_of", mutates_args=())
-def cosine_of(
+@torch.library.custom_op("fgbg_kd::products", mutates_args=())
+def products(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     marks: Tensor,
     s_stats: Sequence[Tensor],
     t_stats: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The (N, R) cosines, 0 in unused cells, and the (3, N, R) sums for the gradient.
+) -> Tensor:
+    """(3, N, R): s' t', |s'|^2 and |t'|^2 of each cell, 0 in unused cells.
 
     The gradient takes ``s_stats`` for the statistics of ``student``, and flows through them.
     """
     marks = marks.contiguous()
     dtype = accumulation_dtype(student[0], teacher[0])
-    sums = marks.new_empty(3, *marks.shape, dtype=dtype)
+    out = marks.new_empty(3, *marks.shape, dtype=dtype)
     with on_device_of(marks):
         for (first, n, c, h, w), s, t, *stats in zip(
             levels(student), student, teacher, s_stats, t_stats
         ):
             grid = (triton.cdiv(h * w, CELLS), n)
             size = (c, h * w, first, marks.shape[1])
-            arguments, acc = (marks, *stats, sums), triton_dtype(dtype)
-            _launch(cosine_forward_kernel, grid, (s, t), arguments, size, ACC=acc)
-    return _cosine(sums)[0], sums
+            arguments, acc = (marks, *stats, out), triton_dtype(dtype)
+            _launch(products_kernel, grid, (s, t), arguments, size, ACC=acc)
+    return out
 
 
-@cosine_of.register_fake
+@products.register_fake
 def _(student, teacher, marks, s_stats, t_stats):
-    dtype = accumulation_dtype(student[0], teacher[0])
-    sums = marks.new_empty(3, *marks.shape, dtype=dtype)
-    return sums.new_empty(marks.shape), sums
-
-
-def _cosine(sums: Tensor):
-    dot, ss, tt = sums
-    valid = ~((ss <= MIN_SQUARE) | (tt <= MIN_SQUARE))  # a NaN stays visible in the loss
-    ss, tt = torch.where(valid, ss, 1), torch.where(valid, tt, 1)
-    inverse = (ss * tt).rsqrt() if ss.dtype == torch.float64 else ss.rsqrt() * tt.rsqrt()
-    cosine = torch.where(valid, dot * inverse, 0)
-    return cosine, inverse, ss, valid
+    return marks.new_empty(3, *marks.shape, dtype=accumulation_dtype(student[0], teacher[0]))
 
 
 def _setup(ctx, inputs, output):
     student, teacher, marks, s_stats, t_stats = inputs
-    ctx.save_for_backward(*student, *teacher, *s_stats, *t_stats, marks, output[1])
+    ctx.save_for_backward(*student, *teacher, *s_stats, *t_stats, marks)
 
 
-def _backward(ctx, grad_cosine, _grad_sums):
-    *maps, marks, sums = ctx.saved_tensors
+def _backward(ctx, grad):
+    *maps, marks = ctx.saved_tensors
     count = len(maps) // 4
     student, teacher, s_stats, t_stats = (maps[i * count : (i + 1) * count] for i in range(4))
-    cosine, inverse, ss, valid = _cosine(sums)
-    # d cos / ds' = t' / (|s'||t'|) - cos s' / |s'|^2
-    scale = torch.where(valid, grad_cosine.to(sums.dtype), 0)
-    factors = torch.stack([scale * inverse, -scale * cosine / ss])
-    totals = cosine_sums(student, teacher, factors, s_stats, t_stats)
+    # u = grad[0] t' + 2 grad[1] s'. In unused cells the products are 0, whatever the features are.
+    factors = torch.where(marks == 2, torch.stack([grad[0], 2 * grad[1]]), 0)
+    totals = channel_sums(student, teacher, factors, s_stats, t_stats)
     totals = summed_over_processes([x.flatten() for x in totals])
     means = [x.unflatten(0, (2, -1)) * stats[2] for x, stats in zip(totals, s_stats)]
-    grads = cosine_grad(student, teacher, factors, marks, s_stats, t_stats, means)
+    grads = products_grad(student, teacher, factors, marks, s_stats, t_stats, means)
     return grads, [None] * count, None, [None] * count, [None] * count
 
 
-cosine_of.register_autograd(_backward, setup_context=_setup)
+products.register_autograd(_backward, setup_context=_setup)
 
 
-def fused_cosine(
+def fused_products(
     student: Sequence[Tensor], teacher: Sequence[Tensor], real: Tensor, used: Tensor
 ) -> Tensor:
-    """:func:`fgbg_kd.ops.standardised_cosine` by kernels. ``used`` is within ``real``."""
+    """(3, N, R): s' t', |s'|^2 and |t'|^2 of each cell by kernels. ``used`` is within ``real``."""
     marks = real.to(torch.int8) + used.to(torch.int8)
     dtype = accumulation_dtype(student[0], teacher[0])
     stats = [x.to(dtype) for x in channel_statistics([*student, *teacher], marks)]
-    return cosine_of(student, teacher, marks, stats[: len(student)], stats[len(student) :])[0]
+    return products(student, teacher, marks, stats[: len(student)], stats[len(student) :])
