@@ -223,7 +223,13 @@ def test_a_two_stage_teacher_teaches_by_its_features_and_the_log_says_why(caplog
     with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
         model = distiller(detector(seed=0), faster_rcnn())
     assert "GeneralizedRCNN, predicts no classes per cell" in caplog.text
-    changes = "BG_WEIGHT 0.0", "BG_FEATURE_WEIGHT 0.0", "ASSIGN scale", "GATE False"
+    changes = (
+        "BG_WEIGHT 0.0",
+        "BG_FEATURE_WEIGHT 0.0",
+        "FG_LOSS cosine",
+        "ASSIGN scale",
+        "GATE False",
+    )
     assert ", ".join(f"MODEL.KD.FGBG.{change}" for change in changes) in caplog.text
     losses, batch = seen_by(model)
     assert {k for k in losses if "kd" in k} == {"loss_kd_fg"} and losses["loss_kd_fg"] > 0

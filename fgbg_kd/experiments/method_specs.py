@@ -22,7 +22,7 @@ _NO_OPTIONS = {
 
 
 def one_spelling(spec: str) -> str:
-    """The spec with single spaces and short numbers, so that a method has one name and one folder.
+    """The spec with one spelling of spaces and numbers, so that a method has one folder.
 
     Example:
         >>> one_spelling("FGD  WEIGHT=3e-3")
@@ -35,7 +35,7 @@ def one_spelling(spec: str) -> str:
             number = float(value)
         except ValueError:  # a word, such as False
             return text
-        return f"{key}{equals}{short(number)}" if float(short(number)) == number else text
+        return f"{key}{equals}{int(number) if number.is_integer() else number}"
 
     return " ".join(map(of_option, spec.split()))
 

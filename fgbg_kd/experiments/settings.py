@@ -19,6 +19,8 @@ from ..utils.files import sha256_of, sha256_of_text
 # Keys that name a file. Its content is part of the settings.
 _FILES = ("DATASETS.TRAIN_JSON", "DATASETS.TEST_JSON", "MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS")
 _CONTENT = "sha256 of "
+# What versions without a key did, if this is not the key's default.
+_BEFORE = {"MODEL.KD.FGBG.FG_LOSS": "cosine"}
 # A comparison sets these keys for each run.
 RUN_KEYS = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 
@@ -86,8 +88,9 @@ def flat(node, prefix: str = "") -> dict:
 def changes(old: dict, new: dict) -> list[str]:
     """The differences between the settings in a folder and the settings of a new run, as texts.
 
-    If a key is missing on one side, its default is used: the folder can be from a version of the
-    package without this key. A file that no longer exists is not a difference.
+    The folder can be from a version of the package without a key. Then the value is what that
+    version did, which is nearly always the default. A file that no longer exists is not a
+    difference.
 
     Args:
         old: the settings in the folder.
@@ -96,14 +99,11 @@ def changes(old: dict, new: dict) -> list[str]:
     default = _defaults()
     keys = [*new, *(k for k in old if k not in new and not k.startswith(_CONTENT))]
 
-    def value(settings, key):
-        return settings.get(key, default.get(key))
-
-    return [
-        f"{key} was {value(old, key)!r}, is {value(new, key)!r}"
+    pairs = {
+        key: (old.get(key, _BEFORE.get(key, default.get(key))), new.get(key, default.get(key)))
         for key in keys
-        if value(old, key) != value(new, key)
-    ]
+    }
+    return [f"{key} was {was!r}, is {now!r}" for key, (was, now) in pairs.items() if was != now]
 
 
 def _with_contents(settings: dict, checkpoint: Path | None) -> dict:

@@ -31,7 +31,7 @@ class FgBg(Method):
     L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
-    e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / 2C with FG_LOSS mse
+    e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / (2 C) with FG_LOSS mse
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
     each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
@@ -42,7 +42,7 @@ class FgBg(Method):
     none. So L_bg_features is small if the teacher's scores on the objects are hardly higher than
     the student's. With GATE False, G is 1.
     F: number of foreground cells. tau: temperature. L_bg_features and FG_LOSS mse are not in the
-    thesis' abstract. FG_LOSS mse also compares the direction, see
+    thesis' abstract. FG_LOSS mse compares direction and length, see
     :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of

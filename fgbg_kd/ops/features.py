@@ -15,9 +15,9 @@ class FeatureComparison(NamedTuple):
 
     Attributes:
         cosine: (N, R) cosine of the angle between z(S) and z(T).
-        distance: (N, R) |z(S) - z(T)|^2 / 2C. With the lengths s = |z(S)| and t = |z(T)| it is
-            (2 s t (1 - cosine) + (s - t)^2) / 2C. So it compares directions, and counts cells with
-            long vectors more. It also compares the lengths.
+        distance: (N, R) |z(S) - z(T)|^2 / (2 C). With the lengths s = |z(S)| and t = |z(T)| it is
+            (2 s t (1 - cosine) + (s - t)^2) / (2 C). So it compares directions, and counts cells
+            with long vectors more. It also compares the lengths.
     """
 
     cosine: Tensor

@@ -42,7 +42,7 @@ def _standardised(at, of_c, stats, c, channels, mask, ACC: tl.constexpr):
 def products_kernel(
     student,  # (N, C, HW), any strides
     teacher,  # likewise
-    marks,  # (N, R) int8, contiguous: 0 on padding, 2 in the cells whose cosine is needed, else 1
+    marks,  # (N, R) int8, contiguous: 0 on padding, 2 in the cells that are used, else 1
     s_stats,  # (3, C): mean, scale, 1 / number of cells
     t_stats,
     out,  # (3, N, R): dot, |s'|^2, |t'|^2

@@ -1,4 +1,4 @@
-"""Scales each channel of the features, so that all channels count alike in their direction."""
+"""Scales each channel of the features, so that all channels count alike."""
 
 from collections.abc import Sequence
 

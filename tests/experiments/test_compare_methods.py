@@ -57,7 +57,8 @@ def test_a_method_and_its_options_become_overrides(distil_cfg, spec, expected):
         ("FGD  WEIGHT=3e-3", "FGD WEIGHT=0.003"),
         ("PKD WEIGHT=20.0", "PKD WEIGHT=20"),
         ("FgBg GATE=False BG_WEIGHT=0", "FgBg GATE=False BG_WEIGHT=0"),
-        ("PKD WEIGHT=0.12345678", "PKD WEIGHT=0.12345678"),  # all its digits
+        ("PKD WEIGHT=1.2345678e-1", "PKD WEIGHT=0.12345678"),  # all its digits
+        ("FgBg SOLVER.MAX_ITER=1000000", "FgBg SOLVER.MAX_ITER=1000000"),  # a whole number
         ("PKD WEIGHT", "PKD WEIGHT"),
     ],
 )

@@ -191,6 +191,12 @@ def test_keys_that_only_one_version_of_the_package_has_are_compared_with_their_d
     assert changes({"GONE": 1}, {}) == ["GONE was 1, is None"]
 
 
+def test_a_run_of_a_version_without_a_key_has_what_that_version_did():
+    key = "MODEL.KD.FGBG.FG_LOSS"  # the default is another loss than before
+    assert changes({}, {key: "auto"}) == [f"{key} was 'cosine', is 'auto'"]
+    assert changes({}, {key: "cosine"}) == []
+
+
 def test_an_open_seed_and_other_images_in_another_folder_are_no_obstacle(folder, coco):
     run(folder, "SEED", "-1")
     run(folder, "SEED", "-1")

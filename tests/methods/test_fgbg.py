@@ -52,18 +52,19 @@ def terms(student, teacher, boxes, size, **options):
 SIGNS = torch.tensor([[[[1.0, -1], [1, -1]]]])
 
 
-def test_by_hand():
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_by_hand(fg_loss):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([torch.tensor([[[[-1.0, 1], [1, -1]]]])], [logits])
     weights = {"fg_weight": 6.0, "bg_weight": 0.5, "bg_feature_weight": 4.0}
-    loss = build_method("FgBg", [1], [1], gate=False, **weights)
+    loss = build_method("FgBg", [1], [1], gate=False, fg_loss=fg_loss, **weights)
     box = torch.tensor([[0.0, 0, 8, 8]])
     one = torch.zeros(1, dtype=torch.long)
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2)  # 2: 1 - cos
+    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2, rel=1e-4)  # 1 - cos, (1 + 1)^2 / 2
     assert losses["loss_kd_bg_features"].item() == pytest.approx(4 * 2 / 3)  # 2, 0, 0
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
@@ -72,7 +73,8 @@ def test_by_hand():
     }
 
 
-def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch):
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch, fg_loss):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-SIGNS], [logits])
@@ -89,9 +91,10 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
     one = torch.zeros(1, dtype=torch.long)
     box = torch.tensor([[0.0, 0, 16, 8]])
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
-    losses, shares = build_method("FgBg", [1], [1], assign="scale", **weights)(batch)
+    options = {**weights, "assign": "scale", "fg_loss": fg_loss}
+    losses, shares = build_method("FgBg", [1], [1], **options)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(0.4 / 0.9 * 2)
+    assert losses["loss_kd_fg"].item() == pytest.approx(0.4 / 0.9 * 2, rel=1e-4)
     assert losses["loss_kd_bg_features"].item() == pytest.approx(0.4 * 1.2 * 2 / 2)
     assert losses["loss_kd_bg"].item() == pytest.approx(1.2 * kl / 2, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
@@ -124,33 +127,35 @@ def test_a_large_object_counts_once_in_the_logged_means():
     assert {name: mean.item() for name, mean in means.items()} == pytest.approx(expected)
 
 
-def test_more_images_or_larger_maps_do_not_change_the_scale():
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_more_images_or_larger_maps_do_not_change_the_scale(fg_loss):
     half = (0, 0, 32, 16)  # half of a 4 x 4 map; of a larger map the same share
     small = outputs(4, 0), outputs(4, 1)
     large = outputs(8, 0), outputs(8, 1)
-    one = terms(*small, [[half]], 4)
-    two = terms(*small, [[half], [half]], 4)
-    big = terms(*large, [[tuple(2 * v for v in half)]], 8)
+    one = terms(*small, [[half]], 4, fg_loss=fg_loss)
+    two = terms(*small, [[half], [half]], 4, fg_loss=fg_loss)
+    big = terms(*large, [[tuple(2 * v for v in half)]], 8, fg_loss=fg_loss)
     for name, value in one.items():
         assert value > 0
         torch.testing.assert_close(two[name], value)
         torch.testing.assert_close(big[name], value)
 
 
-def _worker(rank, folder, boxes):
+def _worker(rank, folder, boxes, fg_loss):
     distributed.init_process_group("gloo")
     student, teacher = outputs(4, 0), outputs(4, 1)
-    got = terms(student, teacher, [boxes[rank]], 4)
+    got = terms(student, teacher, [boxes[rank]], 4, fg_loss=fg_loss)
     torch.save(got, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path, fg_loss):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
-    in_two_processes(_worker, str(tmp_path), boxes)
+    in_two_processes(_worker, str(tmp_path), boxes, fg_loss)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4)
+    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4, fg_loss=fg_loss)
     for name, value in whole.items():
         mean = (parts[0][name] + parts[1][name]) / 2  # what DistributedDataParallel does
         torch.testing.assert_close(mean, value)
@@ -326,13 +331,14 @@ def test_options_out_of_range_are_named(options, message):
         build_method("FgBg", [3], [3], **options)
 
 
-def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps():
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps(fg_loss):
     """Both terms fall when the student's maps follow their gradients."""
     torch.manual_seed(0)
     maps = [torch.randn(1, c, 4, 4) for c in (5, 3, 6, 6)]  # features, logits of two anchors
     s_features, t_features, s_logits, t_logits = maps
     leaves = [s_features.requires_grad_(), s_logits.requires_grad_()]
-    method = build_method("FgBg", [5], [3], gate=False)
+    method = build_method("FgBg", [5], [3], gate=False, fg_loss=fg_loss)
     optimizer = torch.optim.Adam([*leaves, *method.parameters()], lr=0.1)
     batch = Batch(
         DenseOutput([s_features], [s_logits]),

@@ -96,7 +96,7 @@ def check(function, student, reference_inputs):
 
 
 # Every pair of values of two parameters occurs (features and KL: shape, dtype, weights, layout).
-COSINE_CASES = [
+FEATURES_CASES = [
     (0, torch.float64, "mixed", False),
     (0, torch.float32, "all", True),
     (0, torch.float16, "none", False),
@@ -112,7 +112,7 @@ COSINE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("shape, dtype, weights, channels_last", COSINE_CASES)
+@pytest.mark.parametrize("shape, dtype, weights, channels_last", FEATURES_CASES)
 @pytest.mark.slow
 def test_features_equal_a_float64_reference(shape, dtype, weights, channels_last):
     n, c, shapes = SHAPES[shape]
@@ -141,7 +141,7 @@ def test_features_gradcheck_through_the_kernels():
     assert gradcheck(lambda *s: features_sum(s, teacher, weight, "triton"), student)
 
 
-def test_fused_features_do_not_read_padding_and_takes_zero_vectors():
+def test_fused_features_do_not_read_padding_and_take_zero_vectors():
     student, teacher = randn(1, 5, 2, 2, seed=1).float(), randn(1, 5, 2, 2, seed=2).float()
     student[0, :, 0, 0] = teacher[0, :, 0, 0] = float("nan")
     one = torch.ones(1, 5, 1, 1, device=DEVICE)  # the only cell of its level: 0 after scaling

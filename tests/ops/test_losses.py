@@ -1,4 +1,4 @@
-"""Cosine and KL: values by hand, other implementations, float64 gradients, extreme inputs."""
+"""Features and KL: values by hand, other implementations, float64 gradients, extreme inputs."""
 
 import math
 
@@ -22,7 +22,7 @@ def all_cells(n, cells):
     return torch.ones(n, cells, dtype=torch.bool, device=DEVICE)
 
 
-# --- cosine ---
+# --- features ---
 
 
 def test_cosine_by_hand():
@@ -94,12 +94,15 @@ def test_the_distance_weighs_directions_by_lengths_and_compares_lengths():
     torch.testing.assert_close(found.distance, expected / 6)
 
 
-def test_each_level_has_its_own_number_of_channels():
-    s = [randn(1, 2, 2, 2), randn(1, 5, 1, 3, seed=1)]
-    found = compare_features(s, [-x for x in s], all_cells(1, 7), all_cells(1, 7))
-    scaled = standardise(s, all_cells(1, 7))
-    expected = torch.cat([2 * x.square().mean(1).flatten(1) for x in scaled], 1)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_each_level_has_its_own_number_of_channels(impl):
+    s = [randn(1, 2, 2, 2).requires_grad_(), randn(1, 5, 1, 3, seed=1).requires_grad_()]
+    every = all_cells(1, 7)
+    found = compare_features(s, [-x for x in s], every, every, impl)
+    expected = torch.cat([2 * x.square().mean(1).flatten(1) for x in standardise(s, every)], 1)
     torch.testing.assert_close(found.distance, expected)
+    t = [randn(1, 2, 2, 2, seed=2), randn(1, 5, 1, 3, seed=3)]
+    assert gradcheck(lambda *x: tuple(compare_features(x, t, every, every, impl)), s)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -200,6 +203,8 @@ def test_a_constant_map_has_no_direction_and_no_gradient(impl, constant):
     found = compare_features([s], [t], all_cells(4, 35), all_cells(4, 35), impl)
     (found.cosine + found.distance).sum().backward()
     assert (found.cosine == 0).all() and (s.grad == 0).all()
+    of_teacher = standardise([t], all_cells(4, 35))[0].square().mean(1).flatten(1)
+    torch.testing.assert_close(found.distance.detach(), of_teacher / 2)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -251,7 +256,7 @@ def test_one_class_softmax_is_the_sigmoid():
 
 
 def test_small_kl_can_hide_a_large_angle():
-    """An observation of the thesis. It is why the foreground uses cosine, not a softmax KL."""
+    """An observation of the thesis. So the foreground compares features, not a softmax KL."""
     s, t = torch.tensor([10.0, 0, 0, 3.0]), torch.tensor([10.0, 0, 0, -3.0]) + 100
     kl = F.kl_div(s.log_softmax(0), t.log_softmax(0), log_target=True, reduction="sum")
     cosine = cosine_similarity(s.reshape(1, 4, 1, 1), t.reshape(1, 4, 1, 1)).item()
