@@ -160,15 +160,16 @@ def test_a_decay_that_is_none_is_named(cfg, tmp_path):
 
 @pytest.mark.slow
 def test_channels_last_changes_the_layout_and_not_the_weights(distil_cfg, tmp_path):
-    train(FgBgTrainer, distil_cfg, tmp_path / "usual", 3)
+    """After one step: each further one multiplies the rounding, which the layout does change."""
+    train(FgBgTrainer, distil_cfg, tmp_path / "usual", 1)
     distil_cfg.SOLVER.CHANNELS_LAST = True
-    trainer = train(FgBgTrainer, distil_cfg, tmp_path / "last", 3)
+    trainer = train(FgBgTrainer, distil_cfg, tmp_path / "last", 1)
     weight = [x.weight for x in trainer.model.student.modules() if isinstance(x, torch.nn.Conv2d)]
     wide = [x for x in weight if not x.is_contiguous()]
     assert wide and all(x.is_contiguous(memory_format=torch.channels_last) for x in wide)
     other = weights(tmp_path / "last")
     for k, v in weights(tmp_path / "usual").items():
-        torch.testing.assert_close(other[k], v, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other[k], v, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
