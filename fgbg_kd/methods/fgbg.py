@@ -146,8 +146,9 @@ class FgBg(Method):
         adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
         used = sum(weights.values()) != 0
         cosine, distance = compare_features(adapted, batch.teacher.features, cells.real, used)
-        on_objects = distance if self.fg_loss == "mse" else 1 - cosine
-        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": 1 - cosine}
+        direction = 1 - cosine
+        on_objects = distance if self.fg_loss == "mse" else direction
+        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": direction}
         return {name: (x * errors[name]).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
