@@ -100,8 +100,8 @@ def _add_methods(cfg: CN) -> None:
     fgbg = kd.FGBG = CN()
     fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
-    # Scales loss_kd_bg_features, which also follows the teacher's mean lead; 0 = off. -1: 32 if
-    # student and teacher are the same kind of detector, otherwise 0.
+    # Scales loss_kd_bg_features; 0 = off. -1: 32 if student and teacher are the same kind of
+    # detector, otherwise 0.
     fgbg.BG_FEATURE_WEIGHT = -1.0
     # How scaled features are compared on the foreground. "cosine": by 1 - cosine, so only their
     # direction counts. "mse": by half their mean squared difference, so their length counts too.
@@ -117,7 +117,7 @@ def _add_methods(cfg: CN) -> None:
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
     # Whether objects are scaled by the share of the teacher's score that the student lacks, and
-    # background cells by the ratio of the qualities. False = 1 on all cells, and no mean lead.
+    # background cells by the ratio of the qualities and the teacher's mean lead. False = all are 1.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

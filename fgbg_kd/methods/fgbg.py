@@ -28,7 +28,7 @@ class FgBg(Method):
     """The method of this package, after the thesis (README).
 
     L_fg = fg_weight * sum over foreground cells of w g e / sum of w
-    L_bg = bg_weight * sum over background cells of g tau^2 KL(teacher || student) / F
+    L_bg = bg_weight * G * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
     e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / (2 C) with FG_LOSS mse
@@ -39,17 +39,17 @@ class FgBg(Method):
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
     g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
     G: the mean lead of the teacher over the objects, see :class:`fgbg_kd.ops.Gate`; 0 if there are
-    none. So L_bg_features is small if the teacher's scores on the objects are hardly higher than
-    the student's. With GATE False, G is 1.
+    none. So the student follows the background less, the nearer its scores on the objects are to
+    the teacher's. With GATE False, G is 1.
     F: number of foreground cells. tau: temperature. L_bg_features and FG_LOSS mse are not in the
     thesis' abstract. FG_LOSS mse compares direction and length, see
     :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
-    processes changes the scale of a term. The gate is not in the divisors, so L_fg and
-    L_bg_features shrink as the student improves. In a batch without objects, L_bg is divided by the
-    number of background cells. Without this divisor, such a batch would weigh a hundred times as
-    much as other batches.
+    processes changes the scale of a term. The gate is not in the divisors, so all terms shrink as
+    the student improves. With GATE False, L_bg of a batch without objects is divided by the number
+    of background cells. Without this divisor, such a batch would weigh a hundred times as much as
+    other batches.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FgBg(Method):
         factors = {
             "loss_kd_fg": 1 / or_one(objects),
             "loss_kd_bg_features": mean_lead / or_one(num_bg),
-            "loss_kd_bg": 1 / or_one(torch.where(num_fg > 0, num_fg, num_bg)),
+            "loss_kd_bg": mean_lead / or_one(torch.where(num_fg > 0, num_fg, num_bg)),
         }
         sums = self.feature_sums(batch, cells, gate)
         if "loss_kd_bg" in self.weights:

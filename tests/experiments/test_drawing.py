@@ -53,9 +53,9 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     fg = (weight * gate * error).sum()
     torch.testing.assert_close(kd.FG_WEIGHT * fg, losses["loss_kd_fg"])
     bg = (background * gate * (1 - maps.cosine)).sum() / background.sum()
-    expected = 32 * shares.get("kd/fg_lead", 1) * bg  # 32: both are RetinaNets
-    torch.testing.assert_close(expected, losses["loss_kd_bg_features"])
-    torch.testing.assert_close(maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
+    lead = shares.get("kd/fg_lead", 1)
+    torch.testing.assert_close(32 * lead * bg, losses["loss_kd_bg_features"])  # both: RetinaNet
+    torch.testing.assert_close(lead * maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
     torch.testing.assert_close((weight * gate).sum(), shares["kd/fg_gate"])
     assert 0 < maps.gate.mean() < 1  # a gate that is off shows where it would be open
     assert "gate" in drawing._columns({"student": maps})
