@@ -116,8 +116,9 @@ def _add_methods(cfg: CN) -> None:
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
-    # Whether objects are scaled by the share of the teacher's score that the student lacks, and
-    # background cells by the ratio of the qualities and the teacher's mean lead. False = all are 1.
+    # True: objects are scaled by the share of the teacher's score that the student lacks.
+    # Background cells are scaled by the ratio of the qualities, at most 1, and by the teacher's
+    # mean lead. False: all these factors are 1.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

@@ -9,9 +9,9 @@ Example:
 Each picture shows an image. The first row has ground truth and detections. Each other row is a
 level, with four maps:
 - the object that owns each cell,
-- the gate: how far the student follows the teacher (MODEL.KD.FGBG.GATE),
+- the gate of each cell (MODEL.KD.FGBG.GATE),
 - the cosine between the features of student and teacher,
-- the background KL, as in the loss.
+- the background KL, times the gate if there is one.
 
 The cosine needs adapters if the channels differ. A checkpoint without adapters, such as a plain
 student, gets linear maps. They are fitted by least squares on 64 images of the training set.

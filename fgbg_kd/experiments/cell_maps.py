@@ -27,10 +27,10 @@ class CellMaps(NamedTuple):
         cosine: (1, R), cosine between the adapted features of the student and the features of the
             teacher, with channels scaled over this image. None if the channels differ and there is
             no adapter.
-        gate: (1, R) in [0, 1], how far the student follows the teacher. None if the teacher is not
+        gate: (1, R) in [0, 1], see :func:`fgbg_kd.ops.teacher_gate`. None if the teacher is not
             dense.
-        kl: (1, R), the background KL times the gate, as in the loss. None if the teacher is not
-            dense.
+        kl: (1, R), the background KL, times the gate if the loss has one. None if the teacher
+            is not dense.
     """
 
     cells: Split

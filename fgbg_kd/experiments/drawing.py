@@ -229,7 +229,7 @@ def _columns(maps: dict[str, CellMaps]) -> dict[str, _Column]:
         columns["background KL"] = _Column(
             kl,
             [f"sum {np.nansum(x):.2g}" for x in kl],
-            "KL times the gate",
+            "KL, times the gate if there is one",
             cmap="magma",
             norm=PowerNorm(0.5, 0, max(float(last.kl.max()), 1e-9)),
         )
@@ -241,7 +241,7 @@ def _gate_column(gate, foreground, background) -> _Column:
     return _Column(
         _only(gate, [f | b for f, b in zip(foreground, background)]),
         [f"mean: foreground {f}, background {b}" for f, b in zip(*shares)],
-        {"1: the student follows the teacher": TEACHER_COLOR, "0: it does not": STUDENT_COLOR},
+        {"1: open": TEACHER_COLOR, "0: closed": STUDENT_COLOR},
         cmap=LinearSegmentedColormap.from_list("gate", [STUDENT_COLOR, TEACHER_COLOR]),
         vmin=0,
         vmax=1,

@@ -38,18 +38,18 @@ class FgBg(Method):
     w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, it is by the teacher's
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
     g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
-    G: the mean lead of the teacher over the objects, see :class:`fgbg_kd.ops.Gate`; 0 if there are
-    none. So the student follows the background less, the nearer its scores on the objects are to
-    the teacher's. With GATE False, G is 1.
-    F: number of foreground cells. tau: temperature. L_bg_features and FG_LOSS mse are not in the
-    thesis' abstract. FG_LOSS mse compares direction and length, see
+    G: the mean lead of the teacher over the objects, weighted by w (:class:`fgbg_kd.ops.Gate`); 0
+    if there are none. So the student follows the background less, the nearer its scores on the
+    objects are to the teacher's. With GATE False, G is 1.
+    F: number of foreground cells. tau: temperature. G, L_bg_features and FG_LOSS mse are not in
+    the thesis' abstract. FG_LOSS mse compares direction and length, see
     :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
-    processes changes the scale of a term. The gate is not in the divisors, so all terms shrink as
-    the student improves. With GATE False, L_bg of a batch without objects is divided by the number
-    of background cells. Without this divisor, such a batch would weigh a hundred times as much as
-    other batches.
+    processes changes the scale of a term. Neither g nor G is in the divisors, so all terms shrink
+    as the student improves. With GATE False, L_bg of a batch without objects is divided by the
+    number of background cells. Without this divisor, such a batch would weigh a hundred times as
+    much as other batches.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class FgBg(Method):
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
         found = self.compare(batch, cells)
-        if "loss_kd_fg" in self.weights and self.assign == "teacher":
+        if self.assign == "teacher" and found.teacher_quality is not None:
             cells = cells.weighted(found.teacher_quality)
         gate = self.gate_of(cells, found)
         lead = cells.weight * (0 if gate.lead is None else gate.lead)

@@ -118,6 +118,19 @@ def test_without_objects_and_behind_a_closed_gate_nothing_is_followed(gate):
     assert all((loss == 0) == gate for loss in losses.values())
 
 
+def test_the_other_terms_do_not_depend_on_the_weight_of_the_foreground():
+    def without_foreground(weight):
+        options = {"fg_weight": weight, "bg_feature_weight": 1.0}
+        losses, shares = build_method("FgBg", [4, 4], [4, 4], **options)(random_batch())
+        losses.pop("loss_kd_fg", None)
+        return losses | shares
+
+    one, other = map(without_foreground, (0.0, 8.0))
+    assert {name: value.item() for name, value in one.items()} == {
+        name: value.item() for name, value in other.items()
+    }
+
+
 def test_a_large_object_counts_once_in_the_logged_means():
     boxes = [torch.tensor([[0.0, 0, 32, 24], [0, 24, 8, 32]])]  # 12 cells and 1 of 16
     cells = split(boxes, [(32, 32)], [(4, 4)], [8], assign="all")
