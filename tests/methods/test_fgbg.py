@@ -123,12 +123,9 @@ def test_the_other_terms_do_not_depend_on_the_weight_of_the_foreground():
         options = {"fg_weight": weight, "bg_feature_weight": 1.0}
         losses, shares = build_method("FgBg", [4, 4], [4, 4], **options)(random_batch())
         losses.pop("loss_kd_fg", None)
-        return losses | shares
+        return {name: value.item() for name, value in (losses | shares).items()}
 
-    one, other = map(without_foreground, (0.0, 8.0))
-    assert {name: value.item() for name, value in one.items()} == {
-        name: value.item() for name, value in other.items()
-    }
+    assert without_foreground(0.0) == without_foreground(8.0)
 
 
 def test_a_large_object_counts_once_in_the_logged_means():
