@@ -19,8 +19,7 @@ from ..utils.files import sha256_of, sha256_of_text
 # Keys that name a file. Its content is part of the settings.
 _FILES = ("DATASETS.TRAIN_JSON", "DATASETS.TEST_JSON", "MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS")
 _CONTENT = "sha256 of "
-# What versions without a key did, if this is not the key's default.
-_BEFORE = {"MODEL.KD.FGBG.FG_LOSS": "cosine"}
+_VERSION = "version of "
 # A comparison sets these keys for each run.
 RUN_KEYS = ("SEED", "OUTPUT_DIR", "TEST.EVAL_PERIOD")
 
@@ -30,13 +29,17 @@ def settings_of(cfg, checkpoint: Path | None = None) -> dict:
 
     Keys that the run does not read are left out, and OUTPUT_DIR too. The hashed files are: the
     checkpoint, the teacher's config, annotations (also of registered sets), other files that the
-    config names, and the Python files of methods and detectors from outside this package.
+    config names, and the Python files of methods and detectors from outside this package. A method
+    also has its version (:class:`fgbg_kd.methods.Method`).
 
     Args:
         cfg: the config of the run.
         checkpoint: another file that the run reads, such as the teacher's weights.
     """
-    return _with_contents(keys_read(flat(cfg)), checkpoint)
+    settings = keys_read(flat(cfg))
+    name = settings.get("MODEL.KD.METHOD")
+    version = {_VERSION + name: METHOD_REGISTRY.get(name).version} if name else {}
+    return _with_contents(settings, checkpoint) | version
 
 
 def task_of(cfg, teacher: Path | None = None) -> str:
@@ -88,21 +91,17 @@ def flat(node, prefix: str = "") -> dict:
 def changes(old: dict, new: dict) -> list[str]:
     """The differences between the settings in a folder and the settings of a new run, as texts.
 
-    The folder can be from a version of the package without a key. Then the value is what that
-    version did, which is nearly always the default. A file that no longer exists is not a
-    difference.
+    The folder can be from a version of the package without a key. Then the value is the default. A
+    method without a version has version 1. A file that no longer exists is not a difference.
 
     Args:
         old: the settings in the folder.
         new: the settings of the new run.
     """
-    default = _defaults()
+    default = _defaults() | {key: 1 for key in (*old, *new) if key.startswith(_VERSION)}
     keys = [*new, *(k for k in old if k not in new and not k.startswith(_CONTENT))]
 
-    pairs = {
-        key: (old.get(key, _BEFORE.get(key, default.get(key))), new.get(key, default.get(key)))
-        for key in keys
-    }
+    pairs = {key: (old.get(key, default.get(key)), new.get(key, default.get(key))) for key in keys}
     return [f"{key} was {was!r}, is {now!r}" for key, (was, now) in pairs.items() if was != now]
 
 

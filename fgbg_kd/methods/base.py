@@ -79,6 +79,9 @@ class Method(nn.Module):
     compares_logits = False
     # Names of its losses.
     losses: Sequence[str] = ("loss_kd",)
+    # Raise it if the same options give other losses than before. A comparison then does not mix
+    # runs of both versions.
+    version = 1
 
     @classmethod
     def is_off(cls, options: dict[str, Any]) -> bool:

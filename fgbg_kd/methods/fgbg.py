@@ -52,6 +52,8 @@ class FgBg(Method):
     much as other batches.
     """
 
+    version = 2  # 1: L_bg without the factor G
+
     def __init__(
         self,
         student_channels: Sequence[int],

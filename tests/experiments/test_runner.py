@@ -16,6 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 from fgbg_kd.engine import read_config
 from fgbg_kd.experiments.runner import Runner
 from fgbg_kd.experiments.settings import changes, settings_of
+from fgbg_kd.methods import FgBg
 from fgbg_kd.utils.errors import RunError
 
 # A replacement of train_net.py that writes the same files to OUTPUT_DIR.
@@ -191,10 +192,18 @@ def test_keys_that_only_one_version_of_the_package_has_are_compared_with_their_d
     assert changes({"GONE": 1}, {}) == ["GONE was 1, is None"]
 
 
-def test_a_run_of_a_version_without_a_key_has_what_that_version_did():
-    key = "MODEL.KD.FGBG.FG_LOSS"  # the default is another loss than before
-    assert changes({}, {key: "auto"}) == [f"{key} was 'cosine', is 'auto'"]
-    assert changes({}, {key: "cosine"}) == []
+def test_a_comparison_does_not_mix_two_versions_of_a_method(folder):
+    def settings(name):
+        opts = ["MODEL.META_ARCHITECTURE", "FgBgDistiller", "MODEL.KD.METHOD", name]
+        return settings_of(read_config(str(folder / "c.yaml"), opts))
+
+    key = "version of FgBg"
+    before = {k: v for k, v in settings("FgBg").items() if k != key}
+    assert changes(before, settings("FgBg")) == [f"{key} was 1, is {FgBg.version}"]
+    assert changes(settings("FgBg"), settings("FgBg")) == []
+    # The losses of PKD have not changed, so older runs count.
+    before = {k: v for k, v in settings("PKD").items() if k != "version of PKD"}
+    assert changes(before, settings("PKD")) == []
 
 
 def test_an_open_seed_and_other_images_in_another_folder_are_no_obstacle(folder, coco):
