@@ -60,9 +60,9 @@ def _add_distillation(cfg: CN) -> None:
     # it, including CPUs.
     kd.TEACHER.PRECISION = "auto"
     # True = keep the teacher's outputs for every image in host memory. The teacher then runs again
-    # only if a batch has a new padded size. Images must be the same in every epoch: no crops, no
-    # flips, and one size in INPUT. An image of 288x288 pixels takes about 1 MB (96 channels, 40
-    # logits per cell).
+    # only if the padded size of the image's batch differs from the last time. Images must be the
+    # same in every epoch: no crops, no flips, and one size in INPUT. An image of 288x288 pixels
+    # takes about 1 MB (96 channels, 40 logits per cell).
     kd.TEACHER.CACHE = False
     # COCO AP (0 to 100) that the teacher must reach on DATASETS.TEST before training. 0 = no check.
     kd.TEACHER.MIN_AP = 0.0
@@ -101,7 +101,7 @@ def _add_methods(cfg: CN) -> None:
     fgbg.FG_WEIGHT = 8.0  # scales loss_kd_fg; 0 = off
     fgbg.BG_WEIGHT = 1.0  # scales loss_kd_bg; 0 = off
     # Scales loss_kd_bg_features; 0 = off. -1: 32 if student and teacher are the same kind of
-    # detector, otherwise 0.
+    # detector, otherwise 0. If both other weights are 0, -1 is 0 for every pair.
     fgbg.BG_FEATURE_WEIGHT = -1.0
     # How scaled features are compared on the foreground. "cosine": by 1 - cosine, so only their
     # direction counts. "mse": by half their mean squared difference, so their length counts too.

@@ -107,7 +107,8 @@ class FgBgDistiller(nn.Module):
         self.same_anchors = False
         self._inherited: dict[str, Tensor] = {}
         name, options = _method_of(method)
-        if teacher is not None and get_method(name).is_off(options):
+        if get_method(name).is_off(options):
+            logger.info(f"The weights of {name} switch it off: this is plain training.")
             teacher = None
         if isinstance(teacher, nn.Module):
             teacher = Teacher(teacher)
@@ -192,7 +193,7 @@ class FgBgDistiller(nn.Module):
         batched_inputs = student.as_seen(batched_inputs)
         images = student.preprocess(batched_inputs)
         gt = [x["instances"].to(self.device) for x in batched_inputs]
-        output = student.run(images.tensor)
+        output = student.run(images.tensor, logits=self.method.needs_logits)
         losses = self.own_losses(images, output, gt, labeled)
         scale = self.scale_at(get_event_storage().iter)
         if scale == 0:
@@ -234,7 +235,8 @@ class FgBgDistiller(nn.Module):
             normalizer = of.loss_normalizer
             if normalizer is not None:
                 of.loss_normalizer = normalizer * (len(gt) - labeled) / labeled
-            soft = losses_on(slice(labeled, None))
+            with get_event_storage().name_scope("unlabeled"):  # the detector logs numbers too
+                soft = losses_on(slice(labeled, None))
             if normalizer is not None:
                 of.loss_normalizer = normalizer
             losses |= {f"{k}_unlabeled": self.unlabeled_weight * v for k, v in soft.items()}
@@ -279,7 +281,8 @@ class FgBgDistiller(nn.Module):
 
     def _zeros(self, output: DenseOutput) -> dict[str, Tensor]:
         """Losses of 0. DistributedDataParallel requires every parameter in their graph."""
-        zero = sum([p.sum() for p in self.method.parameters()], output.features[0].sum()) * 0.0
+        zero = output.features[0].new_zeros(())
+        zero = sum([p.sum() for p in self.method.parameters()], zero) * 0.0
         return dict.fromkeys(self.method.losses, zero)
 
     def inherit(self) -> None:

@@ -11,11 +11,14 @@ from conftest import (
     save_teacher,
     seen_by,
     tiny_cfg,
+    tiny_ssd,
 )
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
+from fgbg_kd.detectors.dense import DenseView
+from fgbg_kd.engine.non_finite import not_finite
 from fgbg_kd.matching import usual_size
 from fgbg_kd.utils.errors import TeacherError
 
@@ -223,6 +226,24 @@ def test_the_teacher_runs_in_its_own_precision(distil_cfg, name, dtype):
         losses = losses_of(model, make_batch())
     assert set(seen) == {dtype}
     assert losses["loss_kd_fg"].dtype == torch.float32 and losses["loss_kd_fg"] > 0
+
+
+def test_a_fault_is_searched_in_the_precision_in_which_the_teacher_was_run(distil_cfg):
+    distil_cfg.MODEL.KD.TEACHER.PRECISION = "bf16"
+    model, seen = build_model(distil_cfg), []
+    model.teacher.detector.head.cls_score.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    not_finite(model, make_batch())
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["PKD", "FgBg"])
+def test_the_students_logits_are_computed_only_for_a_method_that_needs_them(method):
+    model, seen = distiller(tiny_ssd(1), tiny_ssd(2), name=method), []
+    run = DenseView.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DenseView, "run", lambda *a, **k: seen.append(run(*a, **k)) or seen[-1])
+        losses_of(model, make_batch())
+    assert [x.logits is not None for x in seen] == [method == "FgBg"] * 2  # student and teacher
 
 
 def test_an_unknown_precision_is_named(distil_cfg):

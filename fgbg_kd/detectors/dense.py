@@ -224,7 +224,7 @@ class DenseView(DetectorView):
         features = self.features(images)
         if raw:
             whole = self.head(features)
-            return DenseOutput(features, self.logits(whole), whole)
+            return DenseOutput(features, self.logits(whole) if logits else None, whole)
         # The classification branch is enough.
         return DenseOutput(features, self.class_logits(features) if logits else None)
 

@@ -206,6 +206,8 @@ def _optimizer_changes(saved: dict, trainer) -> list[str]:
         return ["other parameters are trained (BACKBONE.FREEZE_AT, SOLVER.*)"]
     # PyTorch loads the values of the checkpoint, so a new value would have no effect.
     names = {"initial_lr": "the learning rate (SOLVER.BASE_LR)", "weight_decay": "the weight decay"}
+    # In a run with a Python config, the schedule adds "initial_lr" only after the resume.
+    groups[1] = [{"initial_lr": g["lr"], **g} for g in groups[1]]
     changes = [
         f"{name} was {was[key]:g}, now it is {now[key]:g}"
         for key, name in names.items()

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..detectors.dense import DenseView, DetectorView, lenient_view
+from ..teacher import autocast
 from ..utils.errors import NonFiniteLossError
 from ..utils.files import whole
 from .hooks import beside_detector, detector_of, unwrapped
@@ -135,7 +136,9 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
         found += _bad_levels(name, student, images.tensor)
         if detector is not model and model.teacher is not None:
             teacher = model.teacher
-            found += _bad_levels("the teacher", teacher.view, teacher.input_of(images, student))
+            with autocast(teacher.precision, images.tensor.device):  # as in training
+                inputs = teacher.input_of(images, student)
+                found += _bad_levels("the teacher", teacher.view, inputs)
     elif not found:
         return "The parameters are finite. Features are examined in dense detectors only."
     if not found:

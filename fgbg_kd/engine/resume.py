@@ -62,7 +62,9 @@ class IterationState(HookBase):
         done = self.trainer.iter + 1
         if done % self.period == 0 or done == self.trainer.max_iter:
             # Gathered here, where all processes are: only the first process saves a checkpoint.
-            self.normalizers = comm.gather(getattr(self.detector, "loss_normalizer", None))
+            # As a number: another process may not have the GPU of a tensor.
+            normalizer = getattr(self.detector, "loss_normalizer", None)
+            self.normalizers = comm.gather(None if normalizer is None else float(normalizer))
 
     def state_dict(self):
         return {"loss_normalizers": self.normalizers}

@@ -81,10 +81,10 @@ def keep_previous_config(output_dir: str) -> None:
 def set_previous_run_aside(output_dir: str, resume: bool = False) -> None:
     """Moves the results of the previous run in this folder to previous/1, previous/2, ...
 
-    The results are its checkpoints, metrics.json, TensorBoard's event files, config.previous.yaml,
-    the ids in writers.json and the detections in ``inference``. If they stayed, the metrics of both
-    runs would be mixed. And if the new run were killed before its first checkpoint, --resume would
-    load the previous run's checkpoint.
+    The results are its checkpoints, metrics.json, TensorBoard's event files, the ids in
+    writers.json, the detections in ``inference``, and a copy of config.previous.yaml. If they
+    stayed, the metrics of both runs would be mixed. And if the new run were killed before its first
+    checkpoint, --resume would load the previous run's checkpoint.
 
     Args:
         output_dir: the run's folder.

@@ -169,7 +169,7 @@ class FgBg(Method):
         )
 
     def gate_of(self, cells: Split, found: Comparison) -> Gate:
-        """The gate of each cell. Without a comparison it is 1; 0 on padding."""
+        """The gate of each cell. With GATE False it is 1; 0 on padding."""
         if not self.gate:
             return Gate(cells.real.float())
         return teacher_gate(found.student_quality, found.teacher_quality, cells)

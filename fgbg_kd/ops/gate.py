@@ -14,7 +14,7 @@ class Gate(NamedTuple):
     Attributes:
         value: (N, R) g in [0, 1], without a gradient; 0 on padding.
         lead: (N, R) max(0, t - s) on foreground cells, see :func:`teacher_gate`; 0 elsewhere.
-            None: predictions were not compared.
+            None: there is no gate.
     """
 
     value: Tensor

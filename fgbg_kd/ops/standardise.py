@@ -13,8 +13,8 @@ from .common import accumulation_dtype, per_level
 EPS = 1e-5
 
 
-def standardise(features: Sequence[Tensor], real: Tensor, eps: float = EPS) -> list[Tensor]:
-    """(x - mean) / sqrt(variance + eps) per level and channel.
+def standardise(features: Sequence[Tensor], real: Tensor) -> list[Tensor]:
+    """(x - mean) / sqrt(variance + EPS) per level and channel.
 
     Mean and variance are taken over all cells of the level that are not padding, in all images of
     all processes. Without this step, all features after a ReLU have a large common part, which
@@ -39,17 +39,17 @@ def standardise(features: Sequence[Tensor], real: Tensor, eps: float = EPS) -> l
     ]
     # Squares around the common mean, because E[x^2] - mean^2 cancels in fp32.
     sums = summed_over_processes([x.square().sum((0, 2, 3)) for x in centred])
-    scales = [scale_of(x / n, mean, eps) for x, n, mean in zip(sums, counts, means)]
+    scales = [scale_of(x / n, mean) for x, n, mean in zip(sums, counts, means)]
     return [x * scale[:, None, None] for x, scale in zip(centred, scales)]
 
 
-def scale_of(variance: Tensor, mean: Tensor, eps: float = EPS) -> Tensor:
-    """1 / sqrt(variance + eps) of each channel; 0 if its spread is only the rounding of its mean.
+def scale_of(variance: Tensor, mean: Tensor) -> Tensor:
+    """1 / sqrt(variance + EPS) of each channel; 0 if its spread is only the rounding of its mean.
 
     Scaled up, rounding would be a random direction.
     """
     rounding = (16 * torch.finfo(mean.dtype).eps * mean.detach()).square()
-    return torch.where(variance > rounding, (variance + eps).rsqrt(), 0)
+    return torch.where(variance > rounding, (variance + EPS).rsqrt(), 0)
 
 
 def _means(features: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list, list]:

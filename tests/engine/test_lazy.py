@@ -152,6 +152,12 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(config, recorded, tm
         assert all(torch.equal(v, parts[1][part][k]) for k, v in parts[0][part].items())
 
 
+def test_a_resume_with_another_learning_rate_is_refused(config):
+    run(config, "optimizer.lr=0.01", "train.max_iter=1")
+    with pytest.raises(CheckpointError, match="learning rate .* was 0.01, now it is 0.02"):
+        run(config, "optimizer.lr=0.02", "train.max_iter=2", resume=True)
+
+
 def test_where_there_is_nothing_to_resume_a_run_starts(config, tmp_path):
     run(config, "train.max_iter=1", resume=True)
     assert saved(tmp_path / "lazy")["iteration"] == 0

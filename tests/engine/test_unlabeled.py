@@ -28,6 +28,7 @@ from conftest import (
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
+from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -432,6 +433,17 @@ def test_a_weight_adds_the_detectors_losses_on_the_photos(name):
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert sum(g.abs().sum() for g in gradients) > 0
+
+
+def test_the_logged_number_of_anchors_is_that_of_the_labelled_images():
+    batch = mixed()
+    with EventStorage() as found:
+        pair("RetinaNet")(batch)
+    with EventStorage() as alone:
+        pair("RetinaNet")(batch[1:2])
+    values = [x.latest()["num_pos_anchors"][0] for x in (found, alone)]
+    assert values[0] == values[1] > 0
+    assert found.latest()["unlabeled/num_pos_anchors"][0] != values[0]
 
 
 def test_the_running_normaliser_stays_that_of_labelled_images():
