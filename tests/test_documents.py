@@ -458,7 +458,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named_in_a_line(
         start(monkeypatch, tool, arguments)
 
 
-@pytest.mark.parametrize("name", ["results.md", "results_details.md", "results_earlier.md"])
+@pytest.mark.parametrize("name", ["results.md", "results_details.md"])
 def test_the_tables_of_results_are_those_of_their_rows(name, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / name).read_text()
@@ -469,30 +469,14 @@ def test_the_tables_of_results_are_those_of_their_rows(name, monkeypatch, tmp_pa
     assert filled and all(line.endswith("made anew") for line in filled)
 
 
-# Options of earlier versions of FgBg, which no config accepts today.
-EARLIER = {
-    ("MODEL.KD.FGBG.ASSIGN", "auto"),
-    ("MODEL.KD.FGBG.STANDARDISE", "auto"),
-    ("MODEL.KD.FGBG.GATE", "cell"),
-    ("MODEL.KD.FGBG.GATE_MARGIN", "-0.2"),
-    ("MODEL.KD.FGBG.GATE_QUALITY", "score"),
-}
-
-
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("*.jsonl")), ids=str)
 @pytest.mark.slow
-def test_a_published_row_has_a_method_options_and_keys_of_today_or_names_an_earlier_version(file):
-    """Rows of an earlier version of FgBg have its options as overrides."""
+def test_a_published_row_has_a_method_options_and_keys_of_today(file):
     for row in read_rows(file):
         name = row["method"].split()[0]
         known = set(method_defaults(name)) if name in METHOD_REGISTRY else set()
-        pairs = list(zip(row["overrides"][::2], row["overrides"][1::2]))
-        earlier = [key for key, value in pairs if (key, value) in EARLIER]
-        assert sum("GATE" in key for key in earlier) in (0, 3), row["method"]
-        gone = {key.rsplit(".", 1)[1].lower() for key in earlier} if name == "FgBg" else set()
-        assert set(row["options"]) <= known | gone, row["method"]
-        today = [x for key, value in pairs if key not in earlier for x in (key, value)]
-        merge_overrides(get_fgbg_kd_cfg(), today)
+        assert set(row["options"]) <= known, row["method"]
+        merge_overrides(get_fgbg_kd_cfg(), row["overrides"])
         assert name != "FgBg" or row["method"] == name_of(row)
 
 
