@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import get_fgbg_kd_cfg
 from ..detectors.load import find_config, read_detector_config
-from ..methods import METHOD_REGISTRY
+from ..methods import METHOD_REGISTRY, get_method
 from ..utils.files import sha256_of, sha256_of_text
 
 # Keys that name a file. Its content is part of the settings.
@@ -38,7 +38,7 @@ def settings_of(cfg, checkpoint: Path | None = None) -> dict:
     """
     settings = keys_read(flat(cfg))
     name = settings.get("MODEL.KD.METHOD")
-    version = {_VERSION + name: METHOD_REGISTRY.get(name).version} if name else {}
+    version = {_VERSION + name: get_method(name).version} if name else {}
     return _with_contents(settings, checkpoint) | version
 
 

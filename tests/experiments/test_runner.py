@@ -17,7 +17,7 @@ from fgbg_kd.engine import read_config
 from fgbg_kd.experiments.runner import Runner
 from fgbg_kd.experiments.settings import changes, settings_of
 from fgbg_kd.methods import FgBg
-from fgbg_kd.utils.errors import RunError
+from fgbg_kd.utils.errors import ConfigError, RunError
 
 # A replacement of train_net.py that writes the same files to OUTPUT_DIR.
 CHILD = """
@@ -204,6 +204,8 @@ def test_a_comparison_does_not_mix_two_versions_of_a_method(folder):
     # The losses of PKD have not changed, so older runs count.
     before = {k: v for k, v in settings("PKD").items() if k != "version of PKD"}
     assert changes(before, settings("PKD")) == []
+    with pytest.raises(ConfigError, match="MODEL.KD.METHOD is 'PKDD': choose from"):
+        settings("PKDD")
 
 
 def test_an_open_seed_and_other_images_in_another_folder_are_no_obstacle(folder, coco):
