@@ -103,10 +103,6 @@ def _add_methods(cfg: CN) -> None:
     # Scales loss_kd_bg_features; 0 = off. -1: 32 if student and teacher are the same kind of
     # detector, otherwise 0. If both other weights are 0, -1 is 0 for every pair.
     fgbg.BG_FEATURE_WEIGHT = -1.0
-    # How scaled features are compared on the foreground. "cosine": by 1 - cosine, so only their
-    # direction counts. "mse": by half their mean squared difference, so their length counts too.
-    # "auto": "mse" if student and teacher are the same kind of detector, otherwise "cosine".
-    fgbg.FG_LOSS = "auto"
     # Which cells of a box are foreground, and their weights. "teacher": its cells on all levels,
     # weighted by the teacher's score of the object's class (a two-stage teacher: "scale").
     # "scale": its cells on the one level that fits its size, with equal weights. "all": its cells
@@ -116,9 +112,9 @@ def _add_methods(cfg: CN) -> None:
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
-    # True: objects are scaled by the share of the teacher's score that the student lacks.
-    # Background cells are scaled by the ratio of the qualities, at most 1, and by the teacher's
-    # mean lead. False: all these factors are 1.
+    # True: an object counts by the teacher's best score, if that is higher than the student's, and
+    # otherwise not at all. Background cells are scaled by the ratio of the qualities, at most 1,
+    # and by the mean gate of the objects. False: all objects and cells count fully.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

@@ -82,10 +82,8 @@ class Scene:
     def features(self, features, impl):
         """Both terms of features, of foreground and background, with a gate of 1."""
         cells = self.cells
-        cosine, distance = compare_features(
-            features, self.teacher_features, cells.real, cells.real, impl
-        )
-        return (cells.weight * distance + cells.background * (1 - cosine)).sum()
+        cosine = compare_features(features, self.teacher_features, cells.real, cells.real, impl)
+        return ((cells.weight + cells.background) * (1 - cosine)).sum()
 
     def predictions(self, logits, impl):
         """Compares as FgBg does by default."""
@@ -93,7 +91,7 @@ class Scene:
             logits, self.teacher_logits, self.cells, self.classes, CLASSES, impl=impl
         )
         gate = teacher_gate(found.student_quality, found.teacher_quality, self.cells)
-        return (gate.value * found.kl).sum()
+        return (gate * found.kl).sum()
 
     def counts(self) -> dict[str, tuple[float, float, int]]:
         """Memory traffic of forward and backward by operator, with a gate of 1 in all cells.

@@ -1,4 +1,4 @@
-"""Warns early in a run if the teacher hardly leads the student."""
+"""Warns early in a run if the student follows the teacher on hardly any object."""
 
 import logging
 
@@ -8,39 +8,39 @@ logger = logging.getLogger(__name__)
 
 
 class GateWatch(HookBase):
-    """Warns if the teacher finds the objects hardly better than the student.
+    """Warns if the gate of the objects is nearly closed from the start.
 
-    The hook averages kd/fg_lead over the first iterations. The distiller writes it every 20
-    iterations, so that the GPU is rarely waited for. Without a gate there is no kd/fg_lead, and
-    the hook does nothing.
+    The hook averages kd/fg_gate over the first iterations. The distiller writes it every 20
+    iterations, so that the GPU is rarely waited for. Without a gate it is 1.
     """
 
-    def __init__(self, iterations: int = 100, least: float = 0.02):
+    def __init__(self, iterations: int = 100, least: float = 0.1):
         """
         Args:
             iterations: number of iterations to average, from the start of a new run.
-            least: the hook warns if the mean is lower. A lead is in [0, 1].
+            least: the hook warns if the mean gate is lower. A gate is in [0, 1].
         """
         self.iterations, self.least = iterations, least
-        self.leads: list[float] = []
+        self.gates: list[float] = []
 
     def after_step(self):
         trainer = self.trainer
         if trainer.start_iter > 0 or trainer.iter >= self.iterations:
             return
-        lead, when = trainer.storage.latest().get("kd/fg_lead", (0.0, -1))
-        if when == trainer.iter:  # a batch without objects has no lead
-            self.leads.append(lead)
-        if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and self.leads:
-            self._judge(sum(self.leads) / len(self.leads))
+        gate, when = trainer.storage.latest().get("kd/fg_gate", (0.0, -1))
+        if when == trainer.iter:  # a batch without objects has no gate
+            self.gates.append(gate)
+        if trainer.iter + 1 == min(self.iterations, trainer.max_iter) and self.gates:
+            self._judge(sum(self.gates) / len(self.gates))
 
-    def _judge(self, lead: float):
-        if lead < self.least:
+    def _judge(self, gate: float):
+        if gate < self.least:
             logger.warning(
-                f"The teacher is hardly better than the student: in the first "
-                f"{self.trainer.iter + 1} iterations, its best score on an object was higher by "
-                f"{lead:.3f} on average. Check that MODEL.KD.TEACHER.CONFIG is the config that the "
-                "teacher was trained with (classes, INPUT.FORMAT, PIXEL_MEAN). Check that the "
-                "student does not start from better weights (MODEL.WEIGHTS). Set "
-                "MODEL.KD.TEACHER.MIN_AP to measure the teacher before training."
+                f"The student hardly follows the teacher: in the first {self.trainer.iter + 1} "
+                f"iterations, the mean gate of the objects was {gate:.3f}. So the teacher's scores "
+                "on the objects are low, or lower than the student's. Check that "
+                "MODEL.KD.TEACHER.CONFIG is the config that the teacher was trained with (classes, "
+                "INPUT.FORMAT, PIXEL_MEAN). Check that the student does not start from better "
+                "weights (MODEL.WEIGHTS). Set MODEL.KD.TEACHER.MIN_AP to measure the teacher "
+                "before training."
             )

@@ -97,11 +97,11 @@ def cell_maps(
     cosine, adapters = None, adapters or own_adapters(distiller)
     if adapters is not None:
         adapted = [phi(f) for phi, f in zip(adapters, student.features)]
-        cosine = compare_features(adapted, teacher.features, cells.real, cells.real).cosine
+        cosine = compare_features(adapted, teacher.features, cells.real, cells.real)
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
     found = batch.compare(cells, kl=fgbg.kl, temperature=fgbg.temperature)
-    gate = teacher_gate(found.student_quality, found.teacher_quality, cells).value
+    gate = teacher_gate(found.student_quality, found.teacher_quality, cells)
     kl = found.kl * gate if fgbg.gate else found.kl
     return CellMaps(cells, batch.strides, cosine, gate, kl)
 

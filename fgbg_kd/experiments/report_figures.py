@@ -63,9 +63,7 @@ def curves(runs: list[Run], colors) -> dict[str, Markup]:
     keys = {k for r in runs for row in r.rows for k in row}
     sections = {
         "Losses": sorted(k for k in keys if k.startswith("loss") or k == "total_loss"),
-        "Gate, and the lead of the teacher (means)": sorted(
-            k for k in keys if k.endswith(("_gate", "_lead"))
-        ),
+        "Gate (mean)": sorted(k for k in keys if k.endswith("_gate")),
         "AP over iterations": [k for k in ("bbox/AP", "bbox/AP50", "bbox/AP75") if k in keys],
     }
     return {name: _plot(runs, of, colors, name) for name, of in sections.items() if of}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Comparison, Gate, Split, compare_features, teacher_gate
+from ..ops import Comparison, Split, compare_features, teacher_gate
 from ..utils.processes import world_mean
 from .adapters import build_adapters
 from .base import (
@@ -19,31 +19,29 @@ from .base import (
     or_one,
 )
 
-# Values that :meth:`FgBg.for_pair` replaces. Built without a pair, they count as 0 and "cosine".
-WEIGHT_BY_PAIR, LOSS_BY_PAIR = -1.0, "auto"
+# A weight that :meth:`FgBg.for_pair` replaces. Built without a pair, it counts as 0.
+WEIGHT_BY_PAIR = -1.0
 
 
 @METHOD_REGISTRY.register()
 class FgBg(Method):
     """The method of this package, after the thesis (README).
 
-    L_fg = fg_weight * sum over foreground cells of w g e / sum of w
+    L_fg = fg_weight * sum over foreground cells of w g d / sum of w
     L_bg = bg_weight * G * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
-    e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / (2 C) with FG_LOSS mse
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
     each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
     w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, it is by the teacher's
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
-    g: the gate (:func:`fgbg_kd.ops.teacher_gate`); with GATE False it is 1.
-    G: the mean lead of the teacher over the objects, weighted by w (:class:`fgbg_kd.ops.Gate`); 0
-    if there are none. So the student follows the background less, the nearer its scores on the
-    objects are to the teacher's. With GATE False, G is 1.
-    F: number of foreground cells. tau: temperature. G, L_bg_features and FG_LOSS mse are not in
-    the thesis' abstract. FG_LOSS mse compares direction and length, see
-    :class:`fgbg_kd.ops.FeatureComparison`.
+    g: the gate (:func:`fgbg_kd.ops.teacher_gate`). On an object, it is the teacher's best score if
+    that is higher than the student's, otherwise 0. With GATE False it is 1.
+    G: the mean gate of the objects; 0 if there are no objects. So a student that finds all objects
+    better does not follow the background. With GATE False, G is 1.
+    F: number of foreground cells. tau: temperature. G and L_bg_features are not in the thesis'
+    abstract.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Neither g nor G is in the divisors, so all terms shrink
@@ -52,7 +50,7 @@ class FgBg(Method):
     much as other batches.
     """
 
-    version = 2  # 1: L_bg without the factor G
+    version = 3  # 2: the gate was a share of the teacher's score, and L_fg also compared lengths
 
     def __init__(
         self,
@@ -62,7 +60,6 @@ class FgBg(Method):
         fg_weight: float,
         bg_weight: float,
         bg_feature_weight: float,
-        fg_loss: str,
         assign: str,
         kl: str,
         temperature: float,
@@ -78,11 +75,10 @@ class FgBg(Method):
             bg_feature_weight=bg_feature_weight,
         )
         check_positive("FGBG", temperature=temperature)
-        check_choice("FGBG.FG_LOSS", fg_loss, (LOSS_BY_PAIR, "cosine", "mse"))
         check_choice("FGBG.ASSIGN", assign, ("teacher", "scale", "all"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, (True, False))
-        self.fg_loss, self.assign, self.gate = fg_loss, assign, gate
+        self.assign, self.gate = assign, gate
         self.kl, self.temperature = kl, temperature
         weights = (fg_weight, bg_feature_weight, bg_weight)
         names = ("loss_kd_fg", "loss_kd_bg_features", "loss_kd_bg")
@@ -107,12 +103,9 @@ class FgBg(Method):
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        options = dict(options)
-        if options["bg_feature_weight"] == WEIGHT_BY_PAIR:
-            options["bg_feature_weight"] = 32.0 if alike else 0.0
-        if options["fg_loss"] == LOSS_BY_PAIR:
-            options["fg_loss"] = "mse" if alike else "cosine"
-        return options
+        if options["bg_feature_weight"] != WEIGHT_BY_PAIR:
+            return options
+        return {**options, "bg_feature_weight": 32.0 if alike else 0.0}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
@@ -120,38 +113,34 @@ class FgBg(Method):
         if self.assign == "teacher" and found.teacher_quality is not None:
             cells = cells.weighted(found.teacher_quality)
         gate = self.gate_of(cells, found)
-        lead = cells.weight * (0 if gate.lead is None else gate.lead)
-        counts = [cells.weight, lead, cells.foreground, cells.background]
+        counts = [cells.weight, cells.weight * gate, cells.foreground, cells.background]
         counts = world_mean(torch.stack([x.sum(dtype=torch.float32) for x in counts]))
-        objects, lead, num_fg, num_bg = counts
-        mean_lead = lead / or_one(objects) if self.gate else 1
+        objects, followed, num_fg, num_bg = counts
+        mean_gate = followed / or_one(objects) if self.gate else 1
         factors = {
             "loss_kd_fg": 1 / or_one(objects),
-            "loss_kd_bg_features": mean_lead / or_one(num_bg),
-            "loss_kd_bg": mean_lead / or_one(torch.where(num_fg > 0, num_fg, num_bg)),
+            "loss_kd_bg_features": mean_gate / or_one(num_bg),
+            "loss_kd_bg": mean_gate / or_one(torch.where(num_fg > 0, num_fg, num_bg)),
         }
         sums = self.feature_sums(batch, cells, gate)
         if "loss_kd_bg" in self.weights:
-            sums["loss_kd_bg"] = (gate.value * found.kl).sum()
+            sums["loss_kd_bg"] = (gate * found.kl).sum()
         losses = {name: w * factors[name] * sums[name] for name, w in self.weights.items()}
         return losses, statistics(cells, gate)
 
-    def feature_sums(self, batch: Batch, cells: Split, gate: Gate) -> dict[str, Tensor]:
+    def feature_sums(self, batch: Batch, cells: Split, gate: Tensor) -> dict[str, Tensor]:
         """The sums of the two terms of features, without their weights and divisors."""
         weights = {
-            "loss_kd_fg": cells.weight * gate.value,
-            "loss_kd_bg_features": cells.background * gate.value,
+            "loss_kd_fg": cells.weight * gate,
+            "loss_kd_bg_features": cells.background * gate,
         }
         weights = {name: x for name, x in weights.items() if name in self.weights}
         if not weights:
             return {}
         adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
         used = sum(weights.values()) != 0
-        cosine, distance = compare_features(adapted, batch.teacher.features, cells.real, used)
-        direction = 1 - cosine
-        on_objects = distance if self.fg_loss == "mse" else direction
-        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": direction}
-        return {name: (x * errors[name]).sum() for name, x in weights.items()}
+        cosine = compare_features(adapted, batch.teacher.features, cells.real, used)
+        return {name: (x * (1 - cosine)).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""
@@ -168,22 +157,17 @@ class FgBg(Method):
             quality=self.needs_quality,
         )
 
-    def gate_of(self, cells: Split, found: Comparison) -> Gate:
+    def gate_of(self, cells: Split, found: Comparison) -> Tensor:
         """The gate of each cell. With GATE False it is 1; 0 on padding."""
         if not self.gate:
-            return Gate(cells.real.float())
+            return cells.real.float()
         return teacher_gate(found.student_quality, found.teacher_quality, cells)
 
 
-def statistics(cells: Split, gate: Gate) -> dict[str, Tensor]:
-    """Means over objects and over background cells. NaN: there are none.
+def statistics(cells: Split, gate: Tensor) -> dict[str, Tensor]:
+    """kd/fg_gate, kd/bg_gate: means of the gate over objects, and over background cells.
 
-    Returns:
-        kd/fg_gate, kd/bg_gate: mean of the gate. kd/fg_lead: how much higher the teacher's best
-        score on an object is, 0 if it is lower. Without a gate it is left out.
+    NaN: there are none.
     """
-    found = {"kd/fg_gate": (gate.value, cells.weight)}
-    if gate.lead is not None:
-        found["kd/fg_lead"] = (gate.lead, cells.weight)
-    found["kd/bg_gate"] = (gate.value, cells.background)
-    return {name: (value * weight).sum() / weight.sum() for name, (value, weight) in found.items()}
+    weights = {"kd/fg_gate": cells.weight, "kd/bg_gate": cells.background}
+    return {name: (gate * weight).sum() / weight.sum() for name, weight in weights.items()}

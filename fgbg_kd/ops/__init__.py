@@ -4,8 +4,8 @@ Each file has the definition in plain PyTorch. ``x_triton.py`` has the fused ker
 """
 
 from .common import BACKGROUND, PADDING
-from .features import FeatureComparison, compare_features, cosine_similarity
-from .gate import Gate, teacher_gate
+from .features import compare_features, cosine_similarity
+from .gate import teacher_gate
 from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
 from .split import Split, pack, split
 from .standardise import standardise
@@ -14,8 +14,6 @@ __all__ = [
     "BACKGROUND",
     "PADDING",
     "Comparison",
-    "FeatureComparison",
-    "Gate",
     "Split",
     "compare_features",
     "compare_predictions",

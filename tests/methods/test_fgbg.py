@@ -16,7 +16,6 @@ from fgbg_kd.methods.base import or_one
 from fgbg_kd.methods.fgbg import statistics
 from fgbg_kd.ops import (
     Comparison,
-    Gate,
     compare_predictions,
     cosine_similarity,
     kl_divergence,
@@ -52,19 +51,18 @@ def terms(student, teacher, boxes, size, **options):
 SIGNS = torch.tensor([[[[1.0, -1], [1, -1]]]])
 
 
-@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
-def test_by_hand(fg_loss):
+def test_by_hand():
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([torch.tensor([[[[-1.0, 1], [1, -1]]]])], [logits])
     weights = {"fg_weight": 6.0, "bg_weight": 0.5, "bg_feature_weight": 4.0}
-    loss = build_method("FgBg", [1], [1], gate=False, fg_loss=fg_loss, **weights)
+    loss = build_method("FgBg", [1], [1], gate=False, **weights)
     box = torch.tensor([[0.0, 0, 8, 8]])
     one = torch.zeros(1, dtype=torch.long)
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2, rel=1e-4)  # 1 - cos, (1 + 1)^2 / 2
+    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2, rel=1e-4)
     assert losses["loss_kd_bg_features"].item() == pytest.approx(4 * 2 / 3)  # 2, 0, 0
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
@@ -73,13 +71,12 @@ def test_by_hand(fg_loss):
     }
 
 
-@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
-def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch, fg_loss):
+def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-SIGNS], [logits])
-    # Above a box of two cells: the student lacks 0.4 of 0.9. Below the background: in the second
-    # cell the teacher is worse, 0.1 against 0.5.
+    # Above two boxes of one cell: the teacher is better on the first one, 0.9 against 0.5. Below
+    # the background: in the second cell the teacher is worse, 0.1 against 0.5.
     better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
     weights = {"fg_weight": 1.0, "bg_feature_weight": 1.0}
 
@@ -88,18 +85,17 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
         return Comparison(apart, torch.full((1, 4), 0.5), better)
 
     monkeypatch.setattr(Batch, "compare", found)
-    one = torch.zeros(1, dtype=torch.long)
-    box = torch.tensor([[0.0, 0, 16, 8]])
-    batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
-    options = {**weights, "assign": "scale", "fg_loss": fg_loss}
+    classes = torch.zeros(2, dtype=torch.long)
+    boxes = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])
+    batch = Batch(student, teacher, [boxes], [classes], [(16, 16)], [8], num_classes=1)
+    options = {**weights, "assign": "scale"}
     losses, shares = build_method("FgBg", [1], [1], **options)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(0.4 / 0.9 * 2, rel=1e-4)
-    assert losses["loss_kd_bg_features"].item() == pytest.approx(0.4 * 1.2 * 2 / 2)
-    assert losses["loss_kd_bg"].item() == pytest.approx(0.4 * 1.2 * kl / 2, rel=1e-5)
+    assert losses["loss_kd_fg"].item() == pytest.approx(0.45 * 2, rel=1e-4)
+    assert losses["loss_kd_bg_features"].item() == pytest.approx(0.45 * 1.2 * 2 / 2)
+    assert losses["loss_kd_bg"].item() == pytest.approx(0.45 * 1.2 * kl / 2, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
-        "kd/fg_gate": pytest.approx(0.4 / 0.9),
-        "kd/fg_lead": pytest.approx(0.4),
+        "kd/fg_gate": pytest.approx(0.45),  # 0.9 and 0
         "kd/bg_gate": pytest.approx(0.6),  # 1 and 0.2
     }
 
@@ -133,40 +129,38 @@ def test_a_large_object_counts_once_in_the_logged_means():
     cells = split(boxes, [(32, 32)], [(4, 4)], [8], assign="all")
     value = torch.where(cells.owner(torch.tensor([[True, False]])), 0.2, 0.6)
     value = torch.where(cells.background, 0.9, value)
-    means = statistics(cells, Gate(value, value / 2))
-    expected = {"kd/fg_gate": 0.4, "kd/fg_lead": 0.2, "kd/bg_gate": 0.9}
+    means = statistics(cells, value)
+    expected = {"kd/fg_gate": 0.4, "kd/bg_gate": 0.9}
     assert {name: mean.item() for name, mean in means.items()} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
-def test_more_images_or_larger_maps_do_not_change_the_scale(fg_loss):
+def test_more_images_or_larger_maps_do_not_change_the_scale():
     half = (0, 0, 32, 16)  # half of a 4 x 4 map; of a larger map the same share
     small = outputs(4, 0), outputs(4, 1)
     large = outputs(8, 0), outputs(8, 1)
-    one = terms(*small, [[half]], 4, fg_loss=fg_loss)
-    two = terms(*small, [[half], [half]], 4, fg_loss=fg_loss)
-    big = terms(*large, [[tuple(2 * v for v in half)]], 8, fg_loss=fg_loss)
+    one = terms(*small, [[half]], 4)
+    two = terms(*small, [[half], [half]], 4)
+    big = terms(*large, [[tuple(2 * v for v in half)]], 8)
     for name, value in one.items():
         assert value > 0
         torch.testing.assert_close(two[name], value)
         torch.testing.assert_close(big[name], value)
 
 
-def _worker(rank, folder, boxes, fg_loss):
+def _worker(rank, folder, boxes):
     distributed.init_process_group("gloo")
     student, teacher = outputs(4, 0), outputs(4, 1)
-    got = terms(student, teacher, [boxes[rank]], 4, fg_loss=fg_loss)
+    got = terms(student, teacher, [boxes[rank]], 4)
     torch.save(got, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
-def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path, fg_loss):
+def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
-    in_two_processes(_worker, str(tmp_path), boxes, fg_loss)
+    in_two_processes(_worker, str(tmp_path), boxes)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4, fg_loss=fg_loss)
+    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4)
     for name, value in whole.items():
         mean = (parts[0][name] + parts[1][name]) / 2  # what DistributedDataParallel does
         torch.testing.assert_close(mean, value)
@@ -188,7 +182,6 @@ ALL_OPTIONS = {
     "fg_weight": 2.0,
     "bg_weight": 3.0,
     "bg_feature_weight": 5.0,
-    "fg_loss": "cosine",
     "assign": "scale",
     "kl": "softmax",
     "temperature": 2.0,
@@ -199,7 +192,6 @@ ALL_OPTIONS = {
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("fg_loss", "mse"),
         ("assign", "all"),
         ("assign", "teacher"),
         ("kl", "sigmoid"),
@@ -226,24 +218,22 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
             kl=o["kl"],
             temperature=o["temperature"],
         )
-        gate, lead = (cells.foreground | cells.background).float(), cells.foreground.float()
+        gate = (cells.foreground | cells.background).float()
         if o["gate"]:
-            gate, lead = teacher_gate(found.student_quality, found.teacher_quality, cells)
+            gate = teacher_gate(found.student_quality, found.teacher_quality, cells)
         if o["assign"] == "teacher":
             cells = cells.weighted(found.teacher_quality)
         real = torch.ones(1, 20, dtype=torch.bool)
         maps = [*zip(standardise(s.features, real), standardise(t.features, real))]
         cosine = torch.cat([cosine_similarity(*x).flatten(1) for x in maps], 1)
-        mse = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in maps], 1)
-        error = mse / 2 if o["fg_loss"] == "mse" else 1 - cosine
-        fg = (cells.weight * gate * error).sum() / cells.weight.sum()
+        fg = (cells.weight * gate * (1 - cosine)).sum() / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
         bg_features = (gate * (1 - cosine))[cells.background].sum() / cells.background.sum()
-        mean_lead = (cells.weight * lead).sum() / cells.weight.sum()
+        mean_gate = (cells.weight * gate).sum() / cells.weight.sum()
         return {
             "loss_kd_fg": o["fg_weight"] * fg,
-            "loss_kd_bg": o["bg_weight"] * mean_lead * bg,
-            "loss_kd_bg_features": o["bg_feature_weight"] * mean_lead * bg_features,
+            "loss_kd_bg": o["bg_weight"] * mean_gate * bg,
+            "loss_kd_bg_features": o["bg_feature_weight"] * mean_gate * bg_features,
         }
 
     changed = {**ALL_OPTIONS, option: value}
@@ -295,8 +285,8 @@ def test_weights_by_the_teachers_scores_need_no_gate():
 def test_the_terms_of_features_depend_on_the_pair_unless_they_are_set():
     defaults = method_defaults("FgBg")
     pairs = [FgBg.for_pair(defaults, alike=x) for x in (True, False)]
-    assert [(x["bg_feature_weight"], x["fg_loss"]) for x in pairs] == [(32, "mse"), (0, "cosine")]
-    set_by_user = defaults | {"bg_feature_weight": 3.0, "fg_loss": "cosine"}
+    assert [x["bg_feature_weight"] for x in pairs] == [32, 0]
+    set_by_user = defaults | {"bg_feature_weight": 3.0}
     assert FgBg.for_pair(set_by_user, alike=True) == set_by_user
 
 
@@ -331,7 +321,6 @@ def test_a_normaliser_under_1_divides_too():
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
         ({"bg_feature_weight": -2}, "BG_FEATURE_WEIGHT is -2"),
-        ({"fg_loss": "l1"}, "MODEL.KD.FGBG.FG_LOSS is 'l1'"),
         ({"assign": "auto"}, "MODEL.KD.FGBG.ASSIGN is 'auto'"),
         ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
         ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),
@@ -342,14 +331,13 @@ def test_options_out_of_range_are_named(options, message):
         build_method("FgBg", [3], [3], **options)
 
 
-@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
-def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps(fg_loss):
+def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps():
     """Both terms fall when the student's maps follow their gradients."""
     torch.manual_seed(0)
     maps = [torch.randn(1, c, 4, 4) for c in (5, 3, 6, 6)]  # features, logits of two anchors
     s_features, t_features, s_logits, t_logits = maps
     leaves = [s_features.requires_grad_(), s_logits.requires_grad_()]
-    method = build_method("FgBg", [5], [3], gate=False, fg_loss=fg_loss)
+    method = build_method("FgBg", [5], [3], gate=False)
     optimizer = torch.optim.Adam([*leaves, *method.parameters()], lr=0.1)
     batch = Batch(
         DenseOutput([s_features], [s_logits]),

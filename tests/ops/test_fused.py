@@ -42,15 +42,15 @@ def layout(x, channels_last):
 
 
 def features_sum(student, teacher, weight, impl="auto"):
-    """Sum of weight * (1 - cos + 3 * distance).
+    """Sum of weight * (1 - cos).
 
     The first cell is padding; cells of weight 0 are not used.
     """
     real = torch.ones_like(weight, dtype=torch.bool)
     if real.shape[1] > 1:
         real[0, 0] = False
-    cosine, distance = compare_features(student, teacher, real, weight != 0, impl)
-    return (weight * real * (1 - cosine + 3 * distance)).sum()
+    cosine = compare_features(student, teacher, real, weight != 0, impl)
+    return (weight * real * (1 - cosine)).sum()
 
 
 def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
@@ -207,7 +207,7 @@ def measures_and_gradient(part):
     real[2, 6:] = False
     student = student.clone().requires_grad_()
     found = compare_features([student], [teacher], real[part], weight > -1, "triton")
-    (weight * found.cosine + found.distance).sum().backward()
+    (weight * found).sum().backward()
     return torch.stack(found, dim=1).detach(), student.grad
 
 
@@ -479,7 +479,7 @@ def test_the_losses_compile_without_a_graph_break():
         features = compare_features(maps, teacher, cells.real, cells.foreground, "triton")
         found = compare_predictions(maps, teacher, cells, classes, 3, impl="triton")
         gate = (found.teacher_quality > found.student_quality).float()
-        error = 1 - features.cosine + features.distance
+        error = 1 - features
         return (cells.weight * error + gate * found.kl).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)

@@ -51,22 +51,14 @@ def test_quality_is_the_score_of_the_class_or_one_minus_the_best_score():
 
 
 def gate_of(student, teacher, owned=None):
-    found = teacher_gate(torch.tensor([student]), torch.tensor([teacher]), owned or upper_row())
-    return found.value
+    return teacher_gate(torch.tensor([student]), torch.tensor([teacher]), owned or upper_row())
 
 
-def test_the_gate_of_an_object_is_the_missing_share_of_the_teachers_best_score():
+def test_the_gate_of_an_object_is_the_teachers_best_score_if_it_is_higher():
     """The cells need not be the same: 0.6 against 0.5, not the mean of +0.5 and -0.3."""
     gate = gate_of([0.1, 0.5, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0])
-    torch.testing.assert_close(gate, torch.tensor([[1 / 6, 1 / 6, 1, 1]]))
-
-
-def test_the_lead_is_the_difference_of_the_best_scores():
-    """It is 0 where the student is ahead."""
-    student, teacher = torch.tensor([[0.1, 0.5, 0.1, 0.1]]), torch.tensor([[0.6, 0.2, 1.0, 1.0]])
-    lead = teacher_gate(student, teacher, upper_row()).lead
-    torch.testing.assert_close(lead[0, :2], torch.tensor([0.1, 0.1]))
-    assert teacher_gate(teacher, student, upper_row()).lead[0, :2].tolist() == [0, 0]
+    torch.testing.assert_close(gate, torch.tensor([[0.6, 0.6, 1, 1]]))
+    assert gate_of([0.1, 0.7, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0]).tolist() == [[0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("teacher", [0.5, 0.2, 0.0])
@@ -87,15 +79,17 @@ def test_the_gate_is_open_on_background_where_both_are_sure_of_an_object():
 def test_objects_do_not_share_their_best_cells_nor_take_those_of_the_background():
     boxes = [torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])]
     owned = split(boxes, [(16, 16)], [(2, 2)], [8], assign="all")
-    gate = gate_of([0.5, 0.5, 0.1, 0.1], [0.6, 0.9, 1.0, 1.0], owned)
-    torch.testing.assert_close(gate, torch.tensor([[1 / 6, 4 / 9, 1, 1]]))
+    gate = gate_of([0.5, 0.5, 0.1, 0.1], [0.4, 0.9, 1.0, 1.0], owned)
+    torch.testing.assert_close(gate, torch.tensor([[0, 0.9, 1, 1]]))
 
 
 def test_the_best_cell_may_be_on_another_level():
     box = [torch.tensor([[0.0, 0, 16, 16]])]
     owned = split(box, [(16, 16)], [(2, 2), (1, 1)], [8, 16], assign="all")
     gate = gate_of([0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6], owned)
-    torch.testing.assert_close(gate, torch.full((1, 5), 2 / 3))
+    torch.testing.assert_close(gate, torch.full((1, 5), 0.6))
+    gate = gate_of([0.1, 0.1, 0.1, 0.7, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6], owned)
+    assert gate.tolist() == [[0] * 5]
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,22 +108,24 @@ def test_the_gate_equals_a_loop_over_the_objects(seed):
         for b in range(5):
             mine = owned.box_index[n] == b
             if mine.any():
-                expected[n, mine] = max(0.0, 1 - float(s[n, mine].max() / t[n, mine].max()))
+                best = t[n, mine].max()
+                expected[n, mine] = best if best > s[n, mine].max() else 0.0
         for r in (owned.box_index[n] == -1).nonzero()[:, 0]:
             expected[n, r] = min(1.0, float(t[n, r] / s[n, r]))
-    torch.testing.assert_close(teacher_gate(s, t, owned).value, expected)
+    torch.testing.assert_close(teacher_gate(s, t, owned), expected)
 
 
 def test_a_quality_that_is_nan_stays_visible():
     nan = float("nan")
-    gate = gate_of([0.1, 0.1, 0.5, nan], [nan, 0.2, 0.5, 0.5])
-    assert gate.isnan().tolist() == [[True, True, False, True]]
+    broken, whole = [nan, 0.1, 0.5, nan], [0.2, 0.2, 0.5, 0.5]
+    for pair in ((broken, whole), (whole, broken)):
+        assert gate_of(*pair).isnan().tolist() == [[True, True, False, True]]
 
 
 def test_the_gate_is_0_on_padding_and_has_no_gradient():
     owned = cells()
     student = torch.full((1, 4), 0.25, requires_grad=True)
-    gate = teacher_gate(student, torch.ones(1, 4), owned).value
+    gate = teacher_gate(student, torch.ones(1, 4), owned)
     padding = owned.box_index == -2
     assert padding.sum() == 2 and (gate[padding] == 0).all() and (gate[~padding] > 0).all()
     assert not gate.requires_grad
@@ -140,5 +136,5 @@ def test_an_image_may_have_more_objects_than_cells():
     corner = torch.rand(30, 2, generator=generator) * 12
     owned = split([torch.cat([corner, corner + 3], 1)], [(16, 16)], [(2, 2)], [8], assign="all")
     assert owned.box_index.max() >= 4
-    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned).value
+    gate = teacher_gate(torch.zeros(1, 4), torch.ones(1, 4), owned)
     assert gate.tolist() == [[1, 1, 1, 1]]
