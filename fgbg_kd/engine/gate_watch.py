@@ -11,7 +11,8 @@ class GateWatch(HookBase):
     """Warns if the gate of the objects is nearly closed from the start.
 
     The hook averages kd/fg_gate over the first iterations. The distiller writes it every 20
-    iterations, so that the GPU is rarely waited for. Without a gate it is 1.
+    iterations, so that the GPU is rarely waited for. With GATE False it is 1, so the hook never
+    warns. Methods without kd/fg_gate are not judged.
     """
 
     def __init__(self, iterations: int = 100, least: float = 0.1):

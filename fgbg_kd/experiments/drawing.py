@@ -240,8 +240,8 @@ def _gate_column(gate, foreground, background) -> _Column:
     shares = [_means(gate, masks, "{:.2f}") for masks in (foreground, background)]
     return _Column(
         _only(gate, [f | b for f, b in zip(foreground, background)]),
-        [f"mean: foreground {f}, background {b}" for f, b in zip(*shares)],
-        {"1: open": TEACHER_COLOR, "0: closed": STUDENT_COLOR},
+        [f"mean over cells: foreground {f}, background {b}" for f, b in zip(*shares)],
+        {"1: follows fully": TEACHER_COLOR, "0: does not follow": STUDENT_COLOR},
         cmap=LinearSegmentedColormap.from_list("gate", [STUDENT_COLOR, TEACHER_COLOR]),
         vmin=0,
         vmax=1,

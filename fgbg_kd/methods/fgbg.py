@@ -33,13 +33,13 @@ class FgBg(Method):
     d = 1 - cos(z(phi(S)), z(T))
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
-    each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
+    each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
     w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, it is by the teacher's
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
     g: the gate (:func:`fgbg_kd.ops.teacher_gate`). On an object, it is the teacher's best score if
     that is higher than the student's, otherwise 0. With GATE False it is 1.
-    G: the mean gate of the objects; 0 if there are no objects. So a student that finds all objects
-    better does not follow the background. With GATE False, G is 1.
+    G: the mean gate of the objects, weighted by w; 0 if there are none. So a student that finds all
+    objects better does not follow the background. With GATE False, G is 1.
     F: number of foreground cells. tau: temperature. G and L_bg_features are not in the thesis'
     abstract.
 
@@ -50,7 +50,8 @@ class FgBg(Method):
     much as other batches.
     """
 
-    version = 3  # 2: the gate was a share of the teacher's score, and L_fg also compared lengths
+    # 1: without G. 2: g was 1 - s / t on objects, and L_fg compared lengths too (pairs of a kind).
+    version = 3
 
     def __init__(
         self,

@@ -255,7 +255,7 @@ def test_a_file_of_darknet_teaches_and_its_other_classes_are_removed(tmp_path):
     names = ["dog", CLASSES[1], CLASSES[0]]
     teacher = build_teacher(str(tmp_path / "teacher.yaml"), path, classes=names)
     assert teacher.view.num_classes == 3 and teacher.weights == path
-    gate = {"gate": False}  # with it, a random teacher that leads on no object teaches nothing
+    gate = {"gate": False}  # with it, a random teacher that is better on no object teaches nothing
     model = FgBgDistiller(
         student=yolo(), teacher=teacher, classes=list(CLASSES), method=gate
     ).train()

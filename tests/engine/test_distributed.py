@@ -162,7 +162,7 @@ def test_two_processes_of_four_images_give_the_gradients_of_one_with_eight(
     yaml, of_two, method, case
 ):
     one = gradients(build(yaml, method), make_batch(SIZES, BOXES[case]))
-    nothing = method == "FgBg" and case == "no boxes at all"  # without objects, no lead
+    nothing = method == "FgBg" and case == "no boxes at all"  # without objects, G is 0
     assert_same(one, of_two[method, case], nothing)
 
 

@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.engine import FgBgTrainer
+from fgbg_kd.engine.gate_watch import GateWatch
 from fgbg_kd.engine.hooks import TeacherCheck
 from fgbg_kd.utils.errors import TeacherError
 
@@ -142,3 +144,16 @@ def test_a_teacher_that_the_run_would_write_over_is_refused(distil_cfg, tmp_path
 
 def test_a_plain_detector_needs_no_teacher(coco, tmp_path):
     make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "run", 1).train()
+
+
+@pytest.mark.parametrize("gate, warned", [(0.09, True), (0.11, False)])
+def test_a_mean_gate_under_a_tenth_is_warned_of(gate, warned, caplog):
+    watch = GateWatch()
+    watch.trainer = SimpleNamespace(start_iter=0, max_iter=500)
+    with EventStorage(0) as watch.trainer.storage, caplog.at_level(logging.INFO, "fgbg_kd"):
+        for watch.trainer.iter in range(101):
+            watch.trainer.storage.iter = watch.trainer.iter
+            if watch.trainer.iter % 20 == 19:
+                watch.trainer.storage.put_scalar("kd/fg_gate", gate)
+            watch.after_step()
+    assert caplog.text.count(WARNING) == warned

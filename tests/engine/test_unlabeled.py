@@ -402,7 +402,7 @@ def own(losses):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_weight_0_photos_have_no_part_in_the_detectors_losses_but_in_the_terms(name):
     batch = mixed()
-    gate = {"gate": False}  # with it, a random teacher that leads on no object teaches nothing
+    gate = {"gate": False}  # with it, a random teacher that is better on no object teaches nothing
     losses = losses_of(pair(name, unlabeled_weight=0.0, **gate), batch)
     alone = losses_of(pair(name, **gate), batch[1:2])
     assert losses.keys() == alone.keys()

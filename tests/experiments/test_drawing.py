@@ -21,7 +21,7 @@ from fgbg_kd.methods import Batch, DenseOutput
 from fgbg_kd.utils.errors import CheckpointError, FgBgError
 
 OPTIONS = [
-    {},  # two RetinaNets: mse
+    {},
     {"kl": "softmax", "temperature": 2.0},
     {"assign": "all"},
     {"gate": False},

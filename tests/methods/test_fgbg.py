@@ -282,7 +282,7 @@ def test_weights_by_the_teachers_scores_need_no_gate():
     assert list(method(random_batch())[0]) == ["loss_kd_fg"]
 
 
-def test_the_terms_of_features_depend_on_the_pair_unless_they_are_set():
+def test_the_background_features_depend_on_the_pair_unless_their_weight_is_set():
     defaults = method_defaults("FgBg")
     pairs = [FgBg.for_pair(defaults, alike=x) for x in (True, False)]
     assert [x["bg_feature_weight"] for x in pairs] == [32, 0]
@@ -290,7 +290,7 @@ def test_the_terms_of_features_depend_on_the_pair_unless_they_are_set():
     assert FgBg.for_pair(set_by_user, alike=True) == set_by_user
 
 
-def test_without_a_pair_the_terms_of_features_are_those_of_different_detectors():
+def test_without_a_pair_the_terms_are_those_of_different_detectors():
     method, batch = build_method("FgBg", [4, 4], [4, 4]), random_batch()
     assert method.losses == ["loss_kd_fg", "loss_kd_bg"]
     different = FgBg.for_pair(method_defaults("FgBg"), alike=False)
