@@ -36,8 +36,8 @@ class FgBg(Method):
     each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
     w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, it is by the teacher's
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
-    g: the gate (:func:`fgbg_kd.ops.teacher_gate`). On an object, it is the teacher's best score if
-    that is higher than the student's, otherwise 0. With GATE False it is 1.
+    g: the gate (:func:`fgbg_kd.ops.teacher_gate`). On an object, it is min(1, 2 t) if the
+    teacher's best score t is higher than the student's, otherwise 0. With GATE False it is 1.
     G: the mean gate of the objects, weighted by w; 0 if there are none. So a student that finds all
     objects better does not follow the background. With GATE False, G is 1.
     F: number of foreground cells. tau: temperature. G and L_bg_features are not in the thesis'
