@@ -15,7 +15,7 @@ class GateWatch(HookBase):
     warns. Methods without kd/fg_gate are not judged.
     """
 
-    def __init__(self, iterations: int = 100, least: float = 0.1):
+    def __init__(self, iterations: int = 100, least: float = 0.2):
         """
         Args:
             iterations: number of iterations to average, from the start of a new run.

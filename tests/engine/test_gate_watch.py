@@ -146,8 +146,8 @@ def test_a_plain_detector_needs_no_teacher(coco, tmp_path):
     make_trainer(FgBgTrainer, tiny_cfg(coco), tmp_path / "run", 1).train()
 
 
-@pytest.mark.parametrize("gate, warned", [(0.09, True), (0.11, False)])
-def test_a_mean_gate_under_a_tenth_is_warned_of(gate, warned, caplog):
+@pytest.mark.parametrize("gate, warned", [(0.19, True), (0.21, False)])
+def test_a_mean_gate_under_a_fifth_is_warned_of(gate, warned, caplog):
     watch = GateWatch()
     watch.trainer = SimpleNamespace(start_iter=0, max_iter=500)
     with EventStorage(0) as watch.trainer.storage, caplog.at_level(logging.INFO, "fgbg_kd"):

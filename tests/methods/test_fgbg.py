@@ -75,14 +75,14 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-SIGNS], [logits])
-    # Above two boxes of one cell: the teacher is better on the first one, 0.9 against 0.5. Below
+    # Above two boxes of one cell: the teacher is better on the first one, 0.4 against 0.3. Below
     # the background: in the second cell the teacher is worse, 0.1 against 0.5.
-    better = torch.tensor([[0.9, 0.1, 0.9, 0.1]])
+    qualities = torch.tensor([[0.3, 0.3, 0.5, 0.5]]), torch.tensor([[0.4, 0.1, 0.9, 0.1]])
     weights = {"fg_weight": 1.0, "bg_feature_weight": 1.0}
 
     def found(self, cells, **options):
         apart = kl_divergence(student.logits[0], logits, 1, "sigmoid").flatten(1) * cells.background
-        return Comparison(apart, torch.full((1, 4), 0.5), better)
+        return Comparison(apart, *qualities)
 
     monkeypatch.setattr(Batch, "compare", found)
     classes = torch.zeros(2, dtype=torch.long)
@@ -91,11 +91,11 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
     options = {**weights, "assign": "scale"}
     losses, shares = build_method("FgBg", [1], [1], **options)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(0.45 * 2, rel=1e-4)
-    assert losses["loss_kd_bg_features"].item() == pytest.approx(0.45 * 1.2 * 2 / 2)
-    assert losses["loss_kd_bg"].item() == pytest.approx(0.45 * 1.2 * kl / 2, rel=1e-5)
+    assert losses["loss_kd_fg"].item() == pytest.approx(0.4 * 2, rel=1e-4)
+    assert losses["loss_kd_bg_features"].item() == pytest.approx(0.4 * 1.2 * 2 / 2)
+    assert losses["loss_kd_bg"].item() == pytest.approx(0.4 * 1.2 * kl / 2, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
-        "kd/fg_gate": pytest.approx(0.45),  # 0.9 and 0
+        "kd/fg_gate": pytest.approx(0.4),  # 0.8 and 0
         "kd/bg_gate": pytest.approx(0.6),  # 1 and 0.2
     }
 

@@ -54,11 +54,12 @@ def gate_of(student, teacher, owned=None):
     return teacher_gate(torch.tensor([student]), torch.tensor([teacher]), owned or upper_row())
 
 
-def test_the_gate_of_an_object_is_the_teachers_best_score_if_it_is_higher():
-    """The cells need not be the same: 0.6 against 0.5, not the mean of +0.5 and -0.3."""
-    gate = gate_of([0.1, 0.5, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0])
-    torch.testing.assert_close(gate, torch.tensor([[0.6, 0.6, 1, 1]]))
-    assert gate_of([0.1, 0.7, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0]).tolist() == [[0, 0, 1, 1]]
+def test_the_gate_of_an_object_is_twice_the_teachers_best_score_if_it_is_higher():
+    """The cells need not be the same: 0.4 against 0.3, not the mean of +0.3 and -0.1."""
+    gate = gate_of([0.1, 0.3, 1.0, 1.0], [0.4, 0.2, 1.0, 1.0])
+    torch.testing.assert_close(gate, torch.tensor([[0.8, 0.8, 1, 1]]))
+    assert gate_of([0.1, 0.5, 1.0, 1.0], [0.4, 0.2, 1.0, 1.0]).tolist() == [[0, 0, 1, 1]]
+    assert gate_of([0.1, 0.5, 1.0, 1.0], [0.6, 0.2, 1.0, 1.0]).tolist() == [[1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("teacher", [0.5, 0.2, 0.0])
@@ -79,15 +80,15 @@ def test_the_gate_is_open_on_background_where_both_are_sure_of_an_object():
 def test_objects_do_not_share_their_best_cells_nor_take_those_of_the_background():
     boxes = [torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])]
     owned = split(boxes, [(16, 16)], [(2, 2)], [8], assign="all")
-    gate = gate_of([0.5, 0.5, 0.1, 0.1], [0.4, 0.9, 1.0, 1.0], owned)
-    torch.testing.assert_close(gate, torch.tensor([[0, 0.9, 1, 1]]))
+    gate = gate_of([0.3, 0.3, 0.1, 0.1], [0.2, 0.4, 1.0, 1.0], owned)
+    torch.testing.assert_close(gate, torch.tensor([[0, 0.8, 1, 1]]))
 
 
 def test_the_best_cell_may_be_on_another_level():
     box = [torch.tensor([[0.0, 0, 16, 16]])]
     owned = split(box, [(16, 16)], [(2, 2), (1, 1)], [8, 16], assign="all")
-    gate = gate_of([0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6], owned)
-    torch.testing.assert_close(gate, torch.full((1, 5), 0.6))
+    gate = gate_of([0.1, 0.1, 0.1, 0.1, 0.2], [0.2, 0.2, 0.2, 0.2, 0.4], owned)
+    torch.testing.assert_close(gate, torch.full((1, 5), 0.8))
     gate = gate_of([0.1, 0.1, 0.1, 0.7, 0.2], [0.2, 0.2, 0.2, 0.2, 0.6], owned)
     assert gate.tolist() == [[0] * 5]
 
@@ -109,7 +110,7 @@ def test_the_gate_equals_a_loop_over_the_objects(seed):
             mine = owned.box_index[n] == b
             if mine.any():
                 best = t[n, mine].max()
-                expected[n, mine] = best if best > s[n, mine].max() else 0.0
+                expected[n, mine] = min(1.0, 2 * best) if best > s[n, mine].max() else 0.0
         for r in (owned.box_index[n] == -1).nonzero()[:, 0]:
             expected[n, r] = min(1.0, float(t[n, r] / s[n, r]))
     torch.testing.assert_close(teacher_gate(s, t, owned), expected)
