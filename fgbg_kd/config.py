@@ -103,6 +103,10 @@ def _add_methods(cfg: CN) -> None:
     # Scales loss_kd_bg_features; 0 = off. -1: 32 if student and teacher are the same kind of
     # detector, otherwise 0. If both other weights are 0, -1 is 0 for every pair.
     fgbg.BG_FEATURE_WEIGHT = -1.0
+    # How scaled features are compared on the foreground. "cosine": by 1 - cosine, so only their
+    # direction counts. "mse": by half their mean squared difference, so their length counts too.
+    # "auto": "mse" if student and teacher are the same kind of detector, otherwise "cosine".
+    fgbg.FG_LOSS = "auto"
     # Which cells of a box are foreground, and their weights. "teacher": its cells on all levels,
     # weighted by the teacher's score of the object's class (a two-stage teacher: "scale").
     # "scale": its cells on the one level that fits its size, with equal weights. "all": its cells

@@ -82,8 +82,10 @@ class Scene:
     def features(self, features, impl):
         """Both terms of features, of foreground and background, with a gate of 1."""
         cells = self.cells
-        cosine = compare_features(features, self.teacher_features, cells.real, cells.real, impl)
-        return ((cells.weight + cells.background) * (1 - cosine)).sum()
+        cosine, distance = compare_features(
+            features, self.teacher_features, cells.real, cells.real, impl
+        )
+        return (cells.weight * distance + cells.background * (1 - cosine)).sum()
 
     def predictions(self, logits, impl):
         """Compares as FgBg does by default."""

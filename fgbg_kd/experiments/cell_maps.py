@@ -97,7 +97,7 @@ def cell_maps(
     cosine, adapters = None, adapters or own_adapters(distiller)
     if adapters is not None:
         adapted = [phi(f) for phi, f in zip(adapters, student.features)]
-        cosine = compare_features(adapted, teacher.features, cells.real, cells.real)
+        cosine = compare_features(adapted, teacher.features, cells.real, cells.real).cosine
     if teacher.logits is None:
         return CellMaps(cells, batch.strides, cosine)
     found = batch.compare(cells, kl=fgbg.kl, temperature=fgbg.temperature)

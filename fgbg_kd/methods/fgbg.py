@@ -19,29 +19,31 @@ from .base import (
     or_one,
 )
 
-# A weight that :meth:`FgBg.for_pair` replaces. Built without a pair, it counts as 0.
-WEIGHT_BY_PAIR = -1.0
+# Values that :meth:`FgBg.for_pair` replaces. Built without a pair, they count as 0 and "cosine".
+WEIGHT_BY_PAIR, LOSS_BY_PAIR = -1.0, "auto"
 
 
 @METHOD_REGISTRY.register()
 class FgBg(Method):
     """The method of this package, after the thesis (README).
 
-    L_fg = fg_weight * sum over foreground cells of w g d / sum of w
+    L_fg = fg_weight * sum over foreground cells of w g e / sum of w
     L_bg = bg_weight * G * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
+    e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / (2 C) with FG_LOSS mse
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
-    each channel to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
+    each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
     w: weight of a cell (:func:`fgbg_kd.ops.split`; with ASSIGN teacher, it is by the teacher's
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
     g: the gate (:func:`fgbg_kd.ops.teacher_gate`). On an object, it is min(1, 2 t) if the
     teacher's best score t is higher than the student's, otherwise 0. With GATE False it is 1.
     G: the mean gate of the objects, weighted by w; 0 if there are none. So a student that finds all
     objects better does not follow the background. With GATE False, G is 1.
-    F: number of foreground cells. tau: temperature. G and L_bg_features are not in the thesis'
-    abstract.
+    F: number of foreground cells. tau: temperature. G, L_bg_features and FG_LOSS mse are not in
+    the thesis' abstract. FG_LOSS mse compares direction and length, see
+    :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Neither g nor G is in the divisors, so all terms shrink
@@ -50,7 +52,7 @@ class FgBg(Method):
     much as other batches.
     """
 
-    # 1: without G. 2: g was 1 - s / t on objects, and L_fg compared lengths too (pairs of a kind).
+    # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s).
     version = 3
 
     def __init__(
@@ -61,6 +63,7 @@ class FgBg(Method):
         fg_weight: float,
         bg_weight: float,
         bg_feature_weight: float,
+        fg_loss: str,
         assign: str,
         kl: str,
         temperature: float,
@@ -76,10 +79,11 @@ class FgBg(Method):
             bg_feature_weight=bg_feature_weight,
         )
         check_positive("FGBG", temperature=temperature)
+        check_choice("FGBG.FG_LOSS", fg_loss, (LOSS_BY_PAIR, "cosine", "mse"))
         check_choice("FGBG.ASSIGN", assign, ("teacher", "scale", "all"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, (True, False))
-        self.assign, self.gate = assign, gate
+        self.fg_loss, self.assign, self.gate = fg_loss, assign, gate
         self.kl, self.temperature = kl, temperature
         weights = (fg_weight, bg_feature_weight, bg_weight)
         names = ("loss_kd_fg", "loss_kd_bg_features", "loss_kd_bg")
@@ -104,9 +108,12 @@ class FgBg(Method):
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        if options["bg_feature_weight"] != WEIGHT_BY_PAIR:
-            return options
-        return {**options, "bg_feature_weight": 32.0 if alike else 0.0}
+        options = dict(options)
+        if options["bg_feature_weight"] == WEIGHT_BY_PAIR:
+            options["bg_feature_weight"] = 32.0 if alike else 0.0
+        if options["fg_loss"] == LOSS_BY_PAIR:
+            options["fg_loss"] = "mse" if alike else "cosine"
+        return options
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
@@ -140,8 +147,11 @@ class FgBg(Method):
             return {}
         adapted = [phi(f) for phi, f in zip(self.adapters, batch.student.features)]
         used = sum(weights.values()) != 0
-        cosine = compare_features(adapted, batch.teacher.features, cells.real, used)
-        return {name: (x * (1 - cosine)).sum() for name, x in weights.items()}
+        cosine, distance = compare_features(adapted, batch.teacher.features, cells.real, used)
+        direction = 1 - cosine
+        on_objects = distance if self.fg_loss == "mse" else direction
+        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": direction}
+        return {name: (x * errors[name]).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
         """The split of a batch. Its weights do not depend on the teacher."""

@@ -4,7 +4,7 @@ Each file has the definition in plain PyTorch. ``x_triton.py`` has the fused ker
 """
 
 from .common import BACKGROUND, PADDING
-from .features import compare_features, cosine_similarity
+from .features import FeatureComparison, compare_features, cosine_similarity
 from .gate import teacher_gate
 from .predictions import Comparison, compare_predictions, kl_divergence, prediction_quality
 from .split import Split, pack, split
@@ -14,6 +14,7 @@ __all__ = [
     "BACKGROUND",
     "PADDING",
     "Comparison",
+    "FeatureComparison",
     "Split",
     "compare_features",
     "compare_predictions",

@@ -1,6 +1,7 @@
-"""The operator of features: the angle between the features of student and teacher in each cell."""
+"""The operator of features: how far the features of student and teacher differ in each cell."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +10,28 @@ from .common import MIN_SQUARE, accumulation_dtype, use_triton
 from .standardise import standardise
 
 
+class FeatureComparison(NamedTuple):
+    """Two measures of each cell; 0 in cells that are not used. z: see :func:`compare_features`.
+
+    Attributes:
+        cosine: (N, R) cosine of the angle between z(S) and z(T).
+        distance: (N, R) |z(S) - z(T)|^2 / (2 C). With the lengths s = |z(S)| and t = |z(T)| it is
+            (2 s t (1 - cosine) + (s - t)^2) / (2 C). So it compares directions, and counts cells
+            with long vectors more. It also compares the lengths.
+    """
+
+    cosine: Tensor
+    distance: Tensor
+
+
 def compare_features(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     real: Tensor,
     used: Tensor,
     impl: str = "auto",
-) -> Tensor:
-    """The cosine of the angle between z(S) and z(T), with z of :func:`fgbg_kd.ops.standardise`.
+) -> FeatureComparison:
+    """Compares z(S) and z(T), with z of :func:`fgbg_kd.ops.standardise`, in fp32 or better.
 
     Args:
         student, teacher: S and T, per level (N, C, H_l, W_l). Only the student gets a gradient. It
@@ -24,9 +39,6 @@ def compare_features(
         real: (N, R) bool, False on padding. R = sum of H_l * W_l.
         used: (N, R) bool, the cells to compare. Padding is never used.
         impl: "torch": plain PyTorch, the definition; "triton": fused; "auto": Triton on CUDA.
-
-    Returns:
-        (N, R) in fp32 or better; 0 in cells that are not used.
 
     Raises:
         ValueError: the shapes do not agree.
@@ -48,7 +60,9 @@ def compare_features(
         maps = zip(standardise(student, real), standardise([t.detach() for t in teacher], real))
         products = [[x.flatten(1) for x in _products(s, t)] for s, t in maps]
         dot, ss, tt = (torch.where(used, torch.cat(x, dim=1), 0) for x in zip(*products))
-    return _cosine(dot, ss, tt)
+    squares = (ss + tt - 2 * dot).split([h * w for *_, h, w in shapes], dim=1)
+    distance = [x / (2 * c) for x, (_, c, *_) in zip(squares, shapes)]
+    return FeatureComparison(_cosine(dot, ss, tt), torch.cat(distance, dim=1))
 
 
 def cosine_similarity(student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ from fgbg_kd.experiments.cell_maps import cell_maps, fit_adapters, load_student,
 from fgbg_kd.experiments.drawing import confident, draw_panels
 from fgbg_kd.matching import SharedLevel
 from fgbg_kd.methods import Batch, DenseOutput
+from fgbg_kd.ops import compare_features
 from fgbg_kd.utils.errors import CheckpointError, FgBgError
 
 OPTIONS = [
-    {},
+    {},  # two RetinaNets: mse
+    {"fg_loss": "cosine"},
     {"kl": "softmax", "temperature": 2.0},
     {"assign": "all"},
     {"gate": False},
@@ -45,13 +47,15 @@ def test_the_maps_are_those_of_the_losses(distil_cfg, options):
     kd = distil_cfg.MODEL.KD.FGBG
     gate = (foreground | background).float() if options.get("gate") is False else maps.gate
     weight = cells.weight / cells.weight.sum()
-    fg = (weight * gate * (1 - maps.cosine)).sum()
+    features = [phi(f) for phi, f in zip(model.method.adapters, batch.student.features)]
+    distance = compare_features(features, batch.teacher.features, cells.real, cells.real).distance
+    error = 1 - maps.cosine if options.get("fg_loss") == "cosine" else distance
+    fg = (weight * gate * error).sum()
     torch.testing.assert_close(kd.FG_WEIGHT * fg, losses["loss_kd_fg"])
     bg = (background * gate * (1 - maps.cosine)).sum() / background.sum()
     mean_gate = shares["kd/fg_gate"]
-    torch.testing.assert_close(
-        32 * mean_gate * bg, losses["loss_kd_bg_features"]
-    )  # both: RetinaNet
+    both_retinanet = 32 * mean_gate * bg
+    torch.testing.assert_close(both_retinanet, losses["loss_kd_bg_features"])
     torch.testing.assert_close(mean_gate * maps.kl.sum() / foreground.sum(), losses["loss_kd_bg"])
     torch.testing.assert_close((weight * gate).sum(), shares["kd/fg_gate"])
     assert 0 < maps.gate.mean() < 1  # a gate that is off shows where it would be open

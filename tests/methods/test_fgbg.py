@@ -51,18 +51,19 @@ def terms(student, teacher, boxes, size, **options):
 SIGNS = torch.tensor([[[[1.0, -1], [1, -1]]]])
 
 
-def test_by_hand():
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_by_hand(fg_loss):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([torch.tensor([[[[-1.0, 1], [1, -1]]]])], [logits])
     weights = {"fg_weight": 6.0, "bg_weight": 0.5, "bg_feature_weight": 4.0}
-    loss = build_method("FgBg", [1], [1], gate=False, **weights)
+    loss = build_method("FgBg", [1], [1], gate=False, fg_loss=fg_loss, **weights)
     box = torch.tensor([[0.0, 0, 8, 8]])
     one = torch.zeros(1, dtype=torch.long)
     batch = Batch(student, teacher, [box], [one], [(16, 16)], [8], num_classes=1)
     losses, shares = loss(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2, rel=1e-4)
+    assert losses["loss_kd_fg"].item() == pytest.approx(6 * 2, rel=1e-4)  # 1 - cos, (1 + 1)^2 / 2
     assert losses["loss_kd_bg_features"].item() == pytest.approx(4 * 2 / 3)  # 2, 0, 0
     assert losses["loss_kd_bg"].item() == pytest.approx(0.5 * 3 * kl / 1, rel=1e-5)
     assert {name: value.item() for name, value in shares.items()} == {
@@ -71,7 +72,8 @@ def test_by_hand():
     }
 
 
-def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch):
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch, fg_loss):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
     teacher = DenseOutput([-SIGNS], [logits])
@@ -88,7 +90,7 @@ def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypa
     classes = torch.zeros(2, dtype=torch.long)
     boxes = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])
     batch = Batch(student, teacher, [boxes], [classes], [(16, 16)], [8], num_classes=1)
-    options = {**weights, "assign": "scale"}
+    options = {**weights, "assign": "scale", "fg_loss": fg_loss}
     losses, shares = build_method("FgBg", [1], [1], **options)(batch)
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert losses["loss_kd_fg"].item() == pytest.approx(0.4 * 2, rel=1e-4)
@@ -134,33 +136,35 @@ def test_a_large_object_counts_once_in_the_logged_means():
     assert {name: mean.item() for name, mean in means.items()} == pytest.approx(expected)
 
 
-def test_more_images_or_larger_maps_do_not_change_the_scale():
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_more_images_or_larger_maps_do_not_change_the_scale(fg_loss):
     half = (0, 0, 32, 16)  # half of a 4 x 4 map; of a larger map the same share
     small = outputs(4, 0), outputs(4, 1)
     large = outputs(8, 0), outputs(8, 1)
-    one = terms(*small, [[half]], 4)
-    two = terms(*small, [[half], [half]], 4)
-    big = terms(*large, [[tuple(2 * v for v in half)]], 8)
+    one = terms(*small, [[half]], 4, fg_loss=fg_loss)
+    two = terms(*small, [[half], [half]], 4, fg_loss=fg_loss)
+    big = terms(*large, [[tuple(2 * v for v in half)]], 8, fg_loss=fg_loss)
     for name, value in one.items():
         assert value > 0
         torch.testing.assert_close(two[name], value)
         torch.testing.assert_close(big[name], value)
 
 
-def _worker(rank, folder, boxes):
+def _worker(rank, folder, boxes, fg_loss):
     distributed.init_process_group("gloo")
     student, teacher = outputs(4, 0), outputs(4, 1)
-    got = terms(student, teacher, [boxes[rank]], 4)
+    got = terms(student, teacher, [boxes[rank]], 4, fg_loss=fg_loss)
     torch.save(got, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path):
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path, fg_loss):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
-    in_two_processes(_worker, str(tmp_path), boxes)
+    in_two_processes(_worker, str(tmp_path), boxes, fg_loss)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4)
+    whole = terms(outputs(4, 0), outputs(4, 1), boxes, 4, fg_loss=fg_loss)
     for name, value in whole.items():
         mean = (parts[0][name] + parts[1][name]) / 2  # what DistributedDataParallel does
         torch.testing.assert_close(mean, value)
@@ -182,6 +186,7 @@ ALL_OPTIONS = {
     "fg_weight": 2.0,
     "bg_weight": 3.0,
     "bg_feature_weight": 5.0,
+    "fg_loss": "cosine",
     "assign": "scale",
     "kl": "softmax",
     "temperature": 2.0,
@@ -192,6 +197,7 @@ ALL_OPTIONS = {
 @pytest.mark.parametrize(
     "option, value",
     [
+        ("fg_loss", "mse"),
         ("assign", "all"),
         ("assign", "teacher"),
         ("kl", "sigmoid"),
@@ -226,7 +232,9 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         real = torch.ones(1, 20, dtype=torch.bool)
         maps = [*zip(standardise(s.features, real), standardise(t.features, real))]
         cosine = torch.cat([cosine_similarity(*x).flatten(1) for x in maps], 1)
-        fg = (cells.weight * gate * (1 - cosine)).sum() / cells.weight.sum()
+        mse = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in maps], 1)
+        error = mse / 2 if o["fg_loss"] == "mse" else 1 - cosine
+        fg = (cells.weight * gate * error).sum() / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
         bg_features = (gate * (1 - cosine))[cells.background].sum() / cells.background.sum()
         mean_gate = (cells.weight * gate).sum() / cells.weight.sum()
@@ -282,15 +290,15 @@ def test_weights_by_the_teachers_scores_need_no_gate():
     assert list(method(random_batch())[0]) == ["loss_kd_fg"]
 
 
-def test_the_background_features_depend_on_the_pair_unless_their_weight_is_set():
+def test_the_terms_of_features_depend_on_the_pair_unless_they_are_set():
     defaults = method_defaults("FgBg")
     pairs = [FgBg.for_pair(defaults, alike=x) for x in (True, False)]
-    assert [x["bg_feature_weight"] for x in pairs] == [32, 0]
-    set_by_user = defaults | {"bg_feature_weight": 3.0}
+    assert [(x["bg_feature_weight"], x["fg_loss"]) for x in pairs] == [(32, "mse"), (0, "cosine")]
+    set_by_user = defaults | {"bg_feature_weight": 3.0, "fg_loss": "cosine"}
     assert FgBg.for_pair(set_by_user, alike=True) == set_by_user
 
 
-def test_without_a_pair_the_terms_are_those_of_different_detectors():
+def test_without_a_pair_the_terms_of_features_are_those_of_different_detectors():
     method, batch = build_method("FgBg", [4, 4], [4, 4]), random_batch()
     assert method.losses == ["loss_kd_fg", "loss_kd_bg"]
     different = FgBg.for_pair(method_defaults("FgBg"), alike=False)
@@ -321,6 +329,7 @@ def test_a_normaliser_under_1_divides_too():
         ({"bg_weight": math.nan}, "BG_WEIGHT is nan"),
         ({"temperature": 0}, "TEMPERATURE is 0"),
         ({"bg_feature_weight": -2}, "BG_FEATURE_WEIGHT is -2"),
+        ({"fg_loss": "l1"}, "MODEL.KD.FGBG.FG_LOSS is 'l1'"),
         ({"assign": "auto"}, "MODEL.KD.FGBG.ASSIGN is 'auto'"),
         ({"gate": "maybe"}, "MODEL.KD.FGBG.GATE is 'maybe'"),
         ({"fg_wieght": 1}, "FgBg has no option .'fg_wieght'."),
@@ -331,13 +340,14 @@ def test_options_out_of_range_are_named(options, message):
         build_method("FgBg", [3], [3], **options)
 
 
-def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps():
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
+def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps(fg_loss):
     """Both terms fall when the student's maps follow their gradients."""
     torch.manual_seed(0)
     maps = [torch.randn(1, c, 4, 4) for c in (5, 3, 6, 6)]  # features, logits of two anchors
     s_features, t_features, s_logits, t_logits = maps
     leaves = [s_features.requires_grad_(), s_logits.requires_grad_()]
-    method = build_method("FgBg", [5], [3], gate=False)
+    method = build_method("FgBg", [5], [3], gate=False, fg_loss=fg_loss)
     optimizer = torch.optim.Adam([*leaves, *method.parameters()], lr=0.1)
     batch = Batch(
         DenseOutput([s_features], [s_logits]),

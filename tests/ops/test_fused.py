@@ -42,15 +42,15 @@ def layout(x, channels_last):
 
 
 def features_sum(student, teacher, weight, impl="auto"):
-    """Sum of weight * (1 - cos).
+    """Sum of weight * (1 - cos + 3 * distance).
 
     The first cell is padding; cells of weight 0 are not used.
     """
     real = torch.ones_like(weight, dtype=torch.bool)
     if real.shape[1] > 1:
         real[0, 0] = False
-    cosine = compare_features(student, teacher, real, weight != 0, impl)
-    return (weight * real * (1 - cosine)).sum()
+    cosine, distance = compare_features(student, teacher, real, weight != 0, impl)
+    return (weight * real * (1 - cosine + 3 * distance)).sum()
 
 
 def kl_sum(student, teacher, weight, num_classes, kind="sigmoid", temperature=1.0, impl="auto"):
@@ -195,29 +195,29 @@ def test_operator_of_features_is_registered_soundly():
 def _worker(rank, folder):
     distributed.init_process_group("gloo")
     part = slice(0, 1) if rank == 0 else slice(1, 3)
-    torch.save(cosines_and_gradient(part), f"{folder}/{rank}.pt")
+    torch.save(measures_and_gradient(part), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
-def cosines_and_gradient(part):
-    """Fused cosines and gradient for the images of a process; the third image is half padding."""
+def measures_and_gradient(part):
+    """Fused measures and gradient for the images of a process; the third image is half padding."""
     maps = (randn(3, 4, 3, 4, seed=1), randn(3, 4, 3, 4, seed=2), randn(3, 12, seed=3))
     student, teacher, weight = (x[part] for x in maps)
     real = torch.ones(3, 12, dtype=torch.bool, device=DEVICE)
     real[2, 6:] = False
     student = student.clone().requires_grad_()
     found = compare_features([student], [teacher], real[part], weight > -1, "triton")
-    (weight * found).sum().backward()
-    return found.detach(), student.grad
+    (weight * found.cosine + found.distance).sum().backward()
+    return torch.stack(found, dim=1).detach(), student.grad
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the processes see no GPU, this one does")
-def test_two_processes_have_the_cosines_and_gradients_of_one(tmp_path):
+def test_two_processes_have_the_measures_and_gradients_of_one(tmp_path):
     """Mean and variance are over all processes, and so is their gradient."""
     in_two_processes(_worker, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for whole, *both in zip(cosines_and_gradient(slice(0, 3)), *parts):
+    for whole, *both in zip(measures_and_gradient(slice(0, 3)), *parts):
         torch.testing.assert_close(torch.cat(both), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -479,7 +479,7 @@ def test_the_losses_compile_without_a_graph_break():
         features = compare_features(maps, teacher, cells.real, cells.foreground, "triton")
         found = compare_predictions(maps, teacher, cells, classes, 3, impl="triton")
         gate = (found.teacher_quality > found.student_quality).float()
-        error = 1 - features
+        error = 1 - features.cosine + features.distance
         return (cells.weight * error + gate * found.kl).sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)

@@ -66,7 +66,7 @@ def test_cosine_of_half_precision_is_summed_in_fp32():
 
 
 def scene(impl="torch"):
-    """Two levels, padding in the second image, unused cells. Returns the cosines and the inputs."""
+    """Two levels, padding in the second image, unused cells. Returns measures and inputs."""
     s = [randn(2, 3, 2, 3).requires_grad_(), randn(2, 3, 1, 2, seed=2).requires_grad_()]
     t = [randn(2, 3, 2, 3, seed=1), randn(2, 3, 1, 2, seed=3)]
     real = all_cells(2, 8)
@@ -80,19 +80,29 @@ def test_features_are_compared_after_scaling(impl):
     got, s, t, real, used = scene(impl)
     maps = [*zip(standardise(s, real), standardise(t, real))]
     cosine = torch.cat([cosine_similarity(a, b).flatten(1) for a, b in maps], 1)
+    distance = torch.cat([(a - b).square().mean(1).flatten(1) / 2 for a, b in maps], 1)
     assert (used & ~real).any()
-    torch.testing.assert_close(got, cosine * (used & real))
+    torch.testing.assert_close(got.cosine, cosine * (used & real))
+    torch.testing.assert_close(got.distance, distance * (used & real))
+
+
+def test_the_distance_weighs_directions_by_lengths_and_compares_lengths():
+    s, t = randn(1, 3, 1, 5), randn(1, 3, 1, 5, seed=1)
+    found = compare_features([s], [t], all_cells(1, 5), all_cells(1, 5))
+    of_s, of_t = (standardise([x], all_cells(1, 5))[0].norm(dim=1).flatten(1) for x in (s, t))
+    expected = 2 * of_s * of_t * (1 - found.cosine) + (of_s - of_t) ** 2
+    torch.testing.assert_close(found.distance, expected / 6)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_each_level_has_its_own_number_of_channels(impl):
     s = [randn(1, 2, 2, 2).requires_grad_(), randn(1, 5, 1, 3, seed=1).requires_grad_()]
     every = all_cells(1, 7)
+    found = compare_features(s, [-x for x in s], every, every, impl)
+    expected = torch.cat([2 * x.square().mean(1).flatten(1) for x in standardise(s, every)], 1)
+    torch.testing.assert_close(found.distance, expected)
     t = [randn(1, 2, 2, 2, seed=2), randn(1, 5, 1, 3, seed=3)]
-    maps = zip(standardise(s, every), standardise(t, every))
-    cosine = torch.cat([cosine_similarity(a, b).flatten(1) for a, b in maps], 1)
-    torch.testing.assert_close(compare_features(s, t, every, every, impl), cosine)
-    assert gradcheck(lambda *x: compare_features(x, t, every, every, impl), s)
+    assert gradcheck(lambda *x: tuple(compare_features(x, t, every, every, impl)), s)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -108,7 +118,7 @@ def test_the_comparison_does_not_depend_on_scale_and_offset_of_a_channel(impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_features_gradient(impl):
     _, s, t, real, used = scene()
-    assert gradcheck(lambda *x: compare_features(x, t, real, used, impl), s)
+    assert gradcheck(lambda *x: tuple(compare_features(x, t, real, used, impl)), s)
 
 
 # --- KL ---
@@ -172,7 +182,7 @@ def test_a_standardised_vector_has_a_direction_down_to_a_length_of_1e_6(impl):
     for length, expected in ((3e-6, 1.0), (3e-7, 0.0)):
         short = length * (1e-5 / 2) ** 0.5 * t
         for pair in (([short], [t]), ([t], [short])):
-            got = compare_features(*pair, every, every, impl)
+            got = compare_features(*pair, every, every, impl).cosine
             torch.testing.assert_close(got, torch.full_like(got, expected), rtol=0, atol=1e-4)
 
 
@@ -182,7 +192,7 @@ def test_a_feature_that_is_not_a_number_stays_visible(impl, whose):
     maps = {"student": randn(1, 3, 2, 3), "teacher": randn(1, 3, 2, 3, seed=1)}
     maps[whose][0, 1, 1, 1] = torch.nan
     found = compare_features(*([x] for x in maps.values()), *[all_cells(1, 6)] * 2, impl)
-    assert found.isnan().all()
+    assert found.cosine.isnan().all() and found.distance.isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -191,8 +201,10 @@ def test_a_constant_map_has_no_direction_and_no_gradient(impl, constant):
     s = torch.full((4, 16, 5, 7), constant, device=DEVICE).requires_grad_()
     t = randn(4, 16, 5, 7, dtype=torch.float32)
     found = compare_features([s], [t], all_cells(4, 35), all_cells(4, 35), impl)
-    found.sum().backward()
-    assert (found == 0).all() and (s.grad == 0).all()
+    (found.cosine + found.distance).sum().backward()
+    assert (found.cosine == 0).all() and (s.grad == 0).all()
+    of_teacher = standardise([t], all_cells(4, 35))[0].square().mean(1).flatten(1)
+    torch.testing.assert_close(found.distance.detach(), of_teacher / 2)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -217,7 +229,7 @@ def test_no_gradient_flows_into_the_teacher(impl):
     s, t = randn(1, 3, 2, 2).requires_grad_(), randn(1, 3, 2, 2, seed=1).requires_grad_()
     every = all_cells(1, 4)
     found = compare_features([s], [t], every, every, impl)
-    (found * randn(1, 4, seed=2)).sum().backward()
+    ((found.cosine + found.distance) * randn(1, 4, seed=2)).sum().backward()
     assert s.grad.abs().sum() > 0 and t.grad is None
 
 
