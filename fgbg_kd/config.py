@@ -116,9 +116,9 @@ def _add_methods(cfg: CN) -> None:
     # and a background class with logit 0.
     fgbg.KL = "sigmoid"
     fgbg.TEMPERATURE = 1.0  # divides the logits in the KL; 1 = unchanged logits
-    # True: objects are scaled by twice the teacher's best score (at most 1), or by 0 if the student
-    # has a score that is at least as high. Background cells are scaled by the ratio of the
-    # qualities, at most 1, and by the mean gate of the objects. False: all these factors are 1.
+    # True: the losses are scaled by the gate, fgbg_kd/ops/gate.py. On an object, it is min(1, 2 t)
+    # if the teacher's best score t is higher than the student's, otherwise 0. The terms of the
+    # background are also scaled by the mean gate of the objects. False: all gates are 1.
     fgbg.GATE = True
 
     kd.MIMIC = CN({"WEIGHT": 2.0})  # scales loss_kd; 0 = off

@@ -1,4 +1,4 @@
-"""Warns early in a run if the student follows the teacher on hardly any object."""
+"""Warns early in a run if the student hardly follows the teacher on objects."""
 
 import logging
 

@@ -39,17 +39,17 @@ class FgBg(Method):
     quality, :meth:`fgbg_kd.ops.Split.weighted`).
     g: the gate (:func:`fgbg_kd.ops.teacher_gate`). On an object, it is min(1, 2 t) if the
     teacher's best score t is higher than the student's, otherwise 0. With GATE False it is 1.
-    G: the mean gate of the objects, weighted by w; 0 if there are none. So a student that finds all
-    objects better does not follow the background. With GATE False, G is 1.
+    G: the mean gate of the objects, weighted by w; 0 if there are none. So a student whose scores
+    are at least as high on all objects does not follow the background. With GATE False, G is 1.
     F: number of foreground cells. tau: temperature. G, L_bg_features and FG_LOSS mse are not in
     the thesis' abstract. FG_LOSS mse compares direction and length, see
     :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Neither g nor G is in the divisors, so all terms shrink
-    as the student improves. With GATE False, L_bg of a batch without objects is divided by the
-    number of background cells. Without this divisor, such a batch would weigh a hundred times as
-    much as other batches.
+    as the student overtakes the teacher. With GATE False, L_bg of a batch without objects is
+    divided by the number of background cells. Without this divisor, such a batch would weigh a
+    hundred times as much as other batches.
     """
 
     # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s).

@@ -8,7 +8,7 @@ from .split import Split
 
 @torch.no_grad()
 def teacher_gate(student: Tensor, teacher: Tensor, cells: Split) -> Tensor:
-    """The gate g of each cell. On an object, it is twice the teacher's score, or 0.
+    """The gate g of each cell. On an object, it is min(1, 2 t) or 0.
 
     - All cells of an object have min(1, 2 t) if t > s, otherwise 0. s and t are the highest
       qualities of student and teacher in the cells of the object. A detector predicts an object in
