@@ -19,8 +19,8 @@ from .base import (
     or_one,
 )
 
-# Values that :meth:`FgBg.for_pair` replaces. Built without a pair, they count as 0 and "cosine".
-WEIGHT_BY_PAIR, LOSS_BY_PAIR = -1.0, "auto"
+# The bg_feature_weight that :meth:`FgBg.for_pair` replaces. Built without a pair, it counts as 0.
+WEIGHT_BY_PAIR = -1.0
 
 
 @METHOD_REGISTRY.register()
@@ -31,7 +31,8 @@ class FgBg(Method):
     L_bg = bg_weight * G * sum over background cells of g tau^2 KL(teacher || student) / F
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
-    e = d with FG_LOSS cosine, |z(phi(S)) - z(T)|^2 / (2 C) with FG_LOSS mse
+    m = |z(phi(S)) - z(T)|^2 / (2 C)
+    e = (d + m) / 2 with FG_LOSS both, d with cosine, m with mse
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
     each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
@@ -41,9 +42,8 @@ class FgBg(Method):
     teacher's best score t is higher than the student's, otherwise 0. With GATE False it is 1.
     G: the mean gate of the objects, weighted by w; 0 if there are none. So a student whose scores
     are at least as high on all objects does not follow the background. With GATE False, G is 1.
-    F: number of foreground cells. tau: temperature. G, L_bg_features and FG_LOSS mse are not in
-    the thesis' abstract. FG_LOSS mse compares direction and length, see
-    :class:`fgbg_kd.ops.FeatureComparison`.
+    F: number of foreground cells. tau: temperature. G, L_bg_features and m are not in the thesis'
+    abstract. m compares direction and length, see :class:`fgbg_kd.ops.FeatureComparison`.
 
     Sums and counts cover the batches of all processes. So neither the batch size nor the number of
     processes changes the scale of a term. Neither g nor G is in the divisors, so all terms shrink
@@ -52,8 +52,9 @@ class FgBg(Method):
     hundred times as much as other batches.
     """
 
-    # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s).
-    version = 3
+    # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s). 3: by default, e
+    # was m for two detectors of the same kind, otherwise d.
+    version = 4
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class FgBg(Method):
             bg_feature_weight=bg_feature_weight,
         )
         check_positive("FGBG", temperature=temperature)
-        check_choice("FGBG.FG_LOSS", fg_loss, (LOSS_BY_PAIR, "cosine", "mse"))
+        check_choice("FGBG.FG_LOSS", fg_loss, ("both", "cosine", "mse"))
         check_choice("FGBG.ASSIGN", assign, ("teacher", "scale", "all"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, (True, False))
@@ -108,12 +109,9 @@ class FgBg(Method):
 
     @classmethod
     def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        options = dict(options)
-        if options["bg_feature_weight"] == WEIGHT_BY_PAIR:
-            options["bg_feature_weight"] = 32.0 if alike else 0.0
-        if options["fg_loss"] == LOSS_BY_PAIR:
-            options["fg_loss"] = "mse" if alike else "cosine"
-        return options
+        if options["bg_feature_weight"] != WEIGHT_BY_PAIR:
+            return options
+        return {**options, "bg_feature_weight": 32.0 if alike else 0.0}
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
@@ -149,8 +147,8 @@ class FgBg(Method):
         used = sum(weights.values()) != 0
         cosine, distance = compare_features(adapted, batch.teacher.features, cells.real, used)
         direction = 1 - cosine
-        on_objects = distance if self.fg_loss == "mse" else direction
-        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": direction}
+        on_objects = {"both": (direction + distance) / 2, "cosine": direction, "mse": distance}
+        errors = {"loss_kd_fg": on_objects[self.fg_loss], "loss_kd_bg_features": direction}
         return {name: (x * errors[name]).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:
