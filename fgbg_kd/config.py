@@ -105,8 +105,9 @@ def _add_methods(cfg: CN) -> None:
     fgbg.BG_FEATURE_WEIGHT = -1.0
     # How scaled features are compared on the foreground. "cosine": by 1 - cosine, so only their
     # direction counts. "mse": by half their mean squared difference, so their length counts too.
-    # "both": by the mean of the two.
-    fgbg.FG_LOSS = "both"
+    # "auto": "mse" if student and teacher are the same kind of detector and MODEL.WEIGHTS or
+    # MODEL.TIMM.WEIGHTS names the weights that the student starts from, otherwise "cosine".
+    fgbg.FG_LOSS = "auto"
     # Which cells of a box are foreground, and their weights. "teacher": its cells on all levels,
     # weighted by the teacher's score of the object's class (a two-stage teacher: "scale").
     # "scale": its cells on the one level that fits its size, with equal weights. "all": its cells

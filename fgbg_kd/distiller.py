@@ -71,6 +71,7 @@ class FgBgDistiller(nn.Module):
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
         image_size: tuple[int, int] | None = None,
+        pretrained: bool = True,
     ):
         """
         Args:
@@ -91,6 +92,7 @@ class FgBgDistiller(nn.Module):
             inherit: parts that :meth:`inherit` copies from the teacher: "fpn", "head".
             image_size: usual (height, width) of the training images. A teacher that warps images to
                 one size (SSD) needs it, so that levels of similar size meet. None: not known.
+            pretrained: whether the student, or its backbone, starts from trained weights.
 
         Raises:
             TeacherError: student and teacher do not fit together.
@@ -101,7 +103,7 @@ class FgBgDistiller(nn.Module):
         check_not_negative("UNLABELED", loss_weight=unlabeled_weight)
         self.student = student
         self.warmup_iters, self.stop_iter = warmup_iters, stop_iter
-        self.unlabeled_weight = unlabeled_weight
+        self.unlabeled_weight, self.pretrained = unlabeled_weight, pretrained
         self.method: Method | None = None
         self.levels: list[SharedLevel] = []
         self.same_anchors = False
@@ -128,7 +130,10 @@ class FgBgDistiller(nn.Module):
         if isinstance(teacher.view, DenseView):
             match_classes(student, teacher.view, classes, teacher.class_names)
             self.same_anchors = same_anchors(student, teacher.view, levels)
-        given, options = options, options_of_pair(name, options, student, teacher.view)
+        given, options = (
+            options,
+            options_of_pair(name, options, student, teacher.view, self.pretrained),
+        )
         node = f"MODEL.KD.{name.upper()}"
         new = ", ".join(f"{node}.{k.upper()} {v}" for k, v in options.items() if v != given[k])
         if not isinstance(teacher.view, DenseView):
@@ -173,6 +178,7 @@ class FgBgDistiller(nn.Module):
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
             "image_size": usual_size(cfg),
+            "pretrained": bool(cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS),
         }
 
     @property

@@ -256,15 +256,18 @@ def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[Shared
 
 
 def options_of_pair(
-    name: str, options: dict[str, Any], student: DenseView, teacher: DetectorView
+    name: str, options: dict[str, Any], student: DenseView, teacher: DetectorView, pretrained: bool
 ) -> dict[str, Any]:
     """The options of a method for this pair.
+
+    Args:
+        pretrained: whether the student, or its backbone, starts from trained weights.
 
     Raises:
         TeacherError: the teacher is not dense, and its features alone leave no term of the method.
     """
     method = get_method(name)
-    options = method.for_pair(options, type(student) is type(teacher))
+    options = method.for_pair(options, type(student) is type(teacher), pretrained)
     if not isinstance(teacher, DenseView):
         options = method.for_features_only(options)
         if method.is_off(options):

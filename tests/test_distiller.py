@@ -117,6 +117,14 @@ def test_the_warm_up_is_as_long_as_the_learning_rates_unless_set(distil_cfg, key
     assert build_model(distil_cfg).warmup_iters == expected
 
 
+@pytest.mark.parametrize("weights, expected", [("", "cosine"), ("backbone.pth", "mse")])
+def test_the_loss_of_features_depends_on_the_weights_that_the_student_starts_from(
+    distil_cfg, weights, expected
+):
+    distil_cfg.MODEL.WEIGHTS = weights
+    assert build_model(distil_cfg).method.fg_loss == expected
+
+
 def test_a_share_of_no_cells_is_left_out_of_the_log(distil_cfg):
     model = build_model(distil_cfg)
     with EventStorage(19) as storage:

@@ -226,6 +226,7 @@ def test_a_two_stage_teacher_teaches_by_its_features_and_the_log_says_why(caplog
     changes = (
         "BG_WEIGHT 0.0",
         "BG_FEATURE_WEIGHT 0.0",
+        "FG_LOSS cosine",
         "ASSIGN scale",
         "GATE False",
     )

@@ -89,7 +89,7 @@ def cell_maps(
     fgbg = distiller.method
     if not isinstance(fgbg, FgBg):
         pair = dense_student(distiller.student), distiller.teacher.view
-        options = options_of_pair("FgBg", method_defaults("FgBg"), *pair)
+        options = options_of_pair("FgBg", method_defaults("FgBg"), *pair, distiller.pretrained)
         fgbg = build_method("FgBg", (), (), **options)
     batch = run_both(distiller, inputs)
     cells = fgbg.split(batch)

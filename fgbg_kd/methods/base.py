@@ -94,11 +94,12 @@ class Method(nn.Module):
         return options
 
     @classmethod
-    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
+    def for_pair(cls, options: dict[str, Any], alike: bool, pretrained: bool) -> dict[str, Any]:
         """The options for this student and teacher, with values in place of "depends on the pair".
 
         Args:
             alike: whether both are the same kind of detector, such as two FCOS.
+            pretrained: whether the student, or its backbone, starts from trained weights.
         """
         return options
 

@@ -19,8 +19,8 @@ from .base import (
     or_one,
 )
 
-# The bg_feature_weight that :meth:`FgBg.for_pair` replaces. Built without a pair, it counts as 0.
-WEIGHT_BY_PAIR = -1.0
+# Values that :meth:`FgBg.for_pair` replaces. Built without a pair, they count as 0 and "cosine".
+WEIGHT_BY_PAIR, LOSS_BY_PAIR = -1.0, "auto"
 
 
 @METHOD_REGISTRY.register()
@@ -32,7 +32,7 @@ class FgBg(Method):
     L_bg_features = bg_feature_weight * G * sum over background cells of g d / (number of them)
     d = 1 - cos(z(phi(S)), z(T))
     m = |z(phi(S)) - z(T)|^2 / (2 C)
-    e = (d + m) / 2 with FG_LOSS both, d with cosine, m with mse
+    e = d with FG_LOSS cosine, m with FG_LOSS mse
 
     S, T: features of student and teacher. phi: a 1x1 convolution where channels differ. z: scales
     each of the C channels to mean 0 and variance 1 (:func:`fgbg_kd.ops.standardise`).
@@ -52,8 +52,8 @@ class FgBg(Method):
     hundred times as much as other batches.
     """
 
-    # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s). 3: by default, e
-    # was m for two detectors of the same kind, otherwise d.
+    # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s). 3: e did not
+    # depend on the student's start.
     version = 4
 
     def __init__(
@@ -80,7 +80,7 @@ class FgBg(Method):
             bg_feature_weight=bg_feature_weight,
         )
         check_positive("FGBG", temperature=temperature)
-        check_choice("FGBG.FG_LOSS", fg_loss, ("both", "cosine", "mse"))
+        check_choice("FGBG.FG_LOSS", fg_loss, (LOSS_BY_PAIR, "cosine", "mse"))
         check_choice("FGBG.ASSIGN", assign, ("teacher", "scale", "all"))
         check_choice("FGBG.KL", kl, ("sigmoid", "softmax"))
         check_choice("FGBG.GATE", gate, (True, False))
@@ -108,10 +108,13 @@ class FgBg(Method):
         return {**options, "bg_weight": 0.0, "gate": False, "assign": assign}
 
     @classmethod
-    def for_pair(cls, options: dict[str, Any], alike: bool) -> dict[str, Any]:
-        if options["bg_feature_weight"] != WEIGHT_BY_PAIR:
-            return options
-        return {**options, "bg_feature_weight": 32.0 if alike else 0.0}
+    def for_pair(cls, options: dict[str, Any], alike: bool, pretrained: bool) -> dict[str, Any]:
+        options = dict(options)
+        if options["bg_feature_weight"] == WEIGHT_BY_PAIR:
+            options["bg_feature_weight"] = 32.0 if alike else 0.0
+        if options["fg_loss"] == LOSS_BY_PAIR:
+            options["fg_loss"] = "mse" if alike and pretrained else "cosine"
+        return options
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         cells = self.split(batch)
@@ -147,8 +150,8 @@ class FgBg(Method):
         used = sum(weights.values()) != 0
         cosine, distance = compare_features(adapted, batch.teacher.features, cells.real, used)
         direction = 1 - cosine
-        on_objects = {"both": (direction + distance) / 2, "cosine": direction, "mse": distance}
-        errors = {"loss_kd_fg": on_objects[self.fg_loss], "loss_kd_bg_features": direction}
+        on_objects = distance if self.fg_loss == "mse" else direction
+        errors = {"loss_kd_fg": on_objects, "loss_kd_bg_features": direction}
         return {name: (x * errors[name]).sum() for name, x in weights.items()}
 
     def split(self, batch: Batch) -> Split:

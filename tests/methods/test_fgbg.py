@@ -51,7 +51,7 @@ def terms(student, teacher, boxes, size, **options):
 SIGNS = torch.tensor([[[[1.0, -1], [1, -1]]]])
 
 
-@pytest.mark.parametrize("fg_loss", ["both", "cosine", "mse"])
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
 def test_by_hand(fg_loss):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
@@ -72,7 +72,7 @@ def test_by_hand(fg_loss):
     }
 
 
-@pytest.mark.parametrize("fg_loss", ["both", "cosine", "mse"])
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
 def test_the_gate_scales_the_cells_of_all_terms_and_leaves_the_divisors(monkeypatch, fg_loss):
     student = DenseOutput([SIGNS], [torch.zeros(1, 1, 2, 2)])
     logits = torch.full((1, 1, 2, 2), math.log(3.0))
@@ -136,7 +136,7 @@ def test_a_large_object_counts_once_in_the_logged_means():
     assert {name: mean.item() for name, mean in means.items()} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("fg_loss", ["both", "cosine", "mse"])
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
 def test_more_images_or_larger_maps_do_not_change_the_scale(fg_loss):
     half = (0, 0, 32, 16)  # half of a 4 x 4 map; of a larger map the same share
     small = outputs(4, 0), outputs(4, 1)
@@ -159,7 +159,7 @@ def _worker(rank, folder, boxes, fg_loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fg_loss", ["both", "cosine", "mse"])
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
 def test_two_processes_average_to_the_loss_of_one_also_if_one_has_no_boxes(tmp_path, fg_loss):
     boxes = [[(0, 0, 32, 16), (0, 16, 8, 24)], []]
     in_two_processes(_worker, str(tmp_path), boxes, fg_loss)
@@ -186,7 +186,7 @@ ALL_OPTIONS = {
     "fg_weight": 2.0,
     "bg_weight": 3.0,
     "bg_feature_weight": 5.0,
-    "fg_loss": "both",
+    "fg_loss": "cosine",
     "assign": "scale",
     "kl": "softmax",
     "temperature": 2.0,
@@ -197,7 +197,6 @@ ALL_OPTIONS = {
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("fg_loss", "cosine"),
         ("fg_loss", "mse"),
         ("assign", "all"),
         ("assign", "teacher"),
@@ -234,9 +233,8 @@ def test_each_option_reaches_its_operator_and_changes_a_loss(option, value):
         maps = [*zip(standardise(s.features, real), standardise(t.features, real))]
         cosine = torch.cat([cosine_similarity(*x).flatten(1) for x in maps], 1)
         mse = torch.cat([(a - b).square().mean(1).flatten(1) for a, b in maps], 1)
-        direction, distance = 1 - cosine, mse / 2
-        error = {"both": (direction + distance) / 2, "cosine": direction, "mse": distance}
-        fg = (cells.weight * gate * error[o["fg_loss"]]).sum() / cells.weight.sum()
+        error = mse / 2 if o["fg_loss"] == "mse" else 1 - cosine
+        fg = (cells.weight * gate * error).sum() / cells.weight.sum()
         bg = (gate * found.kl).sum() / cells.foreground.sum()
         bg_features = (gate * (1 - cosine))[cells.background].sum() / cells.background.sum()
         mean_gate = (cells.weight * gate).sum() / cells.weight.sum()
@@ -292,18 +290,24 @@ def test_weights_by_the_teachers_scores_need_no_gate():
     assert list(method(random_batch())[0]) == ["loss_kd_fg"]
 
 
-def test_the_weight_of_background_features_depends_on_the_pair_unless_it_is_set():
+def test_the_terms_of_features_depend_on_the_pair_unless_they_are_set():
     defaults = method_defaults("FgBg")
-    pairs = [FgBg.for_pair(defaults, alike=x) for x in (True, False)]
-    assert pairs == [defaults | {"bg_feature_weight": x} for x in (32, 0)]
-    set_by_user = defaults | {"bg_feature_weight": 3.0}
-    assert FgBg.for_pair(set_by_user, alike=True) == set_by_user
+    for alike, pretrained, expected in (
+        (True, True, (32, "mse")),
+        (True, False, (32, "cosine")),
+        (False, True, (0, "cosine")),
+        (False, False, (0, "cosine")),
+    ):
+        options = FgBg.for_pair(defaults, alike, pretrained)
+        assert (options["bg_feature_weight"], options["fg_loss"]) == expected
+    set_by_user = defaults | {"bg_feature_weight": 3.0, "fg_loss": "cosine"}
+    assert FgBg.for_pair(set_by_user, alike=True, pretrained=True) == set_by_user
 
 
-def test_without_a_pair_there_is_no_loss_of_background_features():
+def test_without_a_pair_the_terms_of_features_are_those_of_different_detectors():
     method, batch = build_method("FgBg", [4, 4], [4, 4]), random_batch()
     assert method.losses == ["loss_kd_fg", "loss_kd_bg"]
-    different = FgBg.for_pair(method_defaults("FgBg"), alike=False)
+    different = FgBg.for_pair(method_defaults("FgBg"), alike=False, pretrained=False)
     expected = build_method("FgBg", [4, 4], [4, 4], **different)(batch)[0]
     assert method(batch)[0] == expected
 
@@ -342,7 +346,7 @@ def test_options_out_of_range_are_named(options, message):
         build_method("FgBg", [3], [3], **options)
 
 
-@pytest.mark.parametrize("fg_loss", ["both", "cosine", "mse"])
+@pytest.mark.parametrize("fg_loss", ["cosine", "mse"])
 def test_the_student_comes_nearer_to_the_teacher_in_a_few_steps(fg_loss):
     """Both terms fall when the student's maps follow their gradients."""
     torch.manual_seed(0)
