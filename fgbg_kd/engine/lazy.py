@@ -300,7 +300,8 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     """Builds ``cfg.model`` and checks its number of classes against the training set.
 
     As with a YAML config, an FgBgDistiller gets the class names of the training set and the usual
-    size of its images, unless the config gives ``classes`` and ``image_size``. If its
+    size of its images, unless the config gives ``classes`` and ``image_size``. Without
+    ``pretrained``, it counts as pretrained if ``train.init_checkpoint`` is set. If its
     ``warmup_iters`` is -1 or missing, it gets the warm-up length of ``lr_multiplier``.
     """
     classes = training_classes(cfg)
@@ -310,6 +311,8 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
             cfg.model.classes = classes
         if "image_size" not in cfg.model:
             cfg.model.image_size = usual_size(cfg)
+        if "pretrained" not in cfg.model:
+            cfg.model.pretrained = bool(cfg.train.init_checkpoint)
         if cfg.model.get("warmup_iters", -1) == -1:
             length = cfg.get("lr_multiplier", {}).get("warmup_length", 0.0)
             cfg.model.warmup_iters = round(length * cfg.train.max_iter)

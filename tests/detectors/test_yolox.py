@@ -229,6 +229,7 @@ def test_the_keys_reach_the_detector():
 
 def test_the_python_config_has_the_student_of_the_yaml_config():
     cfg = load_lazy_config(str(CONFIGS / "lazy_yolox_s_to_nano.py"))
+    assert cfg.train.init_checkpoint == ""  # not the ResNet of the zoo's config
     yaml = detectors_of(str(CONFIGS / "yolox_s_to_nano.yaml"))["student"]
     python = instantiate(cfg.model.student)
     assert str(python) == str(yaml) and python.input_format == yaml.input_format

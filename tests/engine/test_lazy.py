@@ -28,7 +28,7 @@ from fgbg_kd.engine import (
     train_lazy,
     unlabeled,
 )
-from fgbg_kd.engine.lazy import _evaluations, _listed
+from fgbg_kd.engine.lazy import _evaluations, _listed, build_lazy
 from fgbg_kd.engine.resume import warm_up
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, EvaluationError, TeacherError
 
@@ -115,6 +115,21 @@ def run(path, *overrides, resume=False):
 
 def saved(folder, name="model_final"):
     return torch.load(folder / f"{name}.pth", weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ([], "cosine"),
+        (["train.init_checkpoint=backbone.pth"], "mse"),
+        (["model.pretrained=True"], "mse"),
+    ],
+)
+def test_the_loss_of_features_depends_on_the_weights_that_the_student_starts_from(
+    config, overrides, expected
+):
+    cfg = load_lazy_config(config, overrides)
+    assert build_lazy(cfg).method.fg_loss == expected
 
 
 @pytest.mark.slow
