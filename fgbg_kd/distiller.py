@@ -130,10 +130,8 @@ class FgBgDistiller(nn.Module):
         if isinstance(teacher.view, DenseView):
             match_classes(student, teacher.view, classes, teacher.class_names)
             self.same_anchors = same_anchors(student, teacher.view, levels)
-        given, options = (
-            options,
-            options_of_pair(name, options, student, teacher.view, self.pretrained),
-        )
+        given = options
+        options = options_of_pair(name, given, student, teacher.view, self.pretrained)
         node = f"MODEL.KD.{name.upper()}"
         new = ", ".join(f"{node}.{k.upper()} {v}" for k, v in options.items() if v != given[k])
         if not isinstance(teacher.view, DenseView):
