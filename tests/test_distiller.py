@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
 from fgbg_kd.detectors.dense import DenseView
+from fgbg_kd.detectors.load import without_pretrained
 from fgbg_kd.engine.non_finite import not_finite
 from fgbg_kd.matching import usual_size
 from fgbg_kd.utils.errors import TeacherError
@@ -123,6 +124,9 @@ def test_the_loss_of_features_depends_on_the_weights_that_the_student_starts_fro
 ):
     distil_cfg.MODEL.WEIGHTS = weights
     assert build_model(distil_cfg).method.fg_loss == expected
+    distil_cfg.MODEL.WEIGHTS, distil_cfg.MODEL.TIMM.WEIGHTS = "", weights
+    replayed = build_model(without_pretrained(distil_cfg))  # as tools/replay.py builds it
+    assert replayed.method.fg_loss == expected
 
 
 def test_a_share_of_no_cells_is_left_out_of_the_log(distil_cfg):

@@ -92,6 +92,8 @@ def without_pretrained(cfg: CfgNode) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
+    # FG_LOSS auto asks whether the run started from weights. Building reads no MODEL.WEIGHTS.
+    cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.freeze()
     return cfg
