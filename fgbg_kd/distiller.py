@@ -71,7 +71,7 @@ class FgBgDistiller(nn.Module):
         classes: Sequence[str] | None = None,
         inherit: Sequence[str] = (),
         image_size: tuple[int, int] | None = None,
-        pretrained: bool = True,
+        pretrained: bool = False,
     ):
         """
         Args:
@@ -83,12 +83,10 @@ class FgBgDistiller(nn.Module):
                 defaults of the config. If the options switch the method off, training equals plain
                 training bit for bit.
             warmup_iters: number of iterations in which the distillation losses grow linearly from
-                0; 0: no warm-up. If the config does not set it, it equals the learning rate's
-                warm-up.
+                0; 0: no warm-up. A config that does not set it gets the learning rate's warm-up.
             stop_iter: from this iteration on, the distillation losses are 0; 0: never.
             unlabeled_weight: scales the student's own losses on photos without labels; 0: off.
-            classes: names of the student's classes. The teacher's classes are matched by name.
-                None: not known.
+            classes: names of the student's classes, as in the teacher's. None: not known.
             inherit: parts that :meth:`inherit` copies from the teacher: "fpn", "head".
             image_size: usual (height, width) of the training images. A teacher that warps images to
                 one size (SSD) needs it, so that levels of similar size meet. None: not known.

@@ -258,10 +258,7 @@ def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[Shared
 def options_of_pair(
     name: str, options: dict[str, Any], student: DenseView, teacher: DetectorView, pretrained: bool
 ) -> dict[str, Any]:
-    """The options of a method for this pair.
-
-    Args:
-        pretrained: whether the student, or its backbone, starts from trained weights.
+    """The options of a method for this pair. pretrained: see :meth:`Method.for_pair`.
 
     Raises:
         TeacherError: the teacher is not dense, and its features alone leave no term of the method.

@@ -12,5 +12,5 @@ _student = L(YOLOX)(depth=0.33, width=0.25, depthwise=True, num_classes=80)
 _teacher = dict(config="configs/COCO-Detection/yolox_s.yaml", weights="yolox_s.pth")
 model = L(FgBgDistiller)(student=_student, teacher=L(build_teacher)(**_teacher))
 train = _zoo.train
-train.init_checkpoint = ""  # random weights; the zoo's config names those of a ResNet-50
-train.output_dir = "output/COCO-Detection/lazy_yolox_s_to_nano"
+# The student starts from random weights. The zoo's config names those of a ResNet-50.
+train.init_checkpoint, train.output_dir = "", "output/COCO-Detection/lazy_yolox_s_to_nano"
