@@ -11,6 +11,5 @@ dataloader.test.mapper.augmentations[0].update(short_edge_length=416, max_size=4
 _student = L(YOLOX)(depth=0.33, width=0.25, depthwise=True, num_classes=80)
 _teacher = dict(config="configs/COCO-Detection/yolox_s.yaml", weights="yolox_s.pth")
 model = L(FgBgDistiller)(student=_student, teacher=L(build_teacher)(**_teacher))
-train = _zoo.train
-# The student starts from random weights. The zoo's config names those of a ResNet-50.
+train = _zoo.train  # the student starts from random weights, not from the zoo's ResNet-50
 train.init_checkpoint, train.output_dir = "", "output/COCO-Detection/lazy_yolox_s_to_nano"
