@@ -86,7 +86,7 @@ class FgBgDistiller(nn.Module):
                 0; 0: no warm-up. A config that does not set it gets the learning rate's warm-up.
             stop_iter: from this iteration on, the distillation losses are 0; 0: never.
             unlabeled_weight: scales the student's own losses on photos without labels; 0: off.
-            classes: names of the student's classes, as in the teacher's. None: not known.
+            classes: names of the student's classes, to find the teacher's. None: not known.
             inherit: parts that :meth:`inherit` copies from the teacher: "fpn", "head".
             image_size: usual (height, width) of the training images. A teacher that warps images to
                 one size (SSD) needs it, so that levels of similar size meet. None: not known.
