@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -20,12 +21,12 @@ def use_triton(impl: str, tensor: Tensor) -> bool:
     """Whether the fused kernels run.
 
     Args:
-        impl: "auto": on CUDA tensors if Triton is installed. "torch": never. "triton": always. On
-            the CPU "triton" needs Triton's interpreter: set TRITON_INTERPRET=1 before Triton is
-            imported.
+        impl: "auto": on CUDA tensors if Triton is installed, unless the environment variable
+            FGBG_KD_TRITON is 0. "torch": never. "triton": always. On the CPU "triton" needs
+            Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported.
     """
     if impl == "auto":
-        return tensor.is_cuda and _HAS_TRITON
+        return tensor.is_cuda and _HAS_TRITON and os.environ.get("FGBG_KD_TRITON") != "0"
     if impl not in ("torch", "triton"):
         raise ValueError(f"impl is {impl!r}: choose 'auto', 'torch' or 'triton'.")
     return impl == "triton"

@@ -1,5 +1,7 @@
 """The fused operators against a float64 reference, on a GPU or in Triton's interpreter."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import in_two_processes
@@ -15,6 +17,7 @@ from fgbg_kd.ops import (
     kl_divergence,
     split,
 )
+from fgbg_kd.ops.common import use_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (N, C, level shapes): ones and primes, none of them a multiple of a tile.
@@ -506,3 +509,14 @@ def test_the_comparison_is_registered_soundly():
         3, True, True, True, 1.5,
     )  # fmt: skip
     torch.library.opcheck(predictions_triton._compare, arguments)
+
+
+@pytest.mark.parametrize("value, fused", [(None, True), ("1", True), ("0", False)])
+def test_a_variable_switches_the_kernels_off(monkeypatch, value, fused):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("FGBG_KD_TRITON", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FGBG_KD_TRITON", value)
+    assert use_triton("auto", SimpleNamespace(is_cuda=True)) is fused
+    assert use_triton("auto", SimpleNamespace(is_cuda=False)) is False
+    assert use_triton("triton", SimpleNamespace(is_cuda=False)) is True  # tests choose it
