@@ -14,20 +14,30 @@ from ..config import student_config
 from ..utils.errors import ConfigError, DataError
 
 
+def categories_of(path: str) -> list[dict]:
+    """The categories of a COCO file, {"id", "name"}, in the order of their ids.
+
+    Raises:
+        DataError: the file has no list of named categories.
+    """
+    return [{"id": id, "name": name} for id, name in _categories(path, os.path.getmtime(path))]
+
+
 def class_names(path: str) -> list[str]:
     """The category names of a COCO file, in the order of their ids.
 
     Raises:
         DataError: the file has no list of named categories.
     """
-    return list(_class_names(path, os.path.getmtime(path)))
+    return [c["name"] for c in categories_of(path)]
 
 
 @functools.lru_cache
-def _class_names(path: str, _modified: float) -> tuple[str, ...]:
+def _categories(path: str, _modified: float) -> tuple[tuple[int, str], ...]:
     try:
         with open(path, encoding="utf-8") as file:
-            return tuple(names_of(json.load(file)["categories"]))
+            content = json.load(file)["categories"]
+        return tuple((c["id"], c["name"]) for c in sorted(content, key=lambda c: c["id"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not a COCO file with named categories ({error!r}).") from error
 
@@ -40,10 +50,44 @@ def names_of(categories: list[dict]) -> list[str]:
     return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
 
 
+def set_classes(name: str) -> list[str] | None:
+    """The class names of a registered set, in the order of the class numbers.
+
+    They are in the metadata of the set. Detectron2 writes those of a COCO file there only when it
+    loads the file. Before, they are read from the file.
+
+    Returns:
+        The names; None if the set has neither names nor a file.
+
+    Raises:
+        DataError: the file is not a COCO file.
+    """
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    return list(classes or [c["name"] for c in set_categories(name)]) or None
+
+
+def set_categories(name: str) -> list[dict]:
+    """The COCO categories of a registered set, {"id", "name"}, in the order of the class numbers.
+
+    Returns:
+        The categories; [] if the names or the COCO ids are not known.
+
+    Raises:
+        DataError: the set's file is not a COCO file.
+    """
+    metadata = MetadataCatalog.get(name)
+    classes = metadata.get("thing_classes")
+    if not classes:
+        path = metadata.get("json_file", "")
+        return categories_of(path) if os.path.isfile(path) else []
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return [{"id": id, "name": classes[n]} for id, n in sorted(ids.items(), key=lambda x: x[1])]
+
+
 def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
     """The class names of a config's training set, in the order of the class numbers.
 
-    They are read from DATASETS.TRAIN_JSON, or from the metadata of a registered set.
+    They are read from DATASETS.TRAIN_JSON, or are those of a registered set (:func:`set_classes`).
 
     Returns:
         The names; None if neither source has names.
@@ -59,8 +103,7 @@ def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
     else:
         names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
         names = (names,) if isinstance(names, str) else names
-    known = (MetadataCatalog.get(name).get("thing_classes") for name in names)
-    return next((list(classes) for classes in known if classes), None)
+    return next(filter(None, map(set_classes, names)), None)
 
 
 def match_categories(classes: Sequence[str], categories: list[dict], path: str) -> dict[int, int]:
@@ -119,7 +162,7 @@ def check_num_classes(cfg: CfgNode, num_classes: int) -> None:
     detector = student_config(cfg).MODEL.META_ARCHITECTURE
     node = "ROI_HEADS" if detector == "GeneralizedRCNN" else detector.upper()
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        classes = MetadataCatalog.get(name).get("thing_classes")
+        classes = set_classes(name)
         if classes is not None and len(classes) != num_classes:
             raise ConfigError(
                 f"The set {name} has {len(classes)} classes ({_listed(classes)}), but the detector "
@@ -131,14 +174,12 @@ def check_same_classes(sets: Sequence[str]) -> None:
     """Checks that registered sets have the same class names in the same order.
 
     Args:
-        sets: names in Detectron2's MetadataCatalog. Sets without ``thing_classes`` are
-            skipped.
+        sets: names in Detectron2's MetadataCatalog. Sets without known names are skipped.
 
     Raises:
         DataError: two sets differ. The message lists the classes of both.
     """
-    known = [(name, MetadataCatalog.get(name).get("thing_classes")) for name in sets]
-    known = [(name, list(classes)) for name, classes in known if classes]
+    known = [(name, classes) for name in sets if (classes := set_classes(name))]
     for name, classes in known[1:]:
         first, expected = known[0]
         if classes != expected:

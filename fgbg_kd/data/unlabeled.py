@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ..utils.errors import ConfigError, DataError
-from ..utils.files import sha256_of
+from ..utils.files import digest_of_files, sha256_of
 from .image_files import Header, read_header
 from .images import IMAGE_SUFFIXES, files_below, too_narrow
 
@@ -56,6 +56,12 @@ def find_photos(
         )
     sizes = {path: headers[path].size for path in paths}
     return [{"file_name": p, "width": sizes[p][0], "height": sizes[p][1]} for p in paths]
+
+
+def digest_of_photos(folders: Sequence[str]) -> str:
+    """A digest of the paths, sizes and times of all files in folders and their subfolders."""
+    found = (path for folder in folders for path in files_below(folder))
+    return digest_of_files(sorted(path for path in found if path.is_file()))
 
 
 def _photos_in(folder: str) -> list[str]:

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from torch import nn
 
+from ..data.classes import categories_of, set_categories
 from ..detectors.load import load_detector, read_detector_config, weights_of
 from ..utils.errors import DeployError
 from ..utils.files import whole
@@ -90,21 +90,20 @@ def describe(cfg: CfgNode, detector: nn.Module, need_ids: bool = True) -> dict:
 def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
     problems = []
     for part in ("TRAIN", "TEST"):
-        path, found = cfg.DATASETS[f"{part}_JSON"], []
-        if os.path.isfile(path):
-            found = json.loads(Path(path).read_text(encoding="utf-8"))["categories"]
-        elif path:
+        path, sets = cfg.DATASETS[f"{part}_JSON"], cfg.DATASETS[part]
+        if path and not os.path.isfile(path):
             problems.append(f"DATASETS.{part}_JSON {path} does not exist")
             break  # the test file may number the classes in another order
-        elif cfg.DATASETS[part]:
-            known = MetadataCatalog.get(cfg.DATASETS[part][0])
-            ids = known.get("thing_dataset_id_to_contiguous_id") or {}
-            found = [{"id": i, "name": known.thing_classes[n]} for i, n in ids.items()]
+        if not path and not sets:
+            continue
+        found = categories_of(path) if path else set_categories(sets[0])
         if len(found) == number:
-            found = sorted(found, key=lambda c: c["id"])
-            return [{"id": c["id"], "name": c["name"]} for c in found]
-        if found:
-            problems.append(f"DATASETS.{part} has {len(found)} categories for {number} classes")
+            return found
+        problems.append(
+            f"DATASETS.{part} has {len(found)} categories for {number} classes"
+            if found
+            else f"the metadata of the set {sets[0]} have no names or no COCO ids"
+        )
     if problems:
         unknown = f"Class names and COCO ids are not known: {', '.join(problems)}."
         if need_ids:

@@ -16,15 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
-from ..utils.errors import ConfigError
+from ..utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+# Number of images that a mapper may refuse (return None for) in a row.
+_TRIES = 1000
 
 
 def derived_seed(seed: int, *key: int) -> int:
@@ -88,9 +91,7 @@ class ResumableLoader:
             )
         self.batch_size = total_batch_size // self.world_size
         self.mapper, self.grouping = mapper, aspect_ratio_grouping
-        self.dataset = _SeededDataset(
-            MapDataset(DatasetFromList(dataset, copy=False), mapper), seed
-        )
+        self.dataset = _SeededDataset(_Mapped(dataset, mapper), seed)
         self.sampler = sampler
         self.streams = [_Stream(sampler, self.batch_size, self._wide(dataset))]
         self.num_workers = num_workers
@@ -123,7 +124,7 @@ class ResumableLoader:
         """
         number = self.number_of(share)
         first = len(self.dataset)
-        own = MapDataset(DatasetFromList(photos, copy=False), _Marking(self.mapper))
+        own = _Mapped(photos, _Marking(self.mapper))
         self.dataset.dataset = ConcatDataset([self.dataset.dataset, own])
         sampler = TrainingSampler(len(photos), seed=derived_seed(self.dataset.seed, 0, 0, 0, 1))
         self.streams = [
@@ -238,6 +239,30 @@ def _leave_interrupts_to_the_training(_worker: int) -> None:
             report(kind, error, trace)
 
     sys.excepthook = excepthook
+
+
+class _Mapped(Dataset):
+    """Dataset dicts, read by a mapper. If it returns None, another dict is drawn.
+
+    Detectron2's MapDataset draws from a state of its own, so that the images of an iteration would
+    depend on the earlier ones. Here, :class:`_SeededDataset` has seeded the draw.
+    """
+
+    def __init__(self, records: Sequence[dict], mapper):
+        self.records, self.mapper = DatasetFromList(records, copy=False), mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        for _ in range(_TRIES):
+            if (found := self.mapper(self.records[index])) is not None:
+                return found
+            index = random.randrange(len(self))
+        raise DataError(
+            f"The mapper returned None for {_TRIES} images in a row, so there may be none that it "
+            "takes: correct the mapper, or leave these images out of the training set."
+        )
 
 
 class _SeededDataset(Dataset):

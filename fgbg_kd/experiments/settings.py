@@ -12,12 +12,19 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import get_fgbg_kd_cfg
+from ..data.unlabeled import digest_of_photos
 from ..detectors.load import find_config, read_detector_config
 from ..methods import METHOD_REGISTRY, get_method
 from ..utils.files import sha256_of, sha256_of_text
 
 # Keys that name a file. Its content is part of the settings.
-_FILES = ("DATASETS.TRAIN_JSON", "DATASETS.TEST_JSON", "MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS")
+_FILES = (
+    "DATASETS.TRAIN_JSON",
+    "DATASETS.TEST_JSON",
+    "MODEL.WEIGHTS",
+    "MODEL.TIMM.WEIGHTS",
+    "MODEL.YOLO.CFG",
+)
 _CONTENT = "sha256 of "
 _VERSION = "version of "
 # A comparison sets these keys for each run.
@@ -114,6 +121,12 @@ def _with_contents(settings: dict, checkpoint: Path | None) -> dict:
     for key, file in [*files.items(), *_outside_code(settings).items()]:
         if os.path.isfile(file):
             settings[_CONTENT + key] = sha256_of(file)
+    if (
+        settings.get("MODEL.META_ARCHITECTURE") == "FgBgDistiller"
+        and settings["DATASETS.UNLABELED"]
+    ):
+        digest = digest_of_photos(settings["DATASETS.UNLABELED"])
+        settings["digest of the photos without labels"] = digest
     if teacher := settings.get("MODEL.KD.TEACHER.CONFIG"):
         settings[_CONTENT + "the teacher's config"] = _config_hash(teacher)
     # Tuples become lists, as in settings.json.

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import AugInput, ResizeShortestEdge
 from detectron2.structures import BoxMode, Instances
 from torch import nn
 from torchvision.ops import nms
 
+from ..data.classes import set_classes
 from ..data.images import read_image
 from .drawing import draw_boxes
 
@@ -50,7 +50,7 @@ def draw_side_by_side(
     for name, (own_cfg, model) in models.items():
         instances = model([read_input(own_cfg, record["file_name"])])[0]["instances"].to("cpu")
         found[name] = instances[instances.scores >= score]
-    classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+    classes = set_classes(cfg.DATASETS.TEST[0])
     return draw_row(record, found, classes, width)
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from ..data import training_classes
+from ..data.classes import set_classes
 from ..detectors.load import build_detector, find_config, read_detector_config, weights_of
 from ..engine import read_config
 from ..utils.errors import RunError
@@ -88,6 +88,6 @@ def _check_classes(teacher: CfgNode, teacher_cfg, test: str) -> None:
     names = list(teacher.CLASSES) or training_classes(teacher_cfg)
     if names and len(names) != number:  # its config names other data than its training data
         names = None
-    classes = MetadataCatalog.get(test).get("thing_classes")
-    if classes and (number != len(classes) or names and names != list(classes)):
+    classes = set_classes(test)
+    if classes and (number != len(classes) or names and names != classes):
         raise RunError(f"its {number} classes are not the {len(classes)} of {test}.")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..data.unlabeled import digest_of_photos
 from ..detectors.dense import DenseView
 from ..engine.launch import check_gpus
 from ..teacher import build_teacher
@@ -18,7 +19,7 @@ from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
 from .backbone import check_backbone_file
 from .choose import Wish, table, verdict
-from .data import Data, digest_of, digest_of_photos, prepare
+from .data import Data, digest_of, prepare
 from .outcome import (
     result_rows,
     write_onnx,

@@ -14,7 +14,7 @@ import yaml
 from ..data.images import IMAGE_SUFFIXES
 from ..data.validation import read_coco
 from ..utils.errors import DataError, FgBgError
-from ..utils.files import sha256_of, sha256_of_text, write_whole
+from ..utils.files import digest_of_files, sha256_of, write_whole
 from .split import split
 
 logger = logging.getLogger(__name__)
@@ -127,12 +127,6 @@ def _find(
     raise DataError(f"--{part} {path} has none of the known formats: {_FORMATS}.")
 
 
-def digest_of_photos(folders: Sequence[str]) -> str:
-    """A digest of the paths, sizes and times of all files in folders and their subfolders."""
-    places = map(Path, folders)
-    return _digest(sorted(file for place in places for file in place.rglob("*") if file.is_file()))
-
-
 def digest_of(values: Sequence[str]) -> str:
     """A digest of a set. It changes with the annotations, and with the images of VOC or YOLO data.
 
@@ -154,12 +148,9 @@ def digest_of(values: Sequence[str]) -> str:
         files, places = [], {*_voc_folders(path), path / "ImageSets" / "Main"}
     kinds = {".xml", ".txt", *IMAGE_SUFFIXES}
     found = (file for place in places if place.is_dir() for file in place.iterdir())
-    return _digest([*files, *sorted(file for file in found if file.suffix.lower() in kinds)])
-
-
-def _digest(files: Sequence[Path]) -> str:
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return sha256_of_text(json.dumps(facts))
+    return digest_of_files(
+        [*files, *sorted(file for file in found if file.suffix.lower() in kinds)]
+    )
 
 
 def _yaml_file(path: Path) -> Path | None:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -105,3 +105,9 @@ def sha256_of(path: str | Path) -> str:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """A digest of the paths, sizes and times of files. Their content is not read."""
+    facts = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
+    return sha256_of_text(json.dumps(facts))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CLASSES, faster_rcnn_cfg, tiny_cfg, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from omegaconf import OmegaConf
 
@@ -20,7 +21,7 @@ from fgbg_kd.data import (
     register_datasets,
     training_classes,
 )
-from fgbg_kd.data.classes import class_names
+from fgbg_kd.data.classes import class_names, set_categories
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.utils.errors import ConfigError, DataError
 
@@ -152,6 +153,38 @@ def test_sets_that_are_registered_in_python_are_compared_too():
     check_num_classes(cfg, 2)
     with pytest.raises(ConfigError, match="2 classes .* has 80: set MODEL.RETINANET.NUM_CLASSES 2"):
         check_num_classes(cfg, 80)
+
+
+def test_sets_of_detectron2s_own_registration_are_compared_before_they_are_loaded(tmp_path):
+    """Detectron2 writes the names into the metadata only when it loads the file."""
+    paths = [write_coco(tmp_path / part, 4, seed=3) for part in ("train", "test")]
+    edit(paths[1][0], renumber)
+    names = [f"{tmp_path}_{part}" for part in ("train", "test")]
+    for name, (path, images) in zip(names, paths):
+        register_coco_instances(name, {}, path, images)
+    cfg = tiny_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
+    assert training_classes(cfg) == list(CLASSES)
+    with pytest.raises(ConfigError, match="NUM_CLASSES 2"):
+        check_num_classes(cfg, 80)
+    with pytest.raises(DataError, match="same classes in different orders"):
+        check_same_classes(names)
+    expected = [
+        [{"id": i + 1, "name": n} for i, n in enumerate(x)] for x in (CLASSES, CLASSES[::-1])
+    ]
+    assert [set_categories(name) for name in names] == expected
+    for name in names:
+        DatasetCatalog.get(name)
+    assert [set_categories(name) for name in names] == expected
+
+
+def test_categories_of_a_set_come_in_the_order_of_its_class_numbers(tmp_path):
+    metadata = MetadataCatalog.get(f"{tmp_path}_reversed")
+    assert set_categories(metadata.name) == []
+    metadata.set(thing_classes=["cat", "dog"])
+    assert set_categories(metadata.name) == []  # no COCO ids
+    metadata.set(thing_dataset_id_to_contiguous_id={3: 1, 7: 0})
+    assert set_categories(metadata.name) == [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 
 
 def test_a_class_with_a_similar_name_is_renamed_and_neither_added_nor_removed():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.structures import Boxes, Instances
 from small import detector, from_function, grey_cfg, photo, variant
@@ -256,6 +257,17 @@ def test_ids_that_the_data_do_not_give_are_not_made_up(content, tmp_path, caplog
         about = deploy.describe(cfg, model, need_ids=False)
     assert [c["name"] for c in about["categories"]] == ["class 0", "class 1"]
     assert "COCO ids are not known" in caplog.text
+
+
+def test_a_registered_set_gives_its_ids_and_one_without_ids_is_refused(tmp_path):
+    cfg, model = tiny_cfg(), detector(tiny_cfg())
+    metadata = MetadataCatalog.get(f"{tmp_path}_own").set(thing_classes=["cat", "dog"])
+    cfg.DATASETS.TRAIN = (metadata.name,)
+    with pytest.raises(deploy.DeployError, match="own have no names or no COCO ids"):
+        deploy.describe(cfg, model)
+    metadata.set(thing_dataset_id_to_contiguous_id={3: 1, 7: 0})
+    expected = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+    assert deploy.describe(cfg, model)["categories"] == expected
 
 
 def test_the_test_file_does_not_name_the_classes_in_place_of_a_lost_training_file(coco, tmp_path):

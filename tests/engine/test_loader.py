@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_cfg
 from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from fgbg_kd.data import register_datasets
@@ -21,7 +22,7 @@ from fgbg_kd.engine.loader import (
     derived_seed,
     random_numbers,
 )
-from fgbg_kd.utils.errors import ConfigError
+from fgbg_kd.utils.errors import ConfigError, DataError
 
 
 def ids(loader, count):
@@ -44,6 +45,38 @@ def test_the_loader_gives_detectron2s_batches(data_cfg, grouping, monkeypatch):
     data_cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
     monkeypatch.setattr(comm, "shared_random_seed", lambda: 5)
     assert ids(resumable_loader(data_cfg), 20) == ids(build_detection_train_loader(data_cfg), 20)
+
+
+class Picky:
+    """A mapper that refuses two images of three."""
+
+    def __init__(self, taken):
+        self.taken = taken
+
+    def __call__(self, record):
+        return record if record["image_id"] in self.taken else None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_the_mapper_refuses_is_replaced_in_the_same_way_in_every_run(workers):
+    records = [{"image_id": i, "width": 2, "height": 1} for i in range(12)]
+
+    def loader(mapper, workers=0):
+        sampler = TrainingSampler(len(records), seed=5)
+        arguments = {"sampler": sampler, "total_batch_size": 2, "seed": 3, "num_workers": workers}
+        return ResumableLoader(records, mapper=mapper, **arguments)
+
+    picky = Picky({0, 4, 8, 11})
+    whole = ids(loader(picky), 20)
+    assert {x for batch in whole for x in batch} == picky.taken
+    all_taken = ids(loader(Picky(range(12))), 20)
+    same = [(x, y) for a, b in zip(whole, all_taken) for x, y in zip(a, b) if y in picky.taken]
+    assert len(same) > 5 and all(x == y for x, y in same)
+    later = loader(picky, workers)
+    later.start = 11
+    assert ids(later, 9) == whole[11:]
+    with pytest.raises(DataError, match="returned None for 1000 images in a row"):
+        ids(loader(Picky(())), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

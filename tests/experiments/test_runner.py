@@ -208,6 +208,25 @@ def test_a_comparison_does_not_mix_two_versions_of_a_method(folder):
         settings("PKDD")
 
 
+def test_other_content_of_a_file_or_folder_that_a_run_reads_is_a_change(folder):
+    def settings(*opts):
+        kd = ["MODEL.META_ARCHITECTURE", "FgBgDistiller"]
+        return settings_of(read_config(str(folder / "c.yaml"), [*kd, *opts]))
+
+    network, photos = folder / "my.cfg", folder / "photos"
+    network.write_text("[net]")
+    photos.mkdir()
+    (folder / "behind").mkdir()
+    (photos / "link").symlink_to(folder / "behind")
+    opts = ["MODEL.YOLO.CFG", str(network), "DATASETS.UNLABELED", f"('{photos}',)"]
+    before = settings(*opts)
+    assert changes(before, settings(*opts)) == []
+    network.write_text("[other]")
+    (folder / "behind" / "new.jpg").write_text("")
+    changed = [text.split(" was ")[0] for text in changes(before, settings(*opts))]
+    assert changed == ["sha256 of MODEL.YOLO.CFG", "digest of the photos without labels"]
+
+
 def test_an_open_seed_and_other_images_in_another_folder_are_no_obstacle(folder, coco):
     run(folder, "SEED", "-1")
     run(folder, "SEED", "-1")
