@@ -18,7 +18,6 @@ from .detectors.dense import DenseOutput, DenseView
 from .matching import (
     SharedLevel,
     check_predictions,
-    check_same_channels,
     dense_student,
     inherited_weights,
     match_classes,
@@ -32,7 +31,13 @@ from .matching import (
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
 from .methods.base import check_not_negative
-from .teacher import Teacher, accelerate, build_teacher, check_teacher_file
+from .teacher import (
+    Teacher,
+    accelerate,
+    build_teacher,
+    check_same_channels,
+    check_teacher_file,
+)
 from .utils.errors import ConfigError, TeacherError
 
 logger = logging.getLogger(__name__)
@@ -183,7 +188,7 @@ class FgBgDistiller(nn.Module):
 
     def _apply(self, fn, *args, **kwargs):
         if self.teacher is not None:
-            self.teacher.apply(fn, *args, **kwargs)
+            self.teacher.detector._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
 
     def forward(self, batched_inputs: list[dict]):

@@ -47,19 +47,6 @@ def dense_student(student: nn.Module) -> DenseView:
     return found
 
 
-def check_same_channels(student: DetectorView, teacher: DetectorView) -> None:
-    """
-    Raises:
-        TeacherError: one of them reads grey images, the other colour images.
-    """
-    counts = [len(of.normalization[0]) for of in (student, teacher)]
-    if counts[0] != counts[1]:
-        raise TeacherError(
-            f"The student reads images with {counts[0]} channels, the teacher with {counts[1]} "
-            "(MODEL.PIXEL_MEAN and INPUT.FORMAT): both must read colour images, or both grey ones."
-        )
-
-
 def shared_levels(
     student: DetectorView, teacher: DetectorView, shrink: float = 1.0
 ) -> list[SharedLevel]:

@@ -135,10 +135,6 @@ class Teacher:
         sizes = {tuple(images.tensor.shape[-2:]), *map(tuple, images.image_sizes)}
         return sizes == {self.view.input_size}
 
-    def apply(self, fn, *args, **kwargs) -> None:
-        """Calls nn.Module._apply of the detector, for ``.to()`` and similar methods."""
-        self.detector._apply(fn, *args, **kwargs)
-
 
 def build_teacher(
     config: str,
@@ -241,6 +237,26 @@ def same_input(student: DetectorView, teacher: DetectorView) -> bool:
         and student.pad_value == teacher.pad_value
         and all(torch.equal(a, b) for a, b in pairs)
     )
+
+
+def check_same_channels(student: DetectorView, teacher: DetectorView) -> None:
+    """
+    Raises:
+        TeacherError: one of them reads grey images, the other colour images, or their colour
+            spaces differ.
+    """
+    counts = [len(of.normalization[0]) for of in (student, teacher)]
+    if counts[0] != counts[1]:
+        raise TeacherError(
+            f"The student reads images with {counts[0]} channels, the teacher with {counts[1]} "
+            "(MODEL.PIXEL_MEAN and INPUT.FORMAT): both must read colour images, or both grey ones."
+        )
+    orders = [of.channel_order for of in (student, teacher)]
+    if orders[0] != orders[1] and set(orders) != {"RGB", "BGR"}:
+        raise TeacherError(
+            f"The student reads {orders[0]} images, the teacher {orders[1]} (INPUT.FORMAT): give "
+            "both the same format. Only RGB and BGR are converted into each other."
+        )
 
 
 def renormalized(teacher: DetectorView, student: DetectorView, images: ImageList) -> Tensor:

@@ -308,6 +308,12 @@ def test_a_python_config_without_resizing_has_no_usual_size():
     assert usual_size(OmegaConf.create({"dataloader": {"train": {"mapper": {}}}})) is None
 
 
+def test_only_rgb_and_bgr_are_converted_into_each_other(distil_cfg):
+    distil_cfg.INPUT.FORMAT = "HSV"
+    with pytest.raises(TeacherError, match="The student reads HSV images, the teacher BGR"):
+        build_model(distil_cfg)
+
+
 def test_a_grey_teacher_of_a_colour_student_is_refused():
     def grey(cfg):
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [128.0], [58.0], "L"

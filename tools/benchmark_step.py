@@ -23,6 +23,7 @@ from fgbg_kd import FgBgDistiller
 from fgbg_kd.config import method_options
 from fgbg_kd.detectors.load import build_detector, read_detector_config
 from fgbg_kd.engine import read_config
+from fgbg_kd.experiments.method_specs import method_overrides
 from fgbg_kd.matching import dense_student
 from fgbg_kd.methods import get_method
 from fgbg_kd.teacher import PRECISIONS, Teacher
@@ -43,23 +44,10 @@ def pair(config_file: str, device: str) -> tuple[torch.nn.Module, torch.nn.Modul
 
 
 def method_of(config_file: str, spec: str) -> dict:
-    """Name and options of a method, for FgBgDistiller.
-
-    Args:
-        spec: the name, then any number of KEY=VALUE with an option of the method: "PKD WEIGHT=2".
-
-    Raises:
-        ValueError: the method or an option does not exist.
-    """
-    name, *options = spec.split()
-    get_method(name)
-    overrides = []
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"{spec!r}: {option!r} has no value: write {option}=VALUE.")
-        overrides += [f"MODEL.KD.{name.upper()}.{key}", value]
-    return {"name": name, **method_options(read_config(config_file, overrides), name)}
+    """Name and options of a method such as "PKD WEIGHT=2", for FgBgDistiller."""
+    get_method(spec.split(maxsplit=1)[0])  # refuses "plain": the plain step is timed anyway
+    cfg = read_config(config_file, method_overrides(read_config(config_file), spec))
+    return {"name": cfg.MODEL.KD.METHOD, **method_options(cfg)}
 
 
 def random_batch(images: int, height: int, width: int, channels: int, classes: int) -> list[dict]:

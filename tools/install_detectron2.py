@@ -315,7 +315,7 @@ def install_from_github(work):
         ["git", "-C", src, "checkout", "-q", "FETCH_HEAD"],
     ):
         if run(command).returncode:
-            raise InstallError(f"`git {command[-1]}` failed: see its error above.")
+            raise InstallError(f"`{' '.join(map(str, command))}` failed: see its error above.")
     apply_patches(src, ZOO_PATCHES)
     say(f"building with {os.environ.get('MAX_JOBS', build_jobs())} process(es): takes some minutes")
     pip_install("--no-build-isolation", src, what="Detectron2 from source (is there a compiler?)")

@@ -52,7 +52,7 @@ def main():
         torch.autocast(next(model.parameters()).device.type, enabled=amp),
     ):
         losses = model(batch)
-        where = not_finite(model, batch)
+        where = not_finite(model, batch, losses.values())
     for x in batch:
         boxes = x["instances"].gt_boxes.tensor.tolist() if "instances" in x else []
         print(f"{x.get('file_name', '?')}: {len(boxes)} boxes {boxes}")

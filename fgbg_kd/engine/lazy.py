@@ -40,7 +40,7 @@ from .checkpointer import RunCheckpointer, last_checkpoint
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import begin, run_seed
+from .resume import begin, run_seed, warm_up
 from .trainer import distributed
 from .unlabeled import Unlabeled, add_unlabeled
 from .writers import build_writers
@@ -170,6 +170,7 @@ def train_lazy(cfg: DictConfig, resume: bool = False, extra_hooks: Sequence[Hook
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     begin(start, train.max_iter, loader, output_dir, seed, resume)
+    warm_up(start, train.device)
     trainer.train(start, train.max_iter)
     return results
 
@@ -301,7 +302,8 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
 
     As with a YAML config, an FgBgDistiller gets the class names of the training set and the usual
     size of its images, unless the config gives ``classes`` and ``image_size``. Without
-    ``pretrained``, it counts as pretrained if ``train.init_checkpoint`` is set. If its
+    ``pretrained``, it counts as pretrained if ``train.init_checkpoint`` or the ``weights`` of the
+    student's backbone (:class:`fgbg_kd.detectors.TimmBackbone`) are set. If its
     ``warmup_iters`` is -1 or missing, it gets the warm-up length of ``lr_multiplier``.
     """
     classes = training_classes(cfg)
@@ -312,7 +314,9 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
         if "image_size" not in cfg.model:
             cfg.model.image_size = usual_size(cfg)
         if "pretrained" not in cfg.model:
-            cfg.model.pretrained = bool(cfg.train.init_checkpoint)
+            places = ("backbone.weights", "backbone.bottom_up.weights")
+            weights = (OmegaConf.select(student_model(cfg.model), x) for x in places)
+            cfg.model.pretrained = bool(cfg.train.init_checkpoint) or any(weights)
         if cfg.model.get("warmup_iters", -1) == -1:
             length = cfg.get("lr_multiplier", {}).get("warmup_length", 0.0)
             cfg.model.warmup_iters = round(length * cfg.train.max_iter)

@@ -5,7 +5,7 @@ computes the losses again and shows which values are not finite.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -124,8 +124,12 @@ def load_batch(saved: dict) -> list[dict]:
 
 
 @torch.no_grad()
-def not_finite(model: nn.Module, batch: list[dict]) -> str:
-    """Names the parameters, levels or losses that are not finite for a batch, in a sentence."""
+def not_finite(model: nn.Module, batch: list[dict], losses: Iterable[Tensor] = ()) -> str:
+    """Says in a sentence which parameters, features or predictions are not finite for a batch.
+
+    Args:
+        losses: the losses of the batch, if they were computed again.
+    """
     found = [k for k, v in model.named_parameters() if not v.isfinite().all()]
     found = [f"the parameters {', '.join(found[:5])}{', ...' * (len(found) > 5)}"] if found else []
     detector = detector_of(model)
@@ -141,6 +145,12 @@ def not_finite(model: nn.Module, batch: list[dict]) -> str:
                 found += _bad_levels("the teacher", teacher.view, inputs)
     elif not found:
         return "The parameters are finite. Features are examined in dense detectors only."
+    losses = list(losses)
+    if not found and losses and all(x.isfinite().all() for x in losses):
+        return (
+            "All values are finite, the losses too: this batch alone is not the reason. If the "
+            "training has several processes, replay the files of the others."
+        )
     if not found:
         return "Parameters, features and predictions are finite: the loss itself overflows."
     return f"Not finite: {'; '.join(found)}."

@@ -150,7 +150,6 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
             f"{type(loader).__name__} cannot start at iteration {start}: the training data starts "
             "from the beginning. Use fgbg_kd.engine.loader.ResumableLoader for an exact resume."
         )
-    warm_up(start)
     if comm.is_main_process():
         if start == 0:
             set_previous_run_aside(output_dir, resume)
@@ -163,15 +162,14 @@ def begin(start: int, end: int, loader, output_dir: str, seed: int, resume: bool
             RunCheckpointer(nn.Identity(), output_dir).finish()
 
 
-def warm_up(iterations: int) -> None:
-    """Brings TorchScript to the state that it has after a number of iterations.
+def warm_up(iterations: int, device: torch.device | str = "cpu") -> None:
+    """Brings TorchScript to the state that it has after a number of iterations on a device.
 
     TorchScript runs the first calls of a function without optimisation and later calls with it. The
     results differ by rounding. Detectron2's dense detectors script one function: fvcore's focal
     loss. Calls after the fourth change nothing.
     """
     for _ in range(min(iterations, 4)):
-        logits = torch.zeros(2, 2, requires_grad=True)
-        sigmoid_focal_loss_jit(
-            logits, torch.zeros(2, 2), alpha=0.25, gamma=2.0, reduction="sum"
-        ).backward()
+        logits = torch.zeros(2, 2, device=device, requires_grad=True)
+        labels = torch.zeros_like(logits)
+        sigmoid_focal_loss_jit(logits, labels, alpha=0.25, gamma=2.0, reduction="sum").backward()

@@ -36,7 +36,7 @@ from .checkpointer import RunCheckpointer
 from .hooks import beside_detector, detector_of, run_hooks
 from .loader import ResumableLoader, random_numbers
 from .non_finite import FiniteAMPTrainer, FiniteTrainer
-from .resume import begin, run_seed
+from .resume import begin, run_seed, warm_up
 from .unlabeled import Unlabeled, add_unlabeled
 from .writers import build_writers
 
@@ -161,6 +161,7 @@ class FgBgTrainer(DefaultTrainer):
         super().resume_or_load(resume=resume)
         span = self.start_iter, self.max_iter
         begin(*span, self.data_loader, self.cfg.OUTPUT_DIR, self.cfg.SEED, resume)
+        warm_up(self.start_iter, self.cfg.MODEL.DEVICE)
 
     @classmethod
     def build_model(cls, cfg):

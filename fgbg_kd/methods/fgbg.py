@@ -52,8 +52,6 @@ class FgBg(Method):
     hundred times as much as other batches.
     """
 
-    # 1: without G. 2: g was 1 - s / t on objects, and G the mean of max(0, t - s). 3: e did not
-    # depend on the student's start.
     version = 4
 
     def __init__(

@@ -43,12 +43,12 @@ class PKD(Method):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         loss = sum(
-            0.5 * mse_loss(standardise(s), standardise(t)) for s, t in aligned(self.adapters, batch)
+            0.5 * mse_loss(normalised(s), normalised(t)) for s, t in aligned(self.adapters, batch)
         )
         return {"loss_kd": self.weight * loss}, {}
 
 
-def standardise(x: Tensor) -> Tensor:
+def normalised(x: Tensor) -> Tensor:
     """Scales each channel of (N, C, H, W) to mean 0 and std 1 over images and cells."""
     over = (0, 2, 3)
     centred = x - x.mean(over, keepdim=True)

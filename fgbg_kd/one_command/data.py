@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import yaml
 
+from ..data.groups import split
 from ..data.images import IMAGE_SUFFIXES
 from ..data.validation import read_coco
 from ..utils.errors import DataError, FgBgError
 from ..utils.files import digest_of_files, sha256_of, write_whole
-from .split import split
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from ..data.validation import read_coco
 from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
 from ..engine.unlabeled import check_teacher
-from ..matching import check_same_channels, dense_student, match_classes, shared_levels
-from ..teacher import Teacher
+from ..matching import dense_student, match_classes, shared_levels
+from ..teacher import Teacher, check_same_channels
 from ..utils.errors import ConfigError
 from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .backbone import backbone_settings

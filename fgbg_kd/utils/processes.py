@@ -1,4 +1,4 @@
-"""Sums over all processes of a training."""
+"""Means over all processes of a training."""
 
 import torch
 from detectron2.utils import comm

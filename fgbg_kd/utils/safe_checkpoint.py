@@ -93,6 +93,7 @@ class _TensorsOnly(Checkpointer):
     def _load_model(self, checkpoint: dict[str, Any]):
         # DetectionCheckpointer has already converted the names.
         if hasattr(self.model, "converted"):  # a detector that reads files of another layout
+            self._convert_ndarray_to_tensor(checkpoint["model"])
             checkpoint["model"] = self.model.converted(checkpoint["model"])
         _check_kinds(self.model, checkpoint["model"], self._file)
         return super()._load_model(checkpoint)
@@ -145,7 +146,8 @@ class SafeCheckpointer(DetectionCheckpointer, _TensorsOnly):
                 its numbers are not floating point where the model's are.
         """
         self._file = path
-        named = re.search(r"-([0-9a-f]{8,64})\.\w+(\?.*)?$", path or "")
+        # Eight digits that can be a date, such as 20250131, are not taken for a hash.
+        named = re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.\w+(\?.*)?$", path or "")
         self._expected = self.sha256 or (named[1] if named and "://" in path else "")
         self._parsed_url_during_load = None  # Detectron2 leaves it set after a load that failed
         return super().load(path, *args, **kwargs)

@@ -1,5 +1,7 @@
 """SSD equals torchvision's, whatever the size of the images, and teaches and learns."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import (
@@ -23,7 +25,7 @@ from torchvision.models.detection.ssd import SSD as TorchvisionSSD
 from fgbg_kd import FgBgDistiller, Teacher, deploy, get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.detectors import SSD, view
-from fgbg_kd.detectors.load import load_detector
+from fgbg_kd.detectors.load import build_detector, load_detector
 from fgbg_kd.detectors.ssd_backbones import SSDTimm
 from fgbg_kd.detectors.timm_backbone import TimmBackbone
 from fgbg_kd.engine import FgBgTrainer
@@ -123,6 +125,16 @@ def test_torchvisions_file_loads_whole_and_the_80_classes_of_its_91_are_kept(kin
             assert name.startswith("head.classification_head.")
             value = value.unflatten(0, (-1, 91))[:, [0, *coco_ids]].flatten(0, 1)
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_a_file_of_arrays_is_read_for_80_classes_too(tmp_path):
+    cfg = tiny_ssd_cfg()
+    cfg.MODEL.SSD.NUM_CLASSES = 80
+    state = build_detector(cfg).state_dict()
+    with open(tmp_path / "a.pkl", "wb") as file:
+        pickle.dump({"model": {name: value.numpy() for name, value in state.items()}}, file)
+    found = load_detector(cfg, str(tmp_path / "a.pkl")).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
 def test_a_file_with_another_number_of_classes_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import runpy
 import shutil
 
 import pytest
+import timm
 import torch
 from conftest import CLASSES, KD_LOSSES, ROOT, save_teacher, write_coco
 from detectron2 import model_zoo
@@ -130,6 +131,14 @@ def test_the_loss_of_features_depends_on_the_weights_that_the_student_starts_fro
 ):
     cfg = load_lazy_config(config, overrides)
     assert build_lazy(cfg).method.fg_loss == expected
+
+
+def test_weights_of_the_backbone_count_as_weights_that_the_student_starts_from(config, tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    key = "model.student.backbone.bottom_up.weights"
+    cfg = load_lazy_config(config, [f"{key}={str(path)!r}"])
+    assert build_lazy(cfg).method.fg_loss == "mse"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A loss that is not finite stops the run. The error says where, and a file allows a replay."""
 
+import math
 import runpy
 import sys
 
@@ -11,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.engine import FgBgTrainer
-from fgbg_kd.engine.non_finite import FiniteAMPTrainer, FiniteTrainer
+from fgbg_kd.engine.non_finite import FiniteAMPTrainer, FiniteTrainer, not_finite
 from fgbg_kd.utils.errors import NonFiniteLossError
 
 
@@ -133,6 +134,14 @@ def test_a_loss_that_overflows_by_itself_is_told_apart(distil_cfg, tmp_path):
     message = run(distil_cfg, tmp_path / "kd", lambda model: None)[2]
     assert message.startswith("Iteration 0: loss_kd_fg is ")
     assert "the loss itself overflows" in message
+
+
+@pytest.mark.parametrize(
+    "value, said", [(1.0, "replay the files of the others"), (math.inf, "overflows")]
+)
+def test_losses_that_are_finite_now_are_not_said_to_overflow(value, said):
+    losses = [torch.tensor(2.0), torch.tensor(value)]
+    assert said in not_finite(build_model(tiny_cfg()), make_batch(), losses)
 
 
 def test_a_batch_that_cannot_be_saved_does_not_hide_the_fault(distil_cfg, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from conftest import CLASSES, write_coco
 from detectron2.config import get_cfg
 from PIL import Image
 
+from fgbg_kd.data.groups import group_of, groups_of, split
 from fgbg_kd.data.validation import check_coco
 from fgbg_kd.one_command.data import digest_of, prepare
 from fgbg_kd.one_command.schedule import (
@@ -20,7 +21,6 @@ from fgbg_kd.one_command.schedule import (
     rescaled,
     schedule_settings,
 )
-from fgbg_kd.one_command.split import group_of, groups_of, split
 from fgbg_kd.one_command.students import config_of
 from fgbg_kd.utils.config_values import check_values
 from fgbg_kd.utils.errors import ConfigError, DataError
@@ -121,7 +121,7 @@ def test_the_groups_of_many_images_are_counted_in_one_pass(monkeypatch):
             compared.append(other)
             return str.__eq__(self, other)
 
-    monkeypatch.setattr("fgbg_kd.one_command.split.group_of", lambda name: Group(name[:-1]))
+    monkeypatch.setattr("fgbg_kd.data.groups.group_of", lambda name: Group(name[:-1]))
     names = [f"{i}{side}" for i in range(300) for side in "ab"]
     assert groups_of(names)[1] == "300 groups of images, by their names"
     assert len(compared) <= 2 * len(names)

@@ -319,6 +319,8 @@ def test_a_download_is_checked_against_the_hash_in_its_name(served):
     (folder / f"net-{digest[:8]}.pth").rename(folder / "net-0123abcd.pth")
     with pytest.raises(CheckpointError, match=f"expected sha256 0123abcd, found {digest}.*delete"):
         SafeCheckpointer(model()).load(f"{url}/net-0123abcd.pth")
+    (folder / "net-0123abcd.pth").rename(folder / "net-20250131.pth")  # a date
+    SafeCheckpointer(model()).load(f"{url}/net-20250131.pth")
 
 
 def test_a_local_files_name_is_its_owners_own(tmp_path):

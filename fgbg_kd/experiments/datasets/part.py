@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
+from ...data.groups import split
 from ...data.validation import read_coco
-from ...one_command.split import split
 from ...utils.files import sha256_of
 from .packages import build_folder, summarise, write_json
 
@@ -15,7 +15,7 @@ def build_part(folder, annotations, images, share, seed=0):
     """Makes a folder with train.json, the labelled part, and the other photos in ``unlabeled``.
 
     The part is drawn at random. Photos whose names differ only in a number at the end stay
-    together, as in :func:`fgbg_kd.one_command.split.split`.
+    together, as in :func:`fgbg_kd.data.groups.split`.
 
     Args:
         folder: path of the folder.
