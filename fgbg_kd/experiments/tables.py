@@ -99,7 +99,10 @@ def _errors(methods: dict[str, dict]) -> str:
     table = _beside_plain(methods, "errors", "dAP50", KINDS)
     return table and table + (
         "\n\ndAP50: the points that AP50 would gain without any error of this kind (TIDE). In "
-        f"brackets: the difference to {PLAIN}."
+        f"brackets: the difference to {PLAIN}. Cls: right place, wrong class. Loc: right class, "
+        "inaccurate box. Both: both of them. Dupe: a second detection of an object. Bkg: a "
+        "detection where no object is. Miss: an object without a detection. FalsePos: all wrong "
+        "detections. FalseNeg: all objects that are not found."
     )
 
 
