@@ -69,8 +69,11 @@ def set_classes(name: str) -> list[str] | None:
 def set_categories(name: str) -> list[dict]:
     """The COCO categories of a registered set, {"id", "name"}, in the order of the class numbers.
 
+    A set without COCO ids has the class numbers 0, 1, ... as ids, as in the COCO files that
+    Detectron2 makes of such sets.
+
     Returns:
-        The categories; [] if the names or the COCO ids are not known.
+        The categories; [] if the names are not known.
 
     Raises:
         DataError: the set's file is not a COCO file.
@@ -80,8 +83,9 @@ def set_categories(name: str) -> list[dict]:
     if not classes:
         path = metadata.get("json_file", "")
         return categories_of(path) if os.path.isfile(path) else []
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    return [{"id": id, "name": classes[n]} for id, n in sorted(ids.items(), key=lambda x: x[1])]
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    ids = {n: id for id, n in numbers.items()}
+    return [{"id": ids.get(n, n), "name": name} for n, name in enumerate(classes)]
 
 
 def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:

@@ -102,7 +102,7 @@ def _categories(cfg: CfgNode, number: int, need_ids: bool) -> list[dict]:
         problems.append(
             f"DATASETS.{part} has {len(found)} categories for {number} classes"
             if found
-            else f"the metadata of the set {sets[0]} have no names or no COCO ids"
+            else f"the set {sets[0]} is not registered with class names (--import)"
         )
     if problems:
         unknown = f"Class names and COCO ids are not known: {', '.join(problems)}."

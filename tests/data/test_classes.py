@@ -182,7 +182,7 @@ def test_categories_of_a_set_come_in_the_order_of_its_class_numbers(tmp_path):
     metadata = MetadataCatalog.get(f"{tmp_path}_reversed")
     assert set_categories(metadata.name) == []
     metadata.set(thing_classes=["cat", "dog"])
-    assert set_categories(metadata.name) == []  # no COCO ids
+    assert set_categories(metadata.name) == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
     metadata.set(thing_dataset_id_to_contiguous_id={3: 1, 7: 0})
     assert set_categories(metadata.name) == [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 

@@ -259,12 +259,15 @@ def test_ids_that_the_data_do_not_give_are_not_made_up(content, tmp_path, caplog
     assert "COCO ids are not known" in caplog.text
 
 
-def test_a_registered_set_gives_its_ids_and_one_without_ids_is_refused(tmp_path):
+def test_a_registered_set_gives_its_ids_and_one_without_names_is_refused(tmp_path):
     cfg, model = tiny_cfg(), detector(tiny_cfg())
-    metadata = MetadataCatalog.get(f"{tmp_path}_own").set(thing_classes=["cat", "dog"])
+    metadata = MetadataCatalog.get(f"{tmp_path}_own")
     cfg.DATASETS.TRAIN = (metadata.name,)
-    with pytest.raises(deploy.DeployError, match="own have no names or no COCO ids"):
+    with pytest.raises(deploy.DeployError, match="own is not registered with class names"):
         deploy.describe(cfg, model)
+    metadata.set(thing_classes=["cat", "dog"])
+    expected = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    assert deploy.describe(cfg, model)["categories"] == expected
     metadata.set(thing_dataset_id_to_contiguous_id={3: 1, 7: 0})
     expected = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
     assert deploy.describe(cfg, model)["categories"] == expected
