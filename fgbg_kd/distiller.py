@@ -31,13 +31,7 @@ from .matching import (
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
 from .methods.base import check_not_negative
-from .teacher import (
-    Teacher,
-    accelerate,
-    build_teacher,
-    check_same_channels,
-    check_teacher_file,
-)
+from .teacher import Teacher, accelerate, build_teacher, check_same_format, check_teacher_file
 from .utils.errors import ConfigError, TeacherError
 
 logger = logging.getLogger(__name__)
@@ -127,7 +121,7 @@ class FgBgDistiller(nn.Module):
     def _meet(self, teacher: Teacher, name: str, options: dict, classes, image_size) -> None:
         """Finds the common levels and classes, and builds the method for them."""
         student = dense_student(self.student)
-        check_same_channels(student, teacher.view)
+        check_same_format(student, teacher.view)
         shrink = shrink_of(student, teacher.view, image_size)
         self.levels = levels = shared_levels(student, teacher.view, shrink)
         if isinstance(teacher.view, DenseView):

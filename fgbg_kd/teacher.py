@@ -239,7 +239,7 @@ def same_input(student: DetectorView, teacher: DetectorView) -> bool:
     )
 
 
-def check_same_channels(student: DetectorView, teacher: DetectorView) -> None:
+def check_same_format(student: DetectorView, teacher: DetectorView) -> None:
     """
     Raises:
         TeacherError: one of them reads grey images, the other colour images, or their colour

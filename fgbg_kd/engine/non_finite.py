@@ -146,14 +146,14 @@ def not_finite(model: nn.Module, batch: list[dict], losses: Iterable[Tensor] = (
     elif not found:
         return "The parameters are finite. Features are examined in dense detectors only."
     losses = list(losses)
-    if not found and losses and all(x.isfinite().all() for x in losses):
+    if found:
+        return f"Not finite: {'; '.join(found)}."
+    if losses and all(x.isfinite().all() for x in losses):
         return (
             "All values are finite, the losses too: this batch alone is not the reason. If the "
             "training has several processes, replay the files of the others."
         )
-    if not found:
-        return "Parameters, features and predictions are finite: the loss itself overflows."
-    return f"Not finite: {'; '.join(found)}."
+    return "Parameters, features and predictions are finite: the loss itself overflows."
 
 
 def _bad_levels(name: str, of: DetectorView, images: Tensor) -> list[str]:

@@ -17,7 +17,7 @@ from ..detectors.dense import DenseView, view
 from ..detectors.load import build_detector, read_detector_config
 from ..engine.unlabeled import check_teacher
 from ..matching import dense_student, match_classes, shared_levels
-from ..teacher import Teacher, check_same_channels
+from ..teacher import Teacher, check_same_format
 from ..utils.errors import ConfigError
 from ..utils.files import sha256_of, sha256_of_text, write_whole
 from .backbone import backbone_settings
@@ -190,7 +190,7 @@ def _config(plan: Plan, settings: Sequence[Setting]) -> CfgNode:
 def _check_pair(cfg: CfgNode, teacher: Teacher) -> None:
     register_datasets(cfg)
     student = dense_student(build_detector(cfg))
-    check_same_channels(student, teacher.view)
+    check_same_format(student, teacher.view)
     shared_levels(student, teacher.view)
     if isinstance(teacher.view, DenseView):  # a copy, because its classes may be reduced
         reduced = view(copy.deepcopy(teacher.detector))
