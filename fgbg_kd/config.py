@@ -195,7 +195,7 @@ def _add_ssd(cfg: CN) -> None:
     # Side of each map's square as a share of SIZE, and one more value.
     ssd.SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
     # Distance of neighbouring cells in pixels. [] = SIZE / number of cells.
-    ssd.STEPS = [8, 16, 32, 64, 100, 300]
+    ssd.STEPS = []
     # Number of squares per cell: 2, or 1 without the square of scale sqrt(s_l * s_(l+1)).
     ssd.SQUARES = [2, 2, 2, 2, 2, 2]
     # True = a box is at most as wide and high as the image.

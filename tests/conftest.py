@@ -144,7 +144,7 @@ def tiny_ssd_cfg(coco=None, name="tiny", size=96):
     cfg.MODEL.TIMM.OUT_FEATURES = ["res4", "res5"]
     ssd = cfg.MODEL.SSD
     ssd.NUM_CLASSES, ssd.SIZE, ssd.HEAD = len(CLASSES), size, "lite"
-    ssd.EXTRA_CHANNELS, ssd.STEPS = [16, 16], []
+    ssd.EXTRA_CHANNELS = [16, 16]
     ssd.ASPECT_RATIOS, ssd.SQUARES = [[2]] * 4, [1, 2, 2, 2]
     ssd.SCALES = [0.2, 0.4, 0.6, 0.8, 1.0]
     return cfg

@@ -10,7 +10,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data.transforms import AugInput
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..utils.errors import DataError
+from ..utils.errors import ConfigError, DataError
 from .images import read_image
 
 
@@ -44,6 +44,27 @@ class NamingMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, image.shape[1:])
         return dataset_dict
+
+
+def check_image_format(cfg: DictConfig, order: str | None) -> None:
+    """Compares the channel order of a Python config's images with that of its detector.
+
+    In a YAML config, INPUT.FORMAT sets both.
+
+    Args:
+        order: the detector's ``input_format``; None: it has none.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    for part in ("train", "test"):
+        key = f"dataloader.{part}.mapper.image_format"
+        found = OmegaConf.select(cfg, key)
+        if order and found and found != order:
+            raise ConfigError(
+                f"{key} is {found}, but the detector's input_format is {order}: give both the "
+                "order of the detector's pixel_mean and of its pretrained weights."
+            )
 
 
 def test_size_of(cfg: CfgNode | DictConfig) -> tuple[int, int] | None:

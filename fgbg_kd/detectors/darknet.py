@@ -97,7 +97,10 @@ class Darknet(Backbone):
                 raise layer.refuse(f"is not supported. These are: {', '.join(_KINDS)}.")
             sources, shape, module = getattr(self, f"_{layer.kind}")(layer, arguments)
             if layer.number not in self._heads and self._heads.intersection(sources):
-                raise layer.refuse("reads an output of the network, which is not supported.")
+                raise layer.refuse(
+                    "reads an output of the network or the convolution before it, which is not "
+                    "supported."
+                )
             self._sources.append(sources)
             self._shapes.append(shape)
             self.bottom_up.append(module)
@@ -139,6 +142,8 @@ class Darknet(Backbone):
         activation = layer.get("activation", "logistic")
         if activation not in _ACTIVATIONS:
             raise layer.refuse(f"has the activation {activation}: use {', '.join(_ACTIVATIONS)}.")
+        if layer.integer("xnor", "0"):
+            raise layer.refuse("has xnor=1 (binary weights), which is not supported.")
         if self.width != 1:  # an even number, so that a route can halve it
             filters = max(2, 2 * round(filters * self.width / 2))
         arguments[layer.number] = {

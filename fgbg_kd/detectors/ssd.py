@@ -27,6 +27,7 @@ from torchvision.ops import box_iou
 from ..utils.errors import ConfigError
 from ..utils.processes import world_mean
 from .dense import warped
+from .pixels import check_colour, warn_of_defaults
 from .ssd_backbones import norm_layer
 
 HEADS = ("conv", "lite", "linear")
@@ -74,9 +75,10 @@ class SSD(_SSD):
                 positive_fraction of torchvision's SSD.
 
         Raises:
-            ConfigError: the number of levels differs between backbone and default boxes, or
-                ``head`` is unknown.
+            ConfigError: the number of levels differs between backbone and default boxes, a step
+                does not fit the backbone, or ``head`` is unknown.
         """
+        check_colour("SSD", pixel_mean)
         channels = [shape.channels for shape in backbone.output_shape().values()]
         _check_levels(len(channels), ASPECT_RATIOS=aspect_ratios, SQUARES=squares, STEPS=steps)
         if len(scales) != len(channels) + 1:
@@ -84,6 +86,7 @@ class SSD(_SSD):
                 f"MODEL.SSD.SCALES has {len(scales)} values, but the backbone has {len(channels)} "
                 "maps: give one value for each map, and one more."
             )
+        _check_steps(steps, size, backbone.grids)
         shapes = aspect_ratios, scales, steps, squares, clip_shapes
         boxes = default_boxes(size, backbone.grids, *shapes)
         anchors = [len(b) // (h * w) for b, (h, w) in zip(boxes, backbone.grids)]
@@ -106,6 +109,7 @@ class SSD(_SSD):
     @classmethod
     def from_config(cls, cfg):
         ssd = cfg.MODEL.SSD
+        warn_of_defaults(cfg, "SSD")
         return {
             "backbone": build_backbone(cfg),
             "num_classes": ssd.NUM_CLASSES,
@@ -319,4 +323,19 @@ def _check_levels(number: int, **lists: Sequence) -> None:
             raise ConfigError(
                 f"MODEL.SSD.{key} has {len(values)} values, but the backbone has {number} maps: "
                 "give one value for each map."
+            )
+
+
+def _check_steps(steps: Sequence[int], size: int, grids: Sequence[tuple[int, int]]) -> None:
+    """Refuses steps that are made for another backbone or size.
+
+    Their default boxes would cover only a corner of the image, or lie outside it. The paper's steps
+    for SSD300 differ from the exact distances by at most 7 %.
+    """
+    for level, (step, (_, width)) in enumerate(zip(steps, grids)):
+        if abs(step * width / size - 1) > 0.3:
+            raise ConfigError(
+                f"MODEL.SSD.STEPS[{level}] is {step}, but this backbone has a map of {width} cells "
+                f"for {size} pixels, so its cells are {size / width:.0f} pixels apart: set "
+                "MODEL.SSD.STEPS: []."
             )

@@ -179,4 +179,11 @@ def build_ssd_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> SSDTim
     ssd = cfg.MODEL.SSD
     if not ssd.EXTRA_CHANNELS:
         raise ConfigError("MODEL.SSD.EXTRA_CHANNELS is empty: name the channels of each block.")
-    return SSDTimm(build_timm_backbone(cfg, input_shape), ssd.SIZE, ssd.EXTRA_CHANNELS)
+    body = build_timm_backbone(cfg, input_shape)
+    strides = [shape.stride for shape in body.output_shape().values()]
+    if strides != [16, 32]:
+        raise ConfigError(
+            f"MODEL.TIMM.OUT_FEATURES gives maps of the strides {strides}, but SSD needs 16 and "
+            "32: set it to [res4, res5]."
+        )
+    return SSDTimm(body, ssd.SIZE, ssd.EXTRA_CHANNELS)

@@ -15,6 +15,7 @@ from .darknet import Darknet, DarknetHead
 from .darknet_cfg import read_cfg, set_anchors
 from .darknet_weights import read_weights
 from .dense import DenseOutput, DenseView, FeatureLevel, Maps, joint_logits, register_view
+from .pixels import check_colour, warn_of_pixels
 from .yolo_loss import decode_boxes, per_anchor, yolo_losses
 
 # Darknet fills the rest of its square input with this grey. Its pixels are in 0..1.
@@ -67,6 +68,7 @@ class YOLO(DenseDetector):
         Raises:
             ConfigError: the network is unknown or has a layer that is not supported.
         """
+        check_colour("YOLO", pixel_mean)
         layers = read_cfg(network)
         if anchors:
             set_anchors(layers, anchors)
@@ -89,6 +91,7 @@ class YOLO(DenseDetector):
     @classmethod
     def from_config(cls, cfg):
         yolo = cfg.MODEL.YOLO
+        warn_of_pixels(cfg, "Darknet's", [0.0] * 3, [255.0] * 3, "RGB")
         return {
             "network": yolo.CFG,
             "anchors": yolo.ANCHORS,

@@ -8,7 +8,6 @@ Shapes: N images, level l with (H_l, W_l) cells, K classes, one anchor per cell.
 is (N, 4 + 1 + K, H_l, W_l): box, objectness and classes, before their activations.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,8 +25,7 @@ from torchvision.ops import box_convert
 from ..utils.errors import ConfigError
 from ..utils.processes import world_mean
 from .dense import DenseOutput, DenseView, Maps, full_precision, joint_logits, register_view
-
-logger = logging.getLogger(__name__)
+from .pixels import check_colour, warn_of_pixels
 
 _ACTIVATIONS = ("silu", "relu", "lrelu")
 # Largest logarithm of a detected box's sides, in cells. Without a limit, batch norms of the first
@@ -79,6 +77,7 @@ class YOLOX(DenseDetector):
         """
         if act not in _ACTIVATIONS:
             raise ConfigError(f"MODEL.YOLOX.ACT is {act!r}: choose from {_ACTIVATIONS}.")
+        check_colour("YOLOX", pixel_mean)
         backbone, head = _network_builder()(
             depth, width, act, depthwise, num_classes, in_features, prior_prob
         )
@@ -92,13 +91,7 @@ class YOLOX(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg):
-        if any(cfg.MODEL.PIXEL_MEAN) or set(cfg.MODEL.PIXEL_STD) != {1.0}:
-            logger.warning(
-                "Megvii's YOLOX weights need MODEL.PIXEL_MEAN [0.0, 0.0, 0.0] and MODEL.PIXEL_STD "
-                f"[1.0, 1.0, 1.0], but this config has {list(cfg.MODEL.PIXEL_MEAN)} and "
-                f"{list(cfg.MODEL.PIXEL_STD)}. MODEL.YOLOX.PAD_VALUE is the value after "
-                "normalisation."
-            )
+        warn_of_pixels(cfg, "Megvii's YOLOX", [0.0] * 3, [1.0] * 3, "BGR")
         return {
             **{key.lower(): value for key, value in cfg.MODEL.YOLOX.items()},
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,

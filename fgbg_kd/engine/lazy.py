@@ -26,7 +26,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import get_fgbg_kd_cfg, student_model
-from ..data import BoxEvaluator, NamingMapper, check_same_classes, resize_of, training_classes
+from ..data import (
+    BoxEvaluator,
+    NamingMapper,
+    check_image_format,
+    check_same_classes,
+    resize_of,
+    training_classes,
+)
 from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
 from ..matching import usual_size
@@ -209,9 +216,9 @@ def _hooks(cfg: DictConfig, model: nn.Module, seed: int, checkpointer, evaluate,
 def _evaluations(cfg: DictConfig):
     """The loader and the evaluators of the test set, if there is one."""
     if cfg.dataloader.get("evaluator") is not None:
-        evaluators = instantiate(cfg.dataloader.evaluator)
-        alone = isinstance(evaluators, DatasetEvaluator)
-        yield instantiate(cfg.dataloader.test), [evaluators] if alone else list(evaluators)
+        found = instantiate(cfg.dataloader.evaluator)
+        evaluators = [found] if isinstance(found, DatasetEvaluator) else list(found)
+        yield instantiate(cfg.dataloader.test), evaluators
 
 
 def _test_for(teacher: Teacher, cfg: DictConfig) -> DictConfig:
@@ -298,7 +305,7 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
 
 
 def build_lazy(cfg: DictConfig) -> nn.Module:
-    """Builds ``cfg.model`` and checks its number of classes against the training set.
+    """Builds ``cfg.model`` and checks its classes and channel order against the data.
 
     As with a YAML config, an FgBgDistiller gets the class names of the training set and the usual
     size of its images, unless the config gives ``classes`` and ``image_size``. Without
@@ -307,7 +314,7 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     ``warmup_iters`` is -1 or missing, it gets the warm-up length of ``lr_multiplier``.
     """
     classes = training_classes(cfg)
-    check_same_classes(_sets(cfg))
+    check_same_classes([*_names_of(cfg, "train"), *_names_of(cfg, "test")])
     if student_model(cfg.model) is not cfg.model:
         if "classes" not in cfg.model:
             cfg.model.classes = classes
@@ -322,9 +329,9 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
             cfg.model.warmup_iters = round(length * cfg.train.max_iter)
     with explained(cfg):
         model = instantiate(cfg.model)
-        found = lenient_view(detector_of(model))
-        if isinstance(found, DenseView):
+        if isinstance(found := lenient_view(detector_of(model)), DenseView):
             _ = found.levels  # raises a KeyError where the first iteration would
+    check_image_format(cfg, getattr(detector_of(model), "input_format", None))
     number = num_classes_of(detector_of(model))
     if classes and number is not None and len(classes) != number:
         raise ConfigError(
@@ -334,14 +341,8 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     return model
 
 
-def _sets(cfg: DictConfig) -> list[str]:
-    """Names of the training and test sets."""
-    return [*_names_of(cfg, "train"), *_names_of(cfg, "test")]
-
-
 def _names_of(cfg: DictConfig, part: str) -> list[str]:
-    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or []
-    return _listed(names)
+    return _listed(OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or [])
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

@@ -185,6 +185,7 @@ def test_a_users_own_cfg_is_built(tmp_path):
         ("filters=8", "filters 8", "line 4: 'filters 8' is not KEY=VALUE"),
         ("filters=8", "filters=x", r"layer 0 \[convolutional\] needs numbers in filters"),
         ("mish", "gelu", "has the activation gelu: use linear, leaky"),
+        ("filters=8", "filters=8\nxnor=1", r"layer 0 \[convolutional\] has xnor=1"),
         ("[yolo]", "[region]", r"layer 3 \[region\] is not supported. These are: convolutional"),
         ("classes=2", "classes=2\nnew_coords=1", "new_coords=1. Supported: 0"),
         ("classes=2", "classes=2\niou_loss=giou", "iou_loss=giou. Supported: mse ciou"),

@@ -372,3 +372,52 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(coco, tmp_path
     train(FgBgTrainer, cfg, tmp_path / "parts", 4, resume=True)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
+@pytest.mark.parametrize("step, fits", [(16, True), (20, True), (22, False), (10, False)])
+def test_steps_that_are_made_for_another_backbone_are_refused(step, fits):
+    assert build_model(tiny_ssd_cfg()).backbone.grids[0] == (6, 6)  # 16 pixels apart
+    cfg = tiny_ssd_cfg()
+    cfg.MODEL.SSD.STEPS = [step, 32, 48, 96]
+    if fits:
+        build_model(cfg)
+        return
+    message = rf"STEPS\[0\] is {step}, .* map of 6 cells for 96 pixels, .* set MODEL.SSD.STEPS: "
+    with pytest.raises(ConfigError, match=message):
+        build_model(cfg)
+
+
+def test_the_default_boxes_of_every_backbone_cover_the_image_by_default():
+    for name in ("mobilenetv1", "mobilenetv3", "vgg16"):
+        cfg = get_fgbg_kd_cfg()
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "SSD", "cpu"
+        cfg.MODEL.BACKBONE.NAME = f"build_ssd_{name}_backbone"
+        boxes = build_model(cfg).default_boxes
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        assert (centres.amax(0) > 290).all() and (centres.amin(0) < 10).all()
+
+
+def test_a_timm_body_of_other_strides_is_refused():
+    cfg = tiny_ssd_cfg()
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res4", "res5"]
+    with pytest.raises(ConfigError, match=r"strides \[8, 16, 32\], .* set it to \[res4, res5\]"):
+        build_model(cfg)
+
+
+def test_detectron2s_default_normalisation_is_warned_of(caplog):
+    cfg = tiny_ssd_cfg()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.5] * 3, [127.5] * 3
+    build_model(cfg)
+    assert "PIXEL_MEAN" not in caplog.text
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [103.53, 116.28, 123.675], [1.0, 1.0, 1.0]
+    build_model(cfg)
+    assert "are Detectron2's defaults" in caplog.text
+
+
+def test_grey_images_are_refused():
+    cfg = tiny_ssd_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_ssd_mobilenetv1_backbone"
+    cfg.MODEL.SSD.ASPECT_RATIOS, cfg.MODEL.SSD.SQUARES = [[2]] * 6, [2] * 6
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [127.5], [127.5], "L"
+    with pytest.raises(ConfigError, match="PIXEL_MEAN has 1 values, but SSD reads images with 3"):
+        build_model(cfg)

@@ -119,6 +119,23 @@ def test_both_kinds_of_configs_have_the_same_defaults():
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()} == found
 
 
+def test_a_normalisation_that_official_weights_do_not_expect_is_warned_of(caplog):
+    cfg = tiny_yolo_cfg()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [0.0] * 3, [255.0] * 3, "RGB"
+    build_model(cfg)
+    assert "PIXEL_MEAN" not in caplog.text
+    cfg.INPUT.FORMAT = "BGR"
+    build_model(cfg)
+    assert "INPUT.FORMAT RGB, but this config has" in caplog.text
+
+
+def test_grey_images_are_refused():
+    cfg = tiny_yolo_cfg()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [0.0], [255.0], "L"
+    with pytest.raises(ConfigError, match="PIXEL_MEAN has 1 values, but YOLO reads images with 3"):
+        build_model(cfg)
+
+
 def test_the_anchors_are_those_of_the_key():
     cfg = tiny_yolo_cfg(network="yolov3-tiny")
     cfg.MODEL.YOLO.ANCHORS = [[4, 6], [8, 4], [9, 9], [20, 12], [12.5, 20], [40, 30]]

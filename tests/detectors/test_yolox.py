@@ -243,6 +243,18 @@ def test_a_normalisation_that_official_weights_do_not_expect_is_warned_of(caplog
     cfg.MODEL.PIXEL_MEAN = [103.53, 116.28, 123.675]  # Detectron2's default
     build_model(cfg)
     assert "need MODEL.PIXEL_MEAN [0.0, 0.0, 0.0]" in caplog.text
+    caplog.clear()
+    cfg = tiny_yolox_cfg()
+    cfg.INPUT.FORMAT = "RGB"
+    build_model(cfg)
+    assert "INPUT.FORMAT BGR, but this config has" in caplog.text
+
+
+def test_grey_images_are_refused():
+    cfg = tiny_yolox_cfg()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [0.0], [1.0], "L"
+    with pytest.raises(ConfigError, match="PIXEL_MEAN has 1 values, but YOLOX reads images with 3"):
+        build_model(cfg)
 
 
 # --- official weights ---

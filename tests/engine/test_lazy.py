@@ -289,6 +289,16 @@ def test_what_breaks_evaluation_stops_the_run_before_the_first_step(
             ConfigError,
             "model.student.backbone.in_features names 'res9', which",
         ),
+        (
+            "dataloader.train.mapper.image_format=RGB",
+            ConfigError,
+            "train.mapper.image_format is RGB, but the detector's input_format is BGR",
+        ),
+        (
+            "dataloader.test.mapper.image_format=RGB",
+            ConfigError,
+            "test.mapper.image_format is RGB, but the detector's input_format is BGR",
+        ),
         ("train.init_checkpoint=/nowhere.pth", CheckpointError, "init_checkpoint. is '/nowhere"),
     ],
 )
