@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument(
         "--score", type=float, default=0.5, help="lowest score that is kept; default: %(default)s"
     )
+    parser.add_argument(
+        "--device", default="", help="for a config, such as cpu; default: the GPU, if there is one"
+    )
     add_import_flag(parser)
     args = parser.parse_args()
     if args.ids and not args.json:
@@ -78,6 +81,7 @@ def main() -> None:
         results=args.json,
         ids=args.ids,
         score=args.score,
+        device=args.device,
         say=lambda text: terminal.say(f"predict: {text}"),
         progress=terminal.progress,
     )

@@ -36,6 +36,7 @@ def predict(
     results: Path | None = None,
     ids: Path | None = None,
     score: float = 0.5,
+    device: str = "",
     say: Callable[[str], None] = print,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Summary:
@@ -49,6 +50,7 @@ def predict(
         results: JSON file for COCO's results. None: it is not written.
         ids: COCO file that gives the ids of images and categories in ``results``.
         score: detections with a lower score are left out.
+        device: for a config, see :func:`open_detector`.
         say: is called with each warning.
         progress: is called with a line of text after each image.
 
@@ -65,7 +67,7 @@ def predict(
     written = [*drawn_to.values(), *filter(None, [results])]
     files = [Path(x) for x in (detector, weights, ids) if x and os.path.isfile(x)]
     check_not_overwritten([*found.values(), *files], written)
-    model, about = open_detector(detector, weights, need_ids=bool(results))
+    model, about = open_detector(detector, weights, bool(results), device)
     image_ids, category_ids = {}, [c["id"] for c in about["categories"]]
     if ids:
         content = read_coco(str(ids), training=False)

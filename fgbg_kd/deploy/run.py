@@ -108,11 +108,14 @@ class ExportedDetector:
         return detector_postprocess(instances, *size)
 
 
-def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[Callable, dict]:
+def open_detector(
+    path: str, weights: str = "", need_ids: bool = True, device: str = ""
+) -> tuple[Callable, dict]:
     """Opens a detector: an exported file, or a YAML config and its weights.
 
     Args:
         need_ids: for a config; see :func:`describe`.
+        device: for a config, such as "cpu" or "cuda:1". "": the GPU, if there is one.
 
     Returns:
         A Detectron2 model, and its description (:func:`describe`).
@@ -124,7 +127,13 @@ def open_detector(path: str, weights: str = "", need_ids: bool = True) -> tuple[
     if Path(path).suffix in FORMATS:
         model = ExportedDetector(path)
         return model, model.about
-    return load_for_deployment(path, weights, need_ids)
+    model, about = load_for_deployment(path, weights, need_ids)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device), about
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a missing device
+        reason = str(error).partition("\n")[0]
+        raise DeployError(f"The device {device} cannot be used ({reason}): try cpu.") from error
 
 
 def resized(image: np.ndarray, about: dict) -> np.ndarray:

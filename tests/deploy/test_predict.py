@@ -286,6 +286,17 @@ def test_the_tools_export_evaluate_and_predict(coco, tmp_path, monkeypatch, caps
     assert cv2.VideoCapture(str(out / "film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
 
 
+def test_a_config_runs_on_the_device_that_is_asked_for(coco, tmp_path):
+    cfg = tiny_cfg(coco)
+    config, weights = tmp_path / "student.yaml", tmp_path / "model.pth"
+    config.write_text(cfg.dump())
+    torch.save({"model": detector(cfg).state_dict()}, weights)
+    model, _ = library.open_detector(str(config), str(weights), device="meta")
+    assert model.device.type == "meta"
+    with pytest.raises(DeployError, match="device cuba cannot be used .*: try cpu"):
+        library.open_detector(str(config), str(weights), device="cuba")
+
+
 def test_a_pdf_is_refused_with_what_can_be_read(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4\n%%EOF\n")
     with pytest.raises(DataError, match=r"a.pdf is neither .*\.jpg.*\.mp4.*page of a PDF"):
