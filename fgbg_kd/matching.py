@@ -208,12 +208,12 @@ def match_classes(
             raise TeacherError(
                 f"The student has {student.num_classes} classes, but the teacher has "
                 f"{teacher.num_classes}: name the teacher's classes in MODEL.KD.TEACHER.CLASSES "
-                "and the student's classes in the metadata of DATASETS.TRAIN, or train the teacher "
-                "on the student's classes."
+                "(--classes of distill.py) and the student's classes in the metadata of "
+                "DATASETS.TRAIN, or train the teacher on the student's classes."
             )
         who, where = "student", "thing_classes in the metadata of DATASETS.TRAIN sets them"
         if classes:
-            who, where = "teacher", "MODEL.KD.TEACHER.CLASSES sets them"
+            who, where = "teacher", "MODEL.KD.TEACHER.CLASSES sets them (distill.py: --classes)"
         logger.warning(
             f"The names of the {who}'s classes are not known. Class i of the student is taken for "
             f"class i of the teacher, for all {student.num_classes} classes. {where}."
@@ -227,7 +227,8 @@ def match_classes(
         raise TeacherError(
             f"The teacher does not know {lacking}.\nThe student's classes: {', '.join(classes)}.\n"
             f"The teacher's classes: {', '.join(theirs)}.\nIf these are other names for the same "
-            "classes, set MODEL.KD.TEACHER.CLASSES to the student's names, in the teacher's order."
+            "classes, set MODEL.KD.TEACHER.CLASSES (--classes of distill.py) to the student's "
+            "names, in the teacher's order."
         )
     try:
         teacher.keep_classes([theirs.index(name) for name in classes])
@@ -239,7 +240,8 @@ def match_classes(
 def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[SharedLevel]) -> bool:
     """Whether both have the same anchors per cell, in the same order."""
     mine, theirs = ([a.tolist() for a in d.cell_anchors] for d in (student, teacher))
-    return all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
+    same = all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
+    return same and student.anchor_offset == teacher.anchor_offset
 
 
 def options_of_pair(

@@ -131,7 +131,8 @@ def test_a_shared_level_has_the_place_and_the_channels_that_each_side_gives_it()
 
 def test_anchors_are_compared_on_the_levels_of_each_side_and_on_all():
     def views(*anchors):
-        return SimpleNamespace(cell_anchors=[torch.tensor([[float(x)]]) for x in anchors])
+        anchors = [torch.tensor([[float(x)]]) for x in anchors]
+        return SimpleNamespace(cell_anchors=anchors, anchor_offset=0.0)
 
     levels = [SharedLevel(8, (0, 1), (1, 1)), SharedLevel(16, (1, 2), (1, 1))]
     assert same_anchors(views(1, 2), views(9, 1, 2), levels)

@@ -52,6 +52,13 @@ def main() -> None:
         "images",
     )
     parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="the names of the teacher's classes, in its order; default: those of its data set",
+    )
+    parser.add_argument(
         "--unlabeled",
         nargs="+",
         default=(),

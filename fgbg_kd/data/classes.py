@@ -99,15 +99,18 @@ def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
     Raises:
         DataError: DATASETS.TRAIN_JSON is not a COCO file.
     """
+    if isinstance(cfg, CfgNode) and cfg.DATASETS.TRAIN_JSON:
+        path = cfg.DATASETS.TRAIN_JSON
+        return class_names(path) if os.path.isfile(path) else None
+    return next(filter(None, map(set_classes, training_sets(cfg))), None)
+
+
+def training_sets(cfg: CfgNode | DictConfig) -> Sequence[str]:
+    """The names of a config's training sets."""
     if isinstance(cfg, CfgNode):
-        if cfg.DATASETS.TRAIN_JSON:
-            path = cfg.DATASETS.TRAIN_JSON
-            return class_names(path) if os.path.isfile(path) else None
-        names = cfg.DATASETS.TRAIN
-    else:
-        names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-        names = (names,) if isinstance(names, str) else names
-    return next(filter(None, map(set_classes, names)), None)
+        return cfg.DATASETS.TRAIN
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
+    return (names,) if isinstance(names, str) else names
 
 
 def match_categories(classes: Sequence[str], categories: list[dict], path: str) -> dict[int, int]:

@@ -9,9 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from omegaconf import DictConfig
 
 from ..utils.errors import ConfigError, DataError
-from .classes import match_categories, names_of, training_classes
+from .classes import match_categories, names_of, training_classes, training_sets
 from .image_files import check_images
 from .images import too_narrow
 from .validation import read_coco
@@ -115,6 +116,17 @@ def _register(
         thing_dataset_id_to_contiguous_id=numbers,
     )
     _registered[name] = path, images, shapes, list(classes or own)
+
+
+def names_own_set(cfg: CfgNode | DictConfig) -> bool:
+    """Whether a config names a training set without its file, and another config gave the file.
+
+    Then the classes of that set may not be those of this config: a set of the same name may have
+    been registered in the user's own training.
+    """
+    if isinstance(cfg, CfgNode) and cfg.DATASETS.TRAIN_JSON:
+        return False
+    return any(name in _registered for name in training_sets(cfg))
 
 
 def read_records(

@@ -1,13 +1,30 @@
 """Detectron2's COCO evaluator for boxes. It also handles unusual files and pycocotools versions."""
 
+import contextlib
+import io
 import logging
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
+
+
+def prepare_truth(coco: COCO) -> None:
+    """Makes pycocotools evaluate unusual files.
+
+    pycocotools 2.0.9 and 2.0.10 raise a KeyError without "info". All versions take the annotation
+    id 0 for "no object", so an object with this id would never be found. Roboflow and Label Studio
+    number from 0.
+    """
+    coco.dataset.setdefault("info", {})
+    for number, annotation in enumerate(coco.dataset.get("annotations", ()), 1):
+        annotation["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        coco.createIndex()
 
 
 class BoxEvaluator(COCOEvaluator):
@@ -15,7 +32,7 @@ class BoxEvaluator(COCOEvaluator):
 
     It differs from COCOEvaluator in five ways:
 
-    - A file without "info" is evaluated: pycocotools 2.0.9 and 2.0.10 raise a KeyError.
+    - A file without "info", or with the annotation id 0, is evaluated (:func:`prepare_truth`).
     - A set that was registered in Python is written to a COCO file anew. COCOEvaluator takes the
       file of an earlier run, even if the annotations have changed.
     - If nothing was detected, AP is 0, not NaN.
@@ -35,7 +52,7 @@ class BoxEvaluator(COCOEvaluator):
                 Path(output_dir, f"{dataset_name}_coco_format.json").unlink(missing_ok=True)
             comm.synchronize()
         super().__init__(dataset_name, tasks=("bbox",), output_dir=output_dir)
-        self._coco_api.dataset.setdefault("info", {})
+        prepare_truth(self._coco_api)
         objects = self._coco_api.dataset.get("annotations", ())
         self._objects = sum(not a.get("iscrowd", 0) for a in objects)
         ids = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id")

@@ -20,7 +20,7 @@ def group_of(file_name: str) -> str:
     only a number is a group of its own. The random part that Roboflow adds is left out.
     """
     path = PurePosixPath(file_name)
-    stem = re.sub(r"[_.](jpe?g|png)\.rf\.\w+$", "", path.stem)
+    stem = re.sub(r"[_.][A-Za-z]+\.rf\.\w+$", "", path.stem)
     return str(path.with_name(re.sub(r"[\W_]*\d+$", "", stem) or stem))
 
 

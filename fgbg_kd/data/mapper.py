@@ -22,19 +22,25 @@ class NamingMapper(DatasetMapper):
         Raises:
             DataError: the image cannot be read or prepared.
         """
+        dataset_dict, file = copy.deepcopy(dataset_dict), dataset_dict["file_name"]
         try:
-            return self._map(copy.deepcopy(dataset_dict))
+            image = read_image(file, self.image_format)
+            utils.check_image_size(dataset_dict, image)
         except Exception as error:
             then = " and continue with --resume" if self.is_train else ""
             raise DataError(
-                f"The image {dataset_dict['file_name']} cannot be used ({error}): replace the file"
-                f"{then}."
+                f"The image {file} cannot be used ({error}): replace the file{then}."
+            ) from error
+        try:
+            return self._map(dataset_dict, image)
+        except Exception as error:
+            raise DataError(
+                f"The image {file} was read, but an augmentation or an annotation of it failed "
+                f"({type(error).__name__}: {error}): correct the augmentation or the annotation."
             ) from error
 
-    def _map(self, dataset_dict: dict) -> dict:
+    def _map(self, dataset_dict: dict, image: np.ndarray) -> dict:
         """DatasetMapper.__call__ without semantic segmentation and proposals."""
-        image = read_image(dataset_dict["file_name"], self.image_format)
-        utils.check_image_size(dataset_dict, image)
         augmented = AugInput(image)
         transforms = self.augmentations(augmented)
         image = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))

@@ -169,12 +169,6 @@ def _check_evaluated(annotations: list[dict], path: str) -> None:
     """Refuses or counts objects that COCO's evaluation would silently ignore or never match."""
     _refuse(
         path,
-        "annotations with an id under 1, which COCO's evaluation counts as never found",
-        "number them from 1",
-        [a for a in annotations if a["id"] < 1],
-    )
-    _refuse(
-        path,
         'annotations whose "area" COCO\'s evaluation ignores: negative, not finite or over 1e10',
         "write the area in pixels (of the mask, or width * height of the box)",
         [a for a in annotations if not 0 <= a["area"] <= _LARGEST_AREA],

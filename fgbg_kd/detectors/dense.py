@@ -143,6 +143,9 @@ class DenseView(DetectorView):
     :meth:`losses`, :attr:`levels` and :attr:`suppression`.
     """
 
+    # Whether MODEL.ANCHOR_GENERATOR sets the anchors.
+    anchors_in_config = False
+
     @property
     def levels(self) -> list[FeatureLevel]:
         shapes = self.detector.backbone.output_shape()
@@ -157,6 +160,11 @@ class DenseView(DetectorView):
     def cell_anchors(self) -> list[Tensor]:
         """Per level (A_l, 4), XYXY around the cell. With equal anchors, logits are comparable."""
         raise NotImplementedError
+
+    @property
+    def anchor_offset(self) -> float:
+        """Place of the anchors in their cell: 0 at its upper left corner, 0.5 at its centre."""
+        return 0.5
 
     def as_seen(self, batched_inputs: list[dict]) -> list[dict]:
         """Detectron2's inputs with images and boxes in the pixels that the network sees."""

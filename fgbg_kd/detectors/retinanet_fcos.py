@@ -18,6 +18,10 @@ class _Detectron2View(DenseView):
     def cell_anchors(self) -> list[Tensor]:
         return list(self.detector.anchor_generator.cell_anchors)
 
+    @property
+    def anchor_offset(self) -> float:
+        return self.detector.anchor_generator.offset
+
     def class_logits(self, features: Maps) -> Maps:
         head = self.detector.head
         if type(head) not in (RetinaNetHead, FCOSHead):  # a user's head may work differently
@@ -53,6 +57,8 @@ class _Detectron2View(DenseView):
 @register_view(RetinaNet)
 class RetinaNetView(_Detectron2View):
     """View of Detectron2's RetinaNet."""
+
+    anchors_in_config = True
 
 
 @register_view(FCOS)

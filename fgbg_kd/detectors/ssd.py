@@ -81,11 +81,7 @@ class SSD(_SSD):
         check_colour("SSD", pixel_mean)
         channels = [shape.channels for shape in backbone.output_shape().values()]
         _check_levels(len(channels), ASPECT_RATIOS=aspect_ratios, SQUARES=squares, STEPS=steps)
-        if len(scales) != len(channels) + 1:
-            raise ConfigError(
-                f"MODEL.SSD.SCALES has {len(scales)} values, but the backbone has {len(channels)} "
-                "maps: give one value for each map, and one more."
-            )
+        _check_scales(len(channels), scales)
         _check_steps(steps, size, backbone.grids)
         shapes = aspect_ratios, scales, steps, squares, clip_shapes
         boxes = default_boxes(size, backbone.grids, *shapes)
@@ -324,6 +320,14 @@ def _check_levels(number: int, **lists: Sequence) -> None:
                 f"MODEL.SSD.{key} has {len(values)} values, but the backbone has {number} maps: "
                 "give one value for each map."
             )
+
+
+def _check_scales(number: int, scales: Sequence[float]) -> None:
+    if len(scales) != number + 1:
+        raise ConfigError(
+            f"MODEL.SSD.SCALES has {len(scales)} values, but the backbone has {number} maps: give "
+            "one value for each map, and one more."
+        )
 
 
 def _check_steps(steps: Sequence[int], size: int, grids: Sequence[tuple[int, int]]) -> None:

@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.evaluator import prepare_truth
 from ..utils.errors import DataError, RunError
 from ..utils.files import read_json, write_whole
 
@@ -130,7 +131,7 @@ def image_scores(truth: Path, results: Path, score: float) -> dict[int, float]:
     found = [d for d in read_json(results) if d["score"] >= score]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco = COCO(str(truth))
-        coco.dataset.setdefault("info", {})  # pycocotools 2.0.9 and 2.0.10 read it
+        prepare_truth(coco)
         evaluation = COCOeval(coco, coco.loadRes(found) if found else COCO(), "bbox")
         parameters = evaluation.params
         parameters.imgIds, parameters.catIds = sorted(coco.imgs), sorted(coco.cats)

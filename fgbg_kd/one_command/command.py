@@ -17,16 +17,11 @@ from ..engine.launch import check_gpus
 from ..teacher import build_teacher
 from ..utils.errors import ConfigError, RunError
 from ..utils.files import read_json, sha256_of, write_whole
+from ..utils.user_code import import_user_module
 from .backbone import check_backbone_file
 from .choose import Wish, table, verdict
 from .data import Data, digest_of, prepare
-from .outcome import (
-    result_rows,
-    write_onnx,
-    write_openvino,
-    write_page,
-    write_picture,
-)
+from .outcome import result_rows, write_onnx, write_openvino, write_page, write_picture
 from .plan import MARK, Plan, show_choice, student_table, write_configs
 from .training import BarRunner, find_train_net, teacher_ap
 
@@ -70,6 +65,7 @@ def distill(
     train: str | Sequence[str],
     test: str | Sequence[str] = (),
     *,
+    classes: Sequence[str] = (),
     unlabeled: str | Sequence[str] = (),
     speedup: float | None = None,
     latency: float | None = None,
@@ -96,6 +92,7 @@ def distill(
         teacher: its config, or (config, checkpoint).
         train: (COCO file, folder of images), or the path of PASCAL VOC or YOLO data.
         test: the same. Empty: a part of ``train``, by groups of images.
+        classes: the teacher's class names, in its order. Empty: those of its config, if known.
         unlabeled: folders of photos without annotations, for the distilled student.
         speedup: how many times as fast as the teacher the student must be.
         latency: largest number of milliseconds per image.
@@ -114,15 +111,14 @@ def distill(
         say: is called with each line of text.
 
     Raises:
-        FgBgError: an argument, the data, the teacher or the folder has a fault, or no candidate is
-            fast enough. Nothing is trained then. Or a training failed.
+        FgBgError: a fault of an argument, the data, the teacher or the folder, or no candidate is
+            fast enough: nothing is trained then. Or a training failed.
     """
-    data = map(_listed, (teacher, train, test, unlabeled))
+    data = map(_listed, (teacher, train, test, unlabeled, classes))
     wish = Wish(speedup, latency, parameters, runtime)
     student, backbone = map(os.path.expanduser, (student, backbone_weights))
     asked = _Asked(*data, wish, student, iterations, hours, backbone, device, num_gpus, compare)
     stop = "dry_run" if dry_run else "configs_only" if configs_only else ""
-    _check(asked, stop)
     return _run(asked, Path(output), stop, {"say": say, "imports": tuple(imports)})
 
 
@@ -133,6 +129,7 @@ class _Asked(NamedTuple):
     train: list[str]
     test: list[str]
     unlabeled: list[str]
+    classes: list[str]
     wish: Wish
     student: str
     iterations: int
@@ -161,11 +158,14 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
         stop: "dry_run" or "configs_only", where to stop; "": at the end.
         how: the arguments of :class:`Plan` that do not change the plan.
     """
+    _check(asked, stop)
+    for module in how["imports"]:
+        import_user_module(module)
     config, weights = [*asked.teacher, ""][:2]
     dry_run = stop == "dry_run"
     request = {} if dry_run else asked.request()
     known = {} if dry_run else _known_plan(output, request)
-    loaded = build_teacher(config, weights)
+    loaded = build_teacher(config, weights, classes=asked.classes)
     with tempfile.TemporaryDirectory() as folder:
         data = known.get("data")
         if data is None:
@@ -186,6 +186,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
             cache=output.parent / "measured_students.json",
             num_gpus=asked.num_gpus,
             compare=asked.compare,
+            classes=tuple(asked.classes),
             **how,
         )
         rows = known.get("rows") or student_table(plan)
@@ -206,7 +207,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:
-    """The paths, with the home folder in place of ~."""
+    """The values as a list, with the home folder in place of ~."""
     values = [value] if isinstance(value, (str, Path)) else value
     return [os.path.expanduser(v) for v in values]
 

@@ -267,6 +267,11 @@ def _converted(read, images: Path, file: Path, names: set[str] | None = None) ->
     except Exception as error:  # a damaged file can raise anything
         raise DataError(f"{images} cannot be converted to COCO format: {error}") from error
     content = json.loads(file.read_text())
+    if not content.get("images"):
+        raise DataError(
+            f"{images} has no images with labels. Images in subfolders are not read: put them into "
+            "this folder, or convert the data to a COCO file."
+        )
     if names is not None:
         content["images"] = [i for i in content["images"] if Path(i["file_name"]).stem in names]
     kept = {i["id"] for i in content["images"]}

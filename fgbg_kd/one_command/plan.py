@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         config: of the teacher.
         teacher: loaded.
+        classes: names of the teacher's classes, as the user gave them.
         data: training and test set.
         unlabeled: folders of photos without annotations.
         wish: what the student must meet.
@@ -80,6 +81,7 @@ class Plan:
     say: Callable[[str], None]
     imports: tuple[str, ...] = ()
     num_gpus: int = 1
+    classes: tuple[str, ...] = ()
 
     @cached_property
     def own_config(self) -> CfgNode | None:
@@ -129,13 +131,15 @@ def student_table(plan: Plan) -> list[dict]:
         settings = {str(c): model_settings(facts, c, number) for c in candidates_for(plan.student)}
     smallest = next(iter(settings.values()))
     _check_pair(_config(plan, [*smallest, *data_settings(plan.data)]), plan.teacher)
-    builders = {"teacher": lambda: build_detector(read_detector_config(plan.config))}
+    # With its weights: from random weights, many boxes would reach NMS and take its time.
+    builders = {"teacher": lambda: plan.teacher.detector}
     builders |= {name: lambda s=s: build_detector(_config(plan, s)) for name, s in settings.items()}
     content = read_coco(plan.data.test[0], training=False)
     size = image_size(content, facts.test_size, facts.test_limit)
     own_size = image_size(content, *test_size_of(plan.own_config)) if plan.own_config else size
     about = {
         "teacher": sha256_of_text(str(read_detector_config(plan.config))),
+        "weights": _digest(plan.teacher.weights),
         "facts": asdict(facts),
         "students": sha256_of_text("".join(str(_config(plan, s)) for s in settings.values())),
     }
@@ -273,9 +277,11 @@ def _schedule(plan: Plan, fixed: list[Setting], pretrained: bool, ms: float) -> 
         ms: time of the student for one image.
     """
     facts = plan.facts
-    # Detectron2 does not train on images without objects (FILTER_EMPTY_ANNOTATIONS).
-    objects = read_coco(plan.data.train[0], training=True)["annotations"]
-    images = len({a["image_id"] for a in objects if not a.get("iscrowd")}) + plan.photos
+    content = read_coco(plan.data.train[0], training=True)
+    used = {a["image_id"] for a in content["annotations"] if not a.get("iscrowd")}
+    if facts.further.get("DATALOADER.FILTER_EMPTY_ANNOTATIONS") is False:
+        used = {image["id"] for image in content["images"]}
+    images = len(used) + plan.photos
     # With photos without labels, each GPU gets an image of each kind.
     batch = batch_of(images, facts.batch, plan.num_gpus, each=2 if plan.photos else 1)
 
@@ -320,12 +326,20 @@ def _write(plan: Plan, settings: list[Setting]) -> None:
         Setting("MODEL.KD.TEACHER.WEIGHTS", _in_full(plan.teacher.weights)),
         Setting("OUTPUT_DIR", str(folder / "by_hand" / "distilled")),
     ]
+    if plan.classes:
+        names = Setting("MODEL.KD.TEACHER.CLASSES", list(plan.classes), "--classes")
+        distilled.insert(-1, names)
     if plan.unlabeled:
         why = "photos without labels; MODEL.KD.UNLABELED says how they are used"
         distilled.insert(-1, Setting("DATASETS.UNLABELED", list(plan.unlabeled), why))
     title = [f"The student with its teacher, {MARK}. Its other keys are those of student.yaml.",
              "Training: tools/train_net.py --config-file distilled.yaml"]  # fmt: skip
     write_whole(plan.output / "distilled.yaml", yaml_of(title, distilled))
+
+
+def _digest(path: str) -> str:
+    """The sha256 of a file. A URL is not changed."""
+    return sha256_of(path) if os.path.isfile(path) else path
 
 
 def _in_full(path: str) -> str:

@@ -139,6 +139,7 @@ def model_settings(
         Setting("INPUT.MIN_SIZE_TRAIN", facts.train_sizes, "the teacher's"),
         Setting("INPUT.MAX_SIZE_TRAIN", facts.train_limit),
         *(Setting(f"INPUT.{key}", value) for key, value in facts.input.items()),
+        *(Setting(key, value, "the teacher's") for key, value in facts.further.items()),
     ]
     return settings
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ STRIDES = (4, 8, 16, 32, 64, 128)
 _COMMON = (8, 16, 32)
 # Keys that a family needs, so that its student can be written: MODEL.<FAMILY>.<KEY>.
 _FAMILY_KEYS = {"IN_FEATURES", "NUM_CLASSES", "NUM_CONVS"}
+# Keys with which the student is trained and tested as its teacher was.
+_FURTHER = (
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+    "DATALOADER.SAMPLER_TRAIN",
+    "DATALOADER.REPEAT_THRESHOLD",
+    "TEST.DETECTIONS_PER_IMAGE",
+)
 # RetinaNet's anchors (Lin et al., 2017, section 4): three sizes per octave, three shapes.
 _OCTAVES, _RATIOS = [2 ** (i / 3) for i in range(3)], [0.5, 1.0, 2.0]
 
@@ -42,6 +50,7 @@ class TeacherFacts:
         train_sizes, train_limit: INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN.
         test_size, test_limit: INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
         input: further keys of INPUT, by name.
+        further: keys of DATALOADER and TEST, by full name.
         iterations, batch: of the teacher's own training.
     """
 
@@ -61,6 +70,7 @@ class TeacherFacts:
     iterations: int
     batch: int
     input: dict[str, Any] = field(default_factory=dict)
+    further: dict[str, Any] = field(default_factory=dict)
 
     @property
     def features(self) -> list[str]:
@@ -80,7 +90,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
     mean, std = ([round(v, 4) for v in x.flatten().tolist()] for x in of.normalization)
     anchors = _anchors(of, strides, cfg)
     has_none = family == of.name and any(len(c) < 2 for c in of.cell_anchors)
-    recipe = _recipe(cfg)
+    recipe = _recipe(cfg, of)
     if of.input_size:  # it warps each image to one size; the student keeps the shape of images
         side = min(of.input_size)
         recipe |= {"train_sizes": [side], "test_size": side}
@@ -90,7 +100,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
         name=of.name,
         family=family,
         strides=strides,
-        anchors={} if has_none else anchors or _usual_anchors(strides),
+        anchors=anchors or ({} if has_none else _usual_anchors(strides)),
         own_anchors=anchors is not None,
         head=_head(cfg, family) if family == of.name else {},
         pixel_format=of.channel_order,
@@ -132,20 +142,23 @@ def _anchors(
     """The teacher's anchors as sizes and ratios; None if they are no such product.
 
     The values of the config are taken if they give these anchors: they are exact, so that student
-    and teacher are compared anchor by anchor. A single anchor per cell stands for a detector
-    without anchors.
+    and teacher are compared anchor by anchor. If no key sets the anchors, a single one per cell
+    stands for a detector without anchors.
     """
     if not isinstance(of, DenseView) or [x.stride for x in of.levels] != list(strides):
         return None
     cells = [c.detach().float().cpu() for c in of.cell_anchors]
-    if any(len(c) < 2 for c in cells):
+    if not of.anchors_in_config and any(len(c) < 2 for c in cells):
         return None
-    if (named := _named_anchors(cfg)) and _gives(named, cells):
-        return named
-    sizes, ratios = zip(*(_factors(c) for c in cells))
-    same = all(r == ratios[0] for r in ratios)
-    found = {"SIZES": list(sizes), "ASPECT_RATIOS": [ratios[0]] if same else list(ratios)}
-    return found if _gives(found, cells, atol=1e-2) else None
+    found, exact = _named_anchors(cfg), 0.0
+    if found is None or not _gives(found, cells):
+        sizes, ratios = zip(*(_factors(c) for c in cells))
+        same = all(r == ratios[0] for r in ratios)
+        found = {"SIZES": list(sizes), "ASPECT_RATIOS": [ratios[0]] if same else list(ratios)}
+        exact = 1e-2
+    if not _gives(found, cells, exact):
+        return None
+    return {**found, "OFFSET": of.anchor_offset} if of.anchor_offset else found
 
 
 def _named_anchors(cfg: CfgNode | DictConfig) -> dict[str, list] | None:
@@ -187,10 +200,10 @@ def _usual_anchors(strides: Sequence[int]) -> dict[str, list]:
     return {"SIZES": sizes, "ASPECT_RATIOS": [_RATIOS]}
 
 
-def _recipe(cfg: CfgNode | DictConfig) -> dict[str, Any]:
-    """Sizes of images, augmentation and schedule."""
+def _recipe(cfg: CfgNode | DictConfig, view: DetectorView) -> dict[str, Any]:
+    """Sizes of images, augmentation, sampling and schedule."""
     if not isinstance(cfg, CfgNode):
-        return _python_recipe(cfg)
+        return _python_recipe(cfg, view)
     of, default = cfg.INPUT, get_fgbg_kd_cfg().INPUT
     kept = {k: of[k] for k in ("RANDOM_FLIP", "MIN_SIZE_TRAIN_SAMPLING") if of[k] != default[k]}
     if of.CROP.ENABLED:
@@ -203,10 +216,18 @@ def _recipe(cfg: CfgNode | DictConfig) -> dict[str, Any]:
         "iterations": cfg.SOLVER.MAX_ITER,
         "batch": cfg.SOLVER.IMS_PER_BATCH,
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()},
+        "further": _changed(cfg, _FURTHER),
     }
 
 
-def _python_recipe(cfg: DictConfig) -> dict[str, Any]:
+def _changed(cfg: CfgNode, keys: Sequence[str]) -> dict[str, Any]:
+    """The values of those keys that differ from the defaults."""
+    default = get_fgbg_kd_cfg()
+    own = {key: attrgetter(key)(cfg) for key in keys}
+    return {key: value for key, value in own.items() if value != attrgetter(key)(default)}
+
+
+def _python_recipe(cfg: DictConfig, view: DetectorView) -> dict[str, Any]:
     """The same from a Python config. Parts that it lacks have Detectron2's defaults."""
     default = get_fgbg_kd_cfg()
     resize = resize_of(OmegaConf.select(cfg, "dataloader.train")) or {}
@@ -223,12 +244,19 @@ def _python_recipe(cfg: DictConfig) -> dict[str, Any]:
     steps = OmegaConf.select(cfg, "dataloader.train.mapper.augmentations")
     if steps is not None and "RandomFlip" not in str(steps):
         further["RANDOM_FLIP"] = "none"
+    kept = {}
+    if OmegaConf.select(cfg, "dataloader.train.dataset.filter_empty") is False:
+        kept["DATALOADER.FILTER_EMPTY_ANNOTATIONS"] = False
+    limit_of_test = view.suppression["limit"] if isinstance(view, DenseView) else None
+    if limit_of_test not in (None, default.TEST.DETECTIONS_PER_IMAGE):
+        kept["TEST.DETECTIONS_PER_IMAGE"] = limit_of_test
     return {
         "train_sizes": train,
         "train_limit": limit,
         "test_size": test_size,
         "test_limit": test_limit,
         "input": further,
+        "further": kept,
         "iterations": OmegaConf.select(cfg, "train.max_iter") or default.SOLVER.MAX_ITER,
         "batch": OmegaConf.select(cfg, "dataloader.train.total_batch_size")
         or default.SOLVER.IMS_PER_BATCH,

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import difflib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from detectron2.config import CfgNode as CN
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # The one of libyaml is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -132,6 +135,20 @@ def _expanded(path: str, key: str, strict: bool) -> str:
     return expanded
 
 
+# Keys of Detectron2's main that v0.6 lacks, and their defaults.
+_NEWER = {
+    "DATALOADER.REPEAT_SQRT": True,
+    "FLOAT32_PRECISION": "",
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": 0.5,
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": 50,
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": False,
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": False,
+    "SOLVER.BASE_LR_END": 0.0,
+    "SOLVER.NUM_DECAYS": 3,
+    "SOLVER.RESCALE_INTERVAL": False,
+}
+
+
 class _HarmlessYaml(CN):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
@@ -142,7 +159,9 @@ class _HarmlessYaml(CN):
             )
         try:  # Detectron2 calls this method again for every _BASE_
             with cls._open_cfg(filename) as file:
-                _check_repeated_keys(yaml.compose(file, _LOADER), filename)
+                node = yaml.compose(file, _LOADER)
+                _refuse_python_dump(node, filename)
+                _check_repeated_keys(node, filename)
             loaded = super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
         except yaml.constructor.ConstructorError as error:
             raise ConfigError(
@@ -162,6 +181,16 @@ class _HarmlessYaml(CN):
         if not isinstance(loaded, dict):
             raise _no_config(filename)
         return loaded
+
+
+def _refuse_python_dump(node: yaml.Node | None, filename: str) -> None:
+    """Refuses the config.yaml that Detectron2 writes for a training by a Python config."""
+    keys = {str(k.value) for k, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+    if {"model", "dataloader"} <= keys:
+        raise ConfigError(
+            f"{filename} was written by a training with a Python config. It cannot be read back "
+            "without running code: give that Python config (.py) instead."
+        )
 
 
 def _check_repeated_keys(node: yaml.Node | None, filename: str) -> None:
@@ -201,9 +230,17 @@ def _merge(cfg: CN, new: dict, source: str) -> None:
 
 
 def _check(cfg: CN, new: dict, source: str, prefix: str) -> None:
-    """Checks that every key of ``new`` is in ``cfg``. Makes whole numbers floats where needed."""
-    for key, value in new.items():
+    """Checks that every key of ``new`` is in ``cfg``. Makes whole numbers floats where needed.
+
+    Keys of a newer Detectron2 are removed, so that v0.6 reads its config.yaml.
+    """
+    for key, value in list(new.items()):
         name = f"{prefix}{key}"
+        if key not in cfg and name in _NEWER:
+            if value != _NEWER[name]:
+                logger.warning(f"{source}: this Detectron2 has no key {name}. It is left out.")
+            del new[key]
+            continue
         if key not in cfg:
             close = difflib.get_close_matches(str(key), cfg.keys(), n=1)
             hint = f": did you mean {prefix}{close[0]}?" if close else "."

@@ -73,6 +73,16 @@ def perfect(name, folder=None):
     return evaluator.evaluate()["bbox"]
 
 
+def test_an_object_with_the_id_0_can_be_found(cfg):
+    def from_zero(content):  # as Roboflow and Label Studio number
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = number
+
+    edit(cfg.DATASETS.TEST_JSON, from_zero)
+    register_datasets(cfg)
+    assert perfect(cfg.DATASETS.TEST[0])["AP"] == pytest.approx(100)
+
+
 def test_a_test_set_that_numbers_its_classes_otherwise_is_matched_by_name(cfg, caplog, tmp_path):
     edit(cfg.DATASETS.TEST_JSON, renumber)
     register_datasets(cfg)

@@ -163,15 +163,6 @@ def test_ids_that_repeat(data, group):
         data.register()
 
 
-def test_an_id_that_evaluation_takes_for_not_found(data):
-    for annotation in data.content["annotations"]:
-        annotation["id"] -= 1
-    data.register()
-    read_coco(data.path, training=True)
-    with pytest.raises(DataError, match=r"1 annotations with an id under 1.*\(ids 0\): number"):
-        read_coco(data.path, training=False)
-
-
 @pytest.mark.parametrize("key", ["image_id", "category_id"])
 def test_a_reference_to_nothing(data, key):
     data.content["annotations"][0][key] = 77
@@ -466,6 +457,17 @@ def test_a_truncated_image_is_named_when_it_is_read(data):
         with pytest.raises(DataError, match=rf"1.png cannot be used \(.*truncated.*{end}\.$"):
             for _, _ in zip(range(4), loader):
                 pass
+
+
+def test_a_fault_of_an_augmentation_is_not_blamed_on_the_image(data):
+    def broken(_):
+        raise NameError("name 'nothing' is not defined")
+
+    mapper = NamingMapper(is_train=True, augmentations=[], image_format="BGR")
+    mapper.augmentations = broken
+    cfg = data.register()
+    with pytest.raises(DataError, match="an augmentation or .* failed .NameError: name 'nothing'"):
+        mapper(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[0])
 
 
 def test_a_recorded_size_that_is_wrong(data):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -91,6 +92,45 @@ def test_anchors_that_the_config_does_not_name_are_read_from_the_detector(tmp_pa
     assert found.own_anchors
     for mine, theirs in zip(student_of(found).cell_anchors, view(teacher).cell_anchors):
         assert mine.allclose(theirs, atol=1e-2)
+
+
+def test_one_anchor_per_cell_and_an_offset_are_taken_from_a_retinanet(tmp_path):
+    cfg = tiny_cfg()
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[12], [24], [48]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
+    teacher = build_detector(cfg)
+    student = student_of(facts(tmp_path, cfg, teacher))
+    levels = shared_levels(student, view(teacher))
+    assert student.cell_anchors[1].tolist() == [[-12, -12, 12, 12]]
+    assert same_anchors(student, view(teacher), levels)
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
+    assert not same_anchors(student, view(build_detector(cfg)), levels)
+
+
+def test_limits_and_sampling_of_the_teacher_are_taken(tmp_path):
+    cfg = tiny_cfg()
+    cfg.TEST.DETECTIONS_PER_IMAGE, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = 500, False
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.5
+    found = facts(tmp_path, cfg, detector())
+    made = config_of(model_settings(found, SMALL, 2))
+    for key in found.further:
+        assert attrgetter(key)(made) == attrgetter(key)(cfg) != attrgetter(key)(get_fgbg_kd_cfg())
+    assert len(found.further) == 4
+    assert facts(tmp_path, get_fgbg_kd_cfg(), detector()).further == {}
+
+
+def test_limits_of_a_python_teacher_are_taken(tmp_path):
+    teacher = build_detector(tiny_cfg())
+    teacher.max_detections_per_image = 300
+    text = PYTHON_TEACHER + 'dataloader["train"]["dataset"] = {"filter_empty": False}'
+    (tmp_path / "teacher.py").write_text(text)
+    found = facts_of(str(tmp_path / "teacher.py"), Teacher(teacher.eval()))
+    assert found.further == {
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
+        "TEST.DETECTIONS_PER_IMAGE": 300,
+    }
 
 
 def test_an_fcos_gets_an_fcos_without_anchor_keys(tmp_path):

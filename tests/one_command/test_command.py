@@ -176,7 +176,7 @@ def test_other_labels_another_device_or_other_gpus_need_another_plan(arguments, 
     labels.write_text(text)
     train = [str(labels), arguments["train"][1]]
     teacher, test = (list(arguments[k]) for k in ("teacher", "test"))
-    asked = command._Asked(teacher, train, test, [], Wish(), "resnet18", 0, 0.0, "", "", 1)
+    asked = command._Asked(teacher, train, test, [], [], Wish(), "resnet18", 0, 0.0, "", "", 1)
 
     def known(asked=asked):
         return command._known_plan(output, asked.request())
@@ -486,6 +486,21 @@ def test_other_classes_than_the_teachers_are_refused_before_the_measurement(
         fgbg_kd.distill(**arguments | {"train": three})
     with pytest.raises(TeacherError, match="3 classes, but the teacher has 2"):
         fgbg_kd.distill(**arguments | {"train": three, "test": three})
+
+
+def test_class_names_of_the_teacher_can_be_given(arguments, without_onnx, tmp_path):
+    call = arguments | {"configs_only": True}
+    with pytest.raises(TeacherError, match=r"(?s)does not know .'square'.*--classes of distill.py"):
+        fgbg_kd.distill(**call, classes=["Square", "stripe"])
+    fgbg_kd.distill(**call, classes=["stripe", "square"])
+    made = read_config(str(tmp_path / "out" / "distilled.yaml"))
+    assert list(made.MODEL.KD.TEACHER.CLASSES) == ["stripe", "square"]
+
+
+def test_a_users_module_is_imported_before_anything_is_read(arguments, tmp_path):
+    (tmp_path / "names_of_mine.py").write_text("raise RuntimeError('imported')")
+    with pytest.raises(ConfigError, match="imported"):
+        fgbg_kd.distill(**arguments | {"imports": [str(tmp_path / "names_of_mine.py")]})
 
 
 def test_configs_of_somebody_else_are_not_overwritten(arguments, tmp_path):

@@ -98,6 +98,9 @@ def test_the_schedule_is_one_that_train_net_takes(iterations):
         ("beach.jpg", "beach"),
         ("IMG_2289_jpeg_jpg.rf.6fe5ab12.jpg", "IMG_2289_jpeg"),
         ("tank_01_jpg.rf.0aa1.jpg", "tank"),
+        ("tank_01_JPG.rf.0aa1.jpg", "tank"),
+        ("tank_01_webp.rf.0aa1.jpg", "tank"),
+        ("tank_01_BMP.rf.0aa1.jpg", "tank"),
     ],
 )
 def test_a_group_is_the_name_without_its_number(name, group):
@@ -402,6 +405,18 @@ def test_yolo_gives_the_same_boxes_as_coco_and_its_own_test_part(place, coco, tm
     assert boxes_of(data.train[0], data.test[0]) == boxes_of(coco[0])
     assert len(json.loads(open(data.test[0]).read())["images"]) == 4
     assert "the test part of" in data.note
+
+
+def test_yolo_images_in_subfolders_are_told(coco, tmp_path):
+    pytest.importorskip("supervision")
+    write_yolo(tmp_path, coco)
+    for part in ("train", "valid"):
+        images = tmp_path / part / "images"
+        images.rename(tmp_path / part / "more")
+        images.mkdir()
+        (tmp_path / part / "more").rename(images / "more")
+    with pytest.raises(DataError, match="has no images with labels. Images in subfolders are not"):
+        prepare([str(tmp_path)], [], tmp_path / "data")
 
 
 def test_damaged_labels_are_named(coco, tmp_path):

@@ -93,6 +93,20 @@ def test_a_float_is_refused_where_a_whole_number_is_meant(value, hint, tmp_path)
         merge_overrides(get_fgbg_kd_cfg(), ["SOLVER.MAX_ITER", value])
 
 
+def test_keys_of_a_newer_detectron2_are_left_out(tmp_path, caplog):
+    text = "SOLVER: {MAX_ITER: 7, NUM_DECAYS: 3}\nFLOAT32_PRECISION: ''"
+    assert merge_text(tmp_path, text).SOLVER.MAX_ITER == 7 and not caplog.text
+    cfg = merge_text(tmp_path, "SOLVER: {NUM_DECAYS: 5}")
+    known = "NUM_DECAYS" in cfg.SOLVER  # Detectron2's main
+    assert known == ("no key SOLVER.NUM_DECAYS. It is left out" not in caplog.text)
+    assert not known or cfg.SOLVER.NUM_DECAYS == 5
+
+
+def test_the_dump_of_a_python_config_is_refused_with_what_to_give(tmp_path):
+    with pytest.raises(ConfigError, match=r"written by a training with a Python config.*\(.py\)"):
+        merge_text(tmp_path, "model: {_target_: a.B}\ndataloader: {train: !!python/name:a.c ''}")
+
+
 @pytest.mark.parametrize("text", ["x = 1", ""])
 def test_a_python_config_where_yaml_is_needed_is_named_as_such(tmp_path, text):
     (tmp_path / "c.py").write_text(text)
