@@ -1,6 +1,7 @@
 """Student and teacher of different kinds: levels, classes, anchors, padding, inheritance."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,8 @@ from detectron2.modeling import FPN, build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd import build_teacher
+from fgbg_kd import build_teacher, get_fgbg_kd_cfg
+from fgbg_kd.data import register_datasets
 from fgbg_kd.detectors.dense import DetectorView, FeatureLevel, view
 from fgbg_kd.matching import SharedLevel, same_anchors, select, shared_levels
 from fgbg_kd.methods import DenseOutput
@@ -357,6 +359,23 @@ def test_the_teachers_names_come_from_key_file_or_registered_set(
     else:
         with pytest.raises(TeacherError, match="does not know .*'square', 'stripe'"):
             build_model(distil_cfg)
+
+
+def test_a_set_that_the_students_config_registered_does_not_name_the_teachers_classes(
+    coco, distil_cfg, caplog
+):
+    """The user's own training may have had another set of this name."""
+    kd = distil_cfg.MODEL.KD
+    cfg = get_fgbg_kd_cfg()
+    cfg.merge_from_file(kd.TEACHER.CONFIG)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TRAIN_JSON = distil_cfg.DATASETS.TRAIN, ""
+    Path(kd.TEACHER.CONFIG).write_text(cfg.dump())
+    distil_cfg.DATASETS.TRAIN_JSON, distil_cfg.DATASETS.TRAIN_IMAGES = coco
+    register_datasets(distil_cfg)
+    assert build_teacher(kd.TEACHER.CONFIG, kd.TEACHER.WEIGHTS).class_names is None
+    with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+        build_model(distil_cfg)
+    assert "names of the teacher's classes are not known" in caplog.text
 
 
 def test_a_number_of_names_that_is_not_the_teachers_is_named(teacher_files):
