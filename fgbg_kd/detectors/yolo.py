@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from .darknet import Darknet, DarknetHead
@@ -16,6 +15,7 @@ from .darknet_cfg import read_cfg, set_anchors
 from .darknet_weights import read_weights
 from .dense import DenseOutput, DenseView, FeatureLevel, Maps, joint_logits, register_view
 from .pixels import check_colour, warn_of_pixels
+from .selection import detections
 from .yolo_loss import decode_boxes, per_anchor, yolo_losses
 
 # Darknet fills the rest of its square input with this grey. Its pixels are in 0..1.
@@ -132,31 +132,17 @@ class YOLO(DenseDetector):
         scores = [permute_to_N_HWA_K(x, self.num_classes) for x in of.scores(predictions)]
         boxes = [permute_to_N_HWA_K(x, 4) for x in of.decode(features, predictions)]
         return [
-            self._detections([x[i] for x in boxes], [x[i] for x in scores], size)
+            detections(
+                [x[i] for x in boxes],
+                [x[i] for x in scores],
+                size,
+                score=self.test_score_thresh,
+                candidates=self.test_topk_candidates,
+                iou=self.test_nms_thresh,
+                limit=self.max_detections_per_image,
+            )
             for i, size in enumerate(images.image_sizes)
         ]
-
-    def _detections(self, boxes: list[Tensor], scores: list[Tensor], size) -> Instances:
-        """Detections of one image from its boxes (H*W*A, 4) and scores (H*W*A, K) per level."""
-        found = self._decode_multi_level_predictions(
-            [Boxes(x) for x in boxes],
-            scores,
-            boxes,
-            self.test_score_thresh,
-            self.test_topk_candidates,
-            size,
-        )
-        keep = batched_nms(
-            found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh
-        )
-        return found[keep[: self.max_detections_per_image]]
-
-    class box2box_transform:
-        """What Detectron2's selection of candidates calls: the boxes are decoded already."""
-
-        @staticmethod
-        def apply_deltas(boxes: Tensor, anchors: Tensor) -> Tensor:
-            return boxes
 
     def read_darknet(self, path: str) -> dict[str, Tensor]:
         """The tensors of a .weights file, for a checkpointer."""

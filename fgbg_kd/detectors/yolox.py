@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -26,6 +25,7 @@ from ..utils.errors import ConfigError
 from ..utils.processes import world_mean
 from .dense import DenseOutput, DenseView, Maps, full_precision, joint_logits, register_view
 from .pixels import check_colour, warn_of_pixels
+from .selection import detections
 
 _ACTIVATIONS = ("silu", "relu", "lrelu")
 # Largest logarithm of a detected box's sides, in cells. Without a limit, batch norms of the first
@@ -169,30 +169,22 @@ class YOLOX(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: Maps, predictions: Maps
     ) -> list[Instances]:
-        levels = [
-            (boxes.flatten(2).transpose(1, 2), scores.flatten(2).transpose(1, 2))
-            for boxes, scores in zip(self.boxes(predictions), self.scores(predictions))
-        ]
+        boxes, scores = (
+            [x.flatten(2).transpose(1, 2) for x in maps]  # (N, H*W, 4), (N, H*W, K)
+            for maps in (self.boxes(predictions), self.scores(predictions))
+        )
         return [
-            self._detect([(boxes[i], scores[i]) for boxes, scores in levels], size)
+            detections(
+                [x[i] for x in boxes],
+                [x[i] for x in scores],
+                size,
+                score=self.test_score_thresh,
+                candidates=self.test_topk_candidates,
+                iou=self.test_nms_thresh,
+                limit=self.max_detections_per_image,
+            )
             for i, size in enumerate(images.image_sizes)
         ]
-
-    def _detect(self, levels: Sequence[tuple[Tensor, Tensor]], size) -> Instances:
-        """Per level (H*W, 4) boxes and (H*W, K) scores -> the detections of one image."""
-        boxes, scores, classes = map(torch.cat, zip(*(self._best(*level) for level in levels)))
-        keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)
-        keep = keep[: self.max_detections_per_image]
-        return Instances(
-            size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=classes[keep]
-        )
-
-    def _best(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The predictions over the threshold, at most ``test_topk_candidates``, best first."""
-        cells, classes = (scores > self.test_score_thresh).nonzero().unbind(1)
-        scores, order = scores[cells, classes].sort(descending=True)
-        order = order[: self.test_topk_candidates]
-        return boxes[cells[order]], scores[: len(order)], classes[order]
 
 
 def _network_builder() -> Callable[..., tuple[nn.Module, nn.Module]]:
