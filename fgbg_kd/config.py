@@ -56,8 +56,8 @@ def _add_distillation(cfg: CN) -> None:
     # of the teacher's config. The student's names come from the student's DATASETS.TRAIN.
     kd.TEACHER.CLASSES = []
     # Autocast precision of the teacher's forward pass: "fp32", "bf16" or "fp16". "auto" = the
-    # student's precision (SOLVER.AMP). bf16 halves the time of the pass on hardware that supports
-    # it, including CPUs.
+    # student's precision (SOLVER.AMP). bf16 makes the pass shorter on hardware that supports it,
+    # including CPUs.
     kd.TEACHER.PRECISION = "auto"
     # True = keep the teacher's outputs for every image in host memory. The teacher then runs again
     # only if the padded size of the image's batch differs from the last time. Images must be the

@@ -126,6 +126,8 @@ class FgBgDistiller(nn.Module):
         self.levels = levels = shared_levels(student, teacher.view, shrink)
         if isinstance(teacher.view, DenseView):
             match_classes(student, teacher.view, classes, teacher.class_names)
+            if classes and teacher.class_names:  # the head has them now
+                teacher.class_names = list(classes)
             self.same_anchors = same_anchors(student, teacher.view, levels)
         given = options
         options = options_of_pair(name, given, student, teacher.view, self.pretrained)
@@ -212,7 +214,7 @@ class FgBgDistiller(nn.Module):
         """The student's own losses.
 
         L = L(labelled images) + unlabeled_weight * L(photos without labels), each the detector's
-        own loss with its own normaliser, as in Sohn et al. 2020 (STAC, arXiv 2005.04757),
+        own loss, as in Sohn et al. 2020 (STAC, arXiv 2005.04757),
         section 3. The terms of the second part have names with the suffix "_unlabeled". With
         weight 0 they are absent.
 
@@ -254,13 +256,11 @@ class FgBgDistiller(nn.Module):
         of = dense_student(self.student)
         mine, theirs = zip(*(level.place for level in self.levels))
         shapes = [student.features[i].shape[-2:] for i in mine]
-        scales = self.teacher.scales(images)
-        if scales is None:
-            teacher = select(teacher, theirs, shapes)
+        strides = [level.stride for level in self.levels]
+        if self.teacher.warps(images):
+            teacher = select_unwarped(teacher, theirs, shapes, strides, images.image_sizes)
         else:
-            strides = [self.teacher.view.levels[i].stride for i in theirs]
-            ratios = [level.stride / stride for level, stride in zip(self.levels, strides)]
-            teacher = select_unwarped(teacher, theirs, shapes, scales, ratios)
+            teacher = select(teacher, theirs, shapes)
         student = select(student, mine, shapes)
         return Batch(
             student=student,
@@ -268,7 +268,7 @@ class FgBgDistiller(nn.Module):
             gt_boxes=[x.gt_boxes.tensor for x in gt],
             gt_classes=[x.gt_classes for x in gt],
             image_sizes=images.image_sizes,
-            strides=[level.stride for level in self.levels],
+            strides=strides,
             num_classes=of.num_classes,
             same_anchors=self.same_anchors,
             loss_normalizer=of.loss_normalizer,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .data import resize_of
 from .detectors.dense import DenseOutput, DenseView, DetectorView, view
 from .methods import Method, get_method
+from .ops.common import upload
 from .utils.errors import ConfigError, DetectorError, TeacherError
 
 logger = logging.getLogger(__name__)
@@ -149,31 +150,36 @@ def select_unwarped(
     output: DenseOutput,
     index: Sequence[int],
     shapes: Sequence[tuple[int, int]],
-    scales: Tensor,
-    ratios: Sequence[float],
+    strides: Sequence[int],
+    image_sizes: Sequence[tuple[int, int]],
 ) -> DenseOutput:
-    """The same as :func:`select` for the output of warped images.
+    """The same as :func:`select` for the output of images that were warped to one size.
 
-    Each cell gets the values of the cell at the same place of the warped image.
+    Each cell gets the values of the cell at the same place of the warped image. A map covers the
+    whole image, whatever its nominal stride: ten cells for 300 pixels are 30 pixels apart, not 32.
 
     Args:
-        scales: (N, 2), x and y: sizes of the warped images divided by the sizes of the images.
-        ratios: stride of the cells wanted, divided by the stride of the output, per level.
+        strides: of the cells wanted, in pixels of the images, per level.
+        image_sizes: N pairs (height, width) in pixels, before padding and warping.
     """
-    places = list(zip(index, shapes, (scales * ratio for ratio in ratios)))
+    sizes = upload(image_sizes, output.features[0], torch.float32)  # (N, 2)
+    places = list(zip(index, shapes, strides, [sizes] * len(index)))
     maps = (output.features, output.logits)
     return DenseOutput(*(m and [_unwarped(m[i], *place) for i, *place in places] for m in maps))
 
 
-def _unwarped(x: Tensor, shape: tuple[int, int], cells: Tensor) -> Tensor:
+def _unwarped(x: Tensor, shape: tuple[int, int], stride: int, image_sizes: Tensor) -> Tensor:
     """(N, C, H', W') -> (N, C, *shape).
 
     Args:
-        cells: (N, 2), x and y: number of cells of ``x`` per cell wanted.
+        stride: of the cells wanted, in pixels.
+        image_sizes: (N, 2), height and width in pixels.
     """
     row, column = (
-        ((torch.arange(size, device=x.device) + 0.5) * scale[:, None]).long().clamp(max=last - 1)
-        for size, scale, last in zip(shape, cells.T.flip(0), x.shape[-2:])
+        ((torch.arange(wanted, device=x.device) + 0.5) * stride * number / size[:, None])
+        .long()
+        .clamp(max=number - 1)
+        for wanted, number, size in zip(shape, x.shape[-2:], image_sizes.T)
     )  # (N, H), (N, W)
     image = torch.arange(len(x), device=x.device)[:, None, None]
     return x[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)

@@ -25,7 +25,6 @@ from .detectors.dense import (
     warped,
 )
 from .detectors.load import load_detector, read_detector_config, weights_of
-from .ops.common import upload
 from .teacher_cache import TeacherCache
 from .utils.errors import CheckpointError, ConfigError, TeacherError
 
@@ -74,7 +73,8 @@ class Teacher:
         self.cache = TeacherCache() if cache else None
         self.class_names = None if class_names is None else list(class_names)
         self.weights, self.test_size = weights, test_size
-        self._same_input: bool | None = None
+        # A student's detector, and whether it takes the same input.
+        self._same_input: tuple[nn.Module, bool] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -108,10 +108,11 @@ class Teacher:
 
         If the teacher takes one size only, each image is warped to this size.
         """
-        if self._same_input is None:  # compared only once, because this waits for the device
-            self._same_input = same_input(student, self.view)
+        if self._same_input is None or self._same_input[0] is not student.detector:
+            # Compared only once, because this waits for the device.
+            self._same_input = student.detector, same_input(student, self.view)
         pixels = images.tensor
-        if not self._same_input:
+        if not self._same_input[1]:
             pixels = renormalized(self.view, student, images)
         size = self.view.input_size
         if size is None:
@@ -121,16 +122,9 @@ class Teacher:
         parts = [x[None, :, :h, :w] for x, (h, w) in zip(pixels, images.image_sizes)]
         return torch.cat([warped(x, size) for x in parts])
 
-    def scales(self, images: ImageList) -> Tensor | None:
-        """(N, 2), x and y: factors from the pixels of a batch to those of the teacher's input.
-
-        None: the teacher sees the batch at its own scale.
-        """
-        if self.view.input_size is None or self._fits(images):
-            return None
-        height, width = self.view.input_size
-        factors = [(width / w, height / h) for h, w in images.image_sizes]
-        return upload(factors, images.tensor, torch.float32)
+    def warps(self, images: ImageList) -> bool:
+        """Whether the teacher warps the images of a batch to its own size."""
+        return self.view.input_size is not None and not self._fits(images)
 
     def _fits(self, images: ImageList) -> bool:
         sizes = {tuple(images.tensor.shape[-2:]), *map(tuple, images.image_sizes)}

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import detector, make_batch, tiny_cfg
+from conftest import CLASSES, detector, losses_of, make_batch, tiny_cfg
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
-from fgbg_kd import Teacher, build_teacher
+from fgbg_kd import FgBgDistiller, Teacher, build_teacher
 from fgbg_kd.teacher import accelerate, check_teacher_file, padded, renormalized, same_input
 from fgbg_kd.utils.errors import TeacherError
 
@@ -341,3 +341,24 @@ def test_a_teacher_that_is_given_as_a_module_is_frozen():
     Teacher(model)
     assert not any(m.training for m in model.modules())
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_teacher_of_two_students_serves_both():
+    """The first student must leave no trace: neither its class order nor its normalisation."""
+    names = ("stripe", "square")
+    teacher = Teacher(detector(seed=1), class_names=list(CLASSES))
+    first = FgBgDistiller(student=detector(), teacher=teacher, classes=names)
+    before = teacher.detector.head.cls_score.weight.clone()
+    losses_of(first)
+
+    def another_input(cfg):
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [90.0] * 3, [60.0] * 3, "RGB"
+
+    torch.manual_seed(0)
+    second = FgBgDistiller(student=detector(edit=another_input), teacher=teacher, classes=names)
+    assert torch.equal(teacher.detector.head.cls_score.weight, before)
+    torch.manual_seed(0)
+    fresh = Teacher(detector(seed=1), class_names=list(CLASSES))
+    alone = FgBgDistiller(student=detector(edit=another_input), teacher=fresh, classes=names)
+    a, b = losses_of(second), losses_of(alone)
+    assert a["loss_kd_fg"] > 0 and all(torch.equal(a[k], b[k]) for k in a)

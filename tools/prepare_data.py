@@ -77,6 +77,8 @@ def make(kind, args, cache):
         from fgbg_kd.experiments.datasets.part import build_part
 
         folder, whole = args.out / "voc07_10", args.out / "voc07"
+        if not (whole / "train.json").is_file():
+            raise FileNotFoundError(f"There is no {whole}: run prepare_data.py voc first.")
         built = build_part(folder, whole / "train.json", whole / "images", share=0.1)
     elif kind == "mobilenet_ssd":
         from fgbg_kd.experiments.datasets.mobilenet_ssd import build_mobilenet_ssd

@@ -9,7 +9,6 @@ Shapes: N images, level l with (H_l, W_l) cells, C channels, K classes, A_l anch
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList
 from torch import Tensor, nn
@@ -270,11 +269,11 @@ def decoded(coder: Any, anchors: Tensor, deltas: Tensor) -> Tensor:
 def joint_logits(objectness: Tensor, classes: Tensor) -> Tensor:
     """The logits of sigmoid(objectness) * sigmoid(classes), in fp32 or better. Shapes broadcast.
 
-    1 / (sigmoid(o) sigmoid(c)) - 1 = exp(-o) + exp(-c) + exp(-o-c). The logarithm of this form is
-    finite where the product rounds to 0 or 1. ONNX has no logaddexp.
+    1 / (sigmoid(o) sigmoid(c)) - 1 = exp(-o) (1 + exp(-c) (1 + exp(o))). The logarithm of this form
+    is finite where the product rounds to 0 or 1, and few copies are kept.
     """
-    o, c = torch.broadcast_tensors(full_precision(objectness), full_precision(classes))
-    return -torch.stack([-o, -c, -o - c]).logsumexp(0)
+    o, c = full_precision(objectness), full_precision(classes)
+    return o - F.softplus(F.softplus(o) - c)
 
 
 def warped(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ import datetime
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..utils.errors import RunError
 from ..utils.files import read_rows, sha256_of_text, write_whole
 from .method_specs import PLAIN, TEACHER, method_overrides
 from .result_rows import add_result, group
-from .runner import Runner, surroundings
+from .runner import Runner, check_folder, surroundings
 from .settings import RUN_KEYS, flat, task_of
 from .tables import PARTS, PLOT, comparison_tables, fill, plot, without_folders
 from .teacher_runs import teacher_evaluation, train_or_find_teacher
@@ -45,6 +45,12 @@ class Comparison:
     jobs: int = 1
     errors: bool = False
     imports: Sequence[str] = ()
+
+    @property
+    def config(self) -> str:
+        """The path of the config, the same however it was typed."""
+        path = os.path.relpath(self.config_file)
+        return os.path.abspath(path) if path.startswith("..") else path
 
     @property
     def results(self) -> Path:
@@ -82,13 +88,15 @@ def compare_methods(comparison: Comparison, train_net: Path) -> None:
         try:
             teacher = train_or_find_teacher(runner, cfg)
             shared = {"task": task_of(cfg, teacher), **surroundings(threads, comparison.jobs)}
+            runs = [  # the first pairs finish early
+                _Run(comparison, spec, seed, opts, None if spec.split()[0] == PLAIN else teacher)
+                for seed in range(comparison.seeds)
+                for spec, opts in overrides.items()
+            ]
+            for run in runs:  # before any of them trains for hours
+                run.check()
             _evaluate_teacher(comparison, runner, cfg, teacher, shared)
-            jobs: dict[Future, tuple] = {}
-            for seed in range(comparison.seeds):  # the first pairs finish early
-                for spec, opts in overrides.items():
-                    run = _Run(comparison, spec, seed, opts)
-                    checkpoint = None if spec.split()[0] == PLAIN else teacher
-                    jobs[pool.submit(run, runner, checkpoint)] = run, options[spec]
+            jobs = {pool.submit(run, runner): (run, options[run.spec]) for run in runs}
             failures = _record_as_they_end(jobs, comparison, runner, shared)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -149,6 +157,7 @@ class _Run:
     spec: str
     seed: int
     overrides: list[str]
+    checkpoint: Path | None
 
     @property
     def folder(self) -> Path:
@@ -158,10 +167,17 @@ class _Run:
     def title(self) -> str:
         return f"{self.spec}, seed {self.seed}"
 
-    def __call__(self, runner: Runner, checkpoint: Path | None) -> dict:
-        opts = [*self.overrides, "SEED", str(self.seed), "TEST.EVAL_PERIOD", "0"]
+    @property
+    def _opts(self) -> list[str]:
+        return [*self.overrides, "SEED", str(self.seed), "TEST.EVAL_PERIOD", "0"]
+
+    def check(self) -> None:
+        """Refuses a folder that holds a run of other settings."""
+        check_folder(self.folder, self.comparison.config_file, self._opts, self.checkpoint)
+
+    def __call__(self, runner: Runner) -> dict:
         config = self.comparison.config_file
-        result = runner.run(self.title, config, self.folder, opts, checkpoint)
+        result = runner.run(self.title, config, self.folder, self._opts, self.checkpoint)
         return _with_errors(self.comparison, result, self.folder)
 
 
@@ -202,7 +218,7 @@ def _add_row(comparison, shared: dict, method: str, seed, options: dict, result,
     row = {
         "method": method,
         "seed": seed,
-        "config": comparison.config_file,
+        "config": comparison.config,
         "overrides": list(comparison.overrides),
         "options": options,
         **result,

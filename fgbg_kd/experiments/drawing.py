@@ -43,6 +43,21 @@ def confident(detector: nn.Module, inputs: dict, image_format: str) -> Instances
     return found[found.scores >= _SCORE]
 
 
+def confident_teacher(
+    distiller: FgBgDistiller, inputs: dict, image_format: str
+) -> dict[str, Instances]:
+    """{"teacher": its detections (:func:`confident`)}.
+
+    {} if it is a two-stage detector with another number of classes than the student: its class
+    numbers have no names here.
+    """
+    detector = distiller.teacher.detector
+    number = getattr(getattr(detector, "roi_heads", None), "num_classes", None)
+    if number not in (None, dense_student(distiller.student).num_classes):
+        return {}
+    return {"teacher": confident(detector, inputs, image_format)}
+
+
 def draw_distillation(distiller: FgBgDistiller, inputs: dict) -> np.ndarray:
     """Draws the panels of an image during training.
 
@@ -56,8 +71,8 @@ def draw_distillation(distiller: FgBgDistiller, inputs: dict) -> np.ndarray:
     """
     order = channel_order(distiller.student)
     (inputs,) = dense_student(distiller.student).as_seen([inputs])
-    detectors = {"teacher": distiller.teacher.detector, "student": distiller.student}
-    found = {name: confident(d, inputs, order) for name, d in detectors.items()}
+    found = confident_teacher(distiller, inputs, order)
+    found["student"] = confident(distiller.student, inputs, order)
     maps = {"student": cell_maps(distiller, inputs)}
     return draw_panels(inputs, order, maps, found).transpose(2, 0, 1)
 

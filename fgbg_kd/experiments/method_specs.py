@@ -77,7 +77,9 @@ def method_overrides(cfg, spec: str) -> list[str]:
         key, equals, value = option.partition("=")
         found = [prefix + key for prefix in prefixes if prefix + key in keys]
         if not equals:
-            raise ConfigError(f"{spec!r}: {option!r} has no value: write {option}=VALUE.")
+            raise ConfigError(
+                f"{spec!r}: {option!r} has no value: write {option}=VALUE, without spaces."
+            )
         if not found:
             raise ConfigError(f"{spec!r}: {_no_option(name, key, keys)}")
         overrides += [found[0], value]

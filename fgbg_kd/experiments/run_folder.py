@@ -122,7 +122,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         else:
             role = PLAIN
         name = str(folder.resolve().relative_to(base))
-        group = re.sub(r"[/_-]?seed\d+$", "", name) or name
+        group = re.sub(r"[/_-]?seed\d+$", "", name) or base.name
         run = Run(folder, group, role, config, rows, {})
         runs.append(replace(run, result=_result(run)))
     order = [TEACHER, PLAIN, DISTILLED]

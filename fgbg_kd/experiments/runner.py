@@ -112,12 +112,9 @@ class Runner:
                 defined.
         """
         output.mkdir(parents=True, exist_ok=True)
-        if str(config).endswith(".py"):
-            settings = python_settings(Path(config), opts, checkpoint)
-            opts = [*opts, f"train.output_dir='{output}'"]
-        else:
-            opts = [*opts, "OUTPUT_DIR", str(output)]
-            settings = settings_of(read_config(str(config), opts), checkpoint)
+        settings = _settings(config, output, opts, checkpoint)
+        python = str(config).endswith(".py")
+        opts += [f"train.output_dir='{output}'"] if python else ["OUTPUT_DIR", str(output)]
         with open(output / "train.txt", "a", buffering=1) as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +208,9 @@ class Runner:
 
 
 def commit() -> str:
-    """The commit of this package, with a + if tracked files differ from it; "" outside git."""
+    """The commit of this package, with a + if tracked files differ from it; "" without git."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -242,15 +241,40 @@ def surroundings(threads: int, jobs: int) -> dict:
     return {"hardware": hardware, "threads": threads, "jobs": jobs, "versions": versions}
 
 
+def check_folder(
+    output: Path, config: str | Path, opts: list[str], checkpoint: Path | None = None
+) -> None:
+    """Refuses a folder that holds another run. Arguments: see :meth:`Runner.run`.
+
+    Raises:
+        RunError: the folder has other settings, or unknown ones.
+    """
+    if (output / "settings.json").is_file() or (output / "metrics.json").exists():
+        _check_settings(output, _settings(config, output, opts, checkpoint))
+
+
+def _settings(config: str | Path, output: Path, opts: list[str], checkpoint: Path | None) -> dict:
+    if str(config).endswith(".py"):
+        return python_settings(Path(config), opts, checkpoint)
+    cfg = read_config(str(config), [*opts, "OUTPUT_DIR", str(output)])
+    return settings_of(cfg, checkpoint)
+
+
 def _claim(output: Path, settings: dict) -> None:
     """Writes the settings into a new folder. Refuses a folder with other settings."""
+    _check_settings(output, settings)
+    if not (output / "settings.json").is_file():
+        write_whole(output / "settings.json", json.dumps(settings, indent=1))
+
+
+def _check_settings(output: Path, settings: dict) -> None:
     kept = output / "settings.json"
     if not kept.is_file():
         if (output / "metrics.json").exists():
             raise RunError(
-                f"{output} holds a run of unknown settings: move it away, or give another --output."
+                f"{output} holds a run that another tool started: finish it there (--resume), or "
+                "move it away."
             )
-        write_whole(kept, json.dumps(settings, indent=1))
     elif changed := changes(read_json(kept), settings):
         raise RunError(
             f"{output} holds a run of other settings: {'; '.join(changed)}. Move it away, or give "

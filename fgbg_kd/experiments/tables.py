@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..utils.errors import RunError
 from ..utils.markdown import markdown_table
 from .method_specs import FGBG, PLAIN, TEACHER, short
 from .paired_statistics import Estimate, average, paired_difference
@@ -34,15 +35,7 @@ def comparison_tables(methods: dict[str, dict], parts: Sequence[str] = PARTS) ->
             - "tuning": a row per method with all its choices of options.
             - "note": hardware and versions.
     """
-    make = {
-        "summary": _summary,
-        "metrics": _metrics,
-        "errors": _errors,
-        "classes": _classes,
-        "tuning": _tuning,
-        "note": _note,
-    }
-    texts = [make[part](methods) for part in parts]
+    texts = [_TABLES[part](methods) for part in parts]
     return "\n\n".join(text for text in texts if text)
 
 
@@ -50,20 +43,22 @@ def _summary(methods: dict[str, dict]) -> str:
     aps = {m: {s: r["AP"] for s, r in by_seed.items()} for m, by_seed in methods.items()}
     teacher = next(iter(aps.get(TEACHER, {}).values()), None)
     plain, fgbg = aps.get(PLAIN), reference(methods)
+    with_fgbg = plain or (fgbg and not aps.keys() <= {fgbg, TEACHER})
     columns = ["method", "AP", "each seed"]
-    if plain:
-        columns += [f"AP − {PLAIN}", f"{fgbg or FGBG} − method", "gap closed"]
+    columns += [f"AP − {PLAIN}"] if plain else []
+    columns += [f"{fgbg or FGBG} − method"] if with_fgbg else []
+    columns += ["gap closed"] if plain else []
     rows = []
     for name, values in aps.items():
         ap = list(values.values())
         row = [name, f"{statistics.fmean(ap):.2f}"]
         row.append(", ".join(f"{v:.1f}" for v in ap) if len(ap) > 1 else "–")
-        if plain and name in (PLAIN, TEACHER):
-            row += ["–", "–", "–"]
-        elif plain:
-            gain = paired_difference(values, plain)
-            ahead = paired_difference(aps[fgbg], values) if fgbg and name != fgbg else None
-            row += [signed(gain), signed(ahead), _gap_closed(gain, teacher, values, plain)]
+        student = name not in (PLAIN, TEACHER)
+        gain = paired_difference(values, plain) if plain and student else None
+        ahead = paired_difference(aps[fgbg], values) if fgbg and student and name != fgbg else None
+        row += [signed(gain)] if plain else []
+        row += [signed(ahead)] if with_fgbg else []
+        row += [_gap_closed(gain, teacher, values, plain)] if plain else []
         rows.append(row)
     return markdown_table(columns, rows)
 
@@ -153,21 +148,24 @@ def _beside_plain(methods: dict[str, dict], key: str, title: str, columns: Seque
 
 def _tuning(methods: dict[str, dict]) -> str:
     """A row per method: the mean AP for each choice of its options. The best AP is bold."""
-    families: dict[str, list[tuple[dict, float]]] = {}
+    families: dict[str, list[tuple[dict, list[str], float]]] = {}
     for name, by_seed in methods.items():
         if name not in (TEACHER, PLAIN):
             options = next(iter(by_seed.values()))["options"]
             mean = statistics.fmean(r["AP"] for r in by_seed.values())
-            families.setdefault(name.split()[0], []).append((options, mean))
+            family, *shown = name.split()  # also keys such as SOLVER.BASE_LR
+            others = [x for x in shown if x.partition("=")[0].lower() not in options]
+            families.setdefault(family, []).append((options, others, mean))
     rows = []
     for family, tried in families.items():
-        options = [o for o, _ in tried]
+        options = [o for o, _, _ in tried]
         keys = dict.fromkeys(k for o in options for k in o)
         varied = [k for k in keys if len({repr(o.get(k)) for o in options}) > 1]
-        best, cells = max(ap for _, ap in tried), []
-        for chosen, ap in sorted(tried, key=lambda x: [(k in x[0], x[0].get(k)) for k in varied]):
+        best, cells = max(ap for *_, ap in tried), []
+        tried = sorted(tried, key=lambda x: [(k in x[0], x[0].get(k)) for k in varied])
+        for chosen, others, ap in tried:
             given = [f"{k.upper()}={short(chosen[k])}" for k in varied if k in chosen]
-            label = " ".join(given) or "as given"
+            label = " ".join([*given, *others]) or "as given"
             cells.append(f"{label}: {f'**{ap:.1f}**' if ap == best else f'{ap:.1f}'}")
         rows.append([family, "; ".join(cells)])
     return markdown_table(["method", "AP of each choice"], rows)
@@ -179,7 +177,7 @@ def _note(methods: dict[str, dict]) -> str:
     def each(key, between=" and "):
         return between.join(dict.fromkeys(str(r[key]) for r in rows if r.get(key)))
 
-    several = any(len(by_seed) > 1 for by_seed in methods.values())
+    several = "±" in _summary(methods)
     commits = ", ".join(dict.fromkeys(each("commit", ", ").split(", ")))
     explained = "± is the 95 % confidence interval of the mean difference, paired by seed. "
     text = (
@@ -200,6 +198,16 @@ def _note(methods: dict[str, dict]) -> str:
     return text
 
 
+_TABLES = {
+    "summary": _summary,
+    "metrics": _metrics,
+    "errors": _errors,
+    "classes": _classes,
+    "tuning": _tuning,
+    "note": _note,
+}
+
+
 def number(value: float | None, digits: int = 1) -> str:
     """A number as text; "–" for None."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -218,7 +226,8 @@ def without_folders(title: str) -> str:
     return re.sub(r"(?<!\S)/\S*/", "", title)
 
 
-_MARKED = re.compile(r"(<!-- table: ([^\n]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_START, _END = re.compile(r"<!-- *table\b[^\n]*"), "<!-- end of table -->"
+_MARKED = re.compile(rf"(<!-- table: ([^\n]+?) -->\n)((?!<!-- *table\b).)*?({_END})", re.DOTALL)
 
 
 def fill(text: str, tables: Callable[[str, list[str]], str]) -> str:
@@ -230,12 +239,27 @@ def fill(text: str, tables: Callable[[str, list[str]], str]) -> str:
             is a PART too.
         tables: a function that gets FILE and the list of parts, and returns the text between the
             two lines. If it returns "", the old text stays.
+
+    Raises:
+        RunError: a first line has no last line or is not well formed, or there is no such PART.
     """
+    complete = {match.start() for match in _MARKED.finditer(text)}
+    for match in _START.finditer(text):
+        if match.start() not in complete:
+            raise RunError(
+                f"{match[0]!r} does not start a table: write <!-- table: FILE PART ... -->, and "
+                f"{_END} after the table."
+            )
 
     def replace(match: re.Match) -> str:
         file, *parts = match[2].split()
+        if unknown := [part for part in parts if part not in (*_TABLES, PLOT)]:
+            raise RunError(
+                f"{match[1].strip()}: there is no part {' '.join(unknown)}: choose from "
+                f"{', '.join((*_TABLES, PLOT))}. The path of the file must have no spaces."
+            )
         made = tables(file, parts or list(PARTS))
-        return f"{match[1]}{made}\n{match[3]}" if made else match[0]
+        return f"{match[1]}{made}\n{match[4]}" if made else match[0]
 
     return _MARKED.sub(replace, text)
 

@@ -21,7 +21,7 @@ from ..matching import dense_student
 from ..utils.errors import ConfigError, DataError, FgBgError
 from .angle_and_kl import collect, draw_angle_and_kl
 from .cell_maps import cell_maps, load_student
-from .drawing import confident, draw_panels
+from .drawing import confident, confident_teacher, draw_panels
 from .side_by_side import draw_row
 
 _FITTED_ON = 64  # number of images to fit the adapters of a student without adapters
@@ -110,7 +110,7 @@ def draw_images(
     distiller, order = opened.distiller, opened.mapper.image_format
     for record in records:
         (inputs,) = dense_student(distiller.student).as_seen([opened.mapper(record)])
-        maps, found = {}, {"teacher": confident(distiller.teacher.detector, inputs, order)}
+        maps, found = {}, confident_teacher(distiller, inputs, order)
         for name, adapters in students:
             maps[name] = cell_maps(distiller, inputs, adapters)
             found[name] = confident(distiller.student, inputs, order)
@@ -129,7 +129,7 @@ def draw_detections(
     distiller, order, rows = opened.distiller, opened.mapper.image_format, []
     for record in records:
         inputs = opened.mapper(record)
-        found = {"teacher": confident(distiller.teacher.detector, inputs, order)}
+        found = confident_teacher(distiller, inputs, order)
         found |= {name: confident(distiller.student, inputs, order) for name, _ in students}
         height, width = inputs["image"].shape[-2:]
         for instances in found.values():

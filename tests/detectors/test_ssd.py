@@ -30,6 +30,7 @@ from fgbg_kd.detectors.ssd_backbones import SSDTimm
 from fgbg_kd.detectors.timm_backbone import TimmBackbone
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.matching import select_unwarped
+from fgbg_kd.methods import DenseOutput
 from fgbg_kd.utils.errors import CheckpointError, ConfigError
 
 BOXES = (((5, 5, 40, 60), (30, 20, 90, 90)), ((10, 10, 50, 40),))
@@ -265,20 +266,17 @@ def test_pairs_train(name):
 @pytest.mark.parametrize("strides", [(16, 32), (8, 16)])
 def test_maps_of_warped_images_are_put_back_cell_by_cell(strides):
     """The reference looks up, for each cell, the cell of the warped image at the same place."""
-    output = view(tiny_ssd()).run(torch.randn(2, 3, 96, 96))
-    sizes, theirs = [(64, 80), (72, 56)], (16, 32)
-    scales = torch.tensor([(96 / w, 96 / h) for h, w in sizes])
-    ratios = [s / t for s, t in zip(strides, theirs)]
-    found = select_unwarped(output, [0, 1], [(9, 10), (5, 5)], scales, ratios)
-    for level, (stride, their) in enumerate(zip(strides, theirs)):
+    maps = [torch.randn(2, 4, 19, 19), torch.randn(2, 4, 10, 10)]  # of SSD300: 15.8 and 30 pixels
+    output, sizes = DenseOutput(maps, maps), [(64, 80), (72, 56)]
+    found = select_unwarped(output, [0, 1], [(9, 10), (5, 5)], strides, sizes)
+    for level, (stride, cells) in enumerate(zip(strides, (19, 10))):
         maps = output.features[level], found.features[level]
         logits = output.logits[level], found.logits[level]
-        last = maps[0].shape[-1] - 1
         for n, (h, w) in enumerate(sizes):
             for y in range(maps[1].shape[2]):
                 for x in range(maps[1].shape[3]):
-                    v = min(int((y + 0.5) * stride * 96 / h / their), last)
-                    u = min(int((x + 0.5) * stride * 96 / w / their), last)
+                    v = min(int((y + 0.5) * stride / h * cells), cells - 1)
+                    u = min(int((x + 0.5) * stride / w * cells), cells - 1)
                     assert torch.equal(maps[1][n, :, y, x], maps[0][n, :, v, u])
                     assert torch.equal(logits[1][n, :, y, x], logits[0][n, :, v, u])
 

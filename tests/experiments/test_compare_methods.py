@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_lazy_config, read_config
+from fgbg_kd.experiments.compare_methods import Comparison
 from fgbg_kd.experiments.method_specs import method_overrides, one_spelling
 from fgbg_kd.experiments.runner import Runner
 from fgbg_kd.experiments.settings import task_of
@@ -209,6 +210,38 @@ def test_a_teacher_that_cannot_be_evaluated_leaves_the_comparison_of_students(
     assert "its last lines" not in printed and "| +0.00 " in printed
     rows = read_rows(tmp_path / "out" / "results.jsonl")
     assert sorted(r["method"] for r in rows) == ["PKD", "plain"]
+
+
+def test_settings_that_changed_are_refused_before_any_run(distil_cfg, tmp_path, monkeypatch):
+    trained = []
+
+    def run(runner, name, config, output, *_, **__):
+        trained.append(name)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "settings.json").write_text('{"SOLVER.BASE_LR": 0.5}')
+        return {
+            k: v for k, v in row(name, 0, 1.0).items() if k.startswith(("AP", "mem", "gpu"))
+        } | {"seconds_per_step": 1.0, "commit": "x"}
+
+    monkeypatch.setattr(Runner, "run", run)
+    (tmp_path / "c.yaml").write_text(distil_cfg.dump())
+    output = str(tmp_path / "out")
+    arguments = ["--methods", "plain", "--output", output, "--config-file"]
+    compare(monkeypatch, *arguments, str(tmp_path / "c.yaml"), "--seeds", "1")
+    assert trained == ["teacher", "plain, seed 0"]
+    table = (tmp_path / "out" / "results.md").read_text()
+    with pytest.raises(RunError, match="holds a run of other settings: .*SOLVER.BASE_LR was 0.5"):
+        compare(monkeypatch, *arguments, str(tmp_path / "c.yaml"), "--seeds", "3")
+    assert len(trained) == 2 and (tmp_path / "out" / "results.md").read_text() == table
+
+
+def test_a_config_has_one_name_however_its_path_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed = ("d.yaml", "./d.yaml", str(tmp_path / "d.yaml"), "a/../d.yaml")
+    names = {Comparison(path, [], tmp_path).config for path in typed}
+    assert names == {"d.yaml"}
+    elsewhere = {Comparison(path, [], tmp_path).config for path in ("../e.yaml", "/e.yaml")}
+    assert elsewhere == {str(tmp_path.parent / "e.yaml"), "/e.yaml"}
 
 
 def test_a_comparison_that_would_mean_nothing_is_refused_before_a_run(

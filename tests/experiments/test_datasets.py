@@ -108,6 +108,9 @@ def test_a_folder_is_built_once_and_rebuilt_for_other_options_or_changed_files(t
     assert build({"size": 3})
     assert not build({"size": 3})
     assert len(calls) == 3
+    (tmp_path / "set" / "mine.pth").write_text("mine")  # of the user
+    assert not build({"size": 3}) and build({"size": 4})
+    assert (tmp_path / "set" / "mine.pth").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import detector, distiller, faster_rcnn, make_batch, tiny_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 
 from fgbg_kd.experiments import cell_maps as cell_maps_module
 from fgbg_kd.experiments import drawing
@@ -95,6 +96,18 @@ def test_each_cell_is_drawn_where_it_is(distil_cfg):
     scale = (level[2] - level[0]) / 80
     pixels = (cell - np.tile(level[:2], 2)) / scale
     np.testing.assert_allclose(pixels, [56, 8, 64, 16], atol=1)
+
+
+def test_a_two_stage_teacher_with_other_classes_is_not_drawn():
+    inputs = make_batch(sizes=((64, 80),), boxes=(((5, 5, 30, 40),),))[0]
+    model = distiller(detector(), faster_rcnn()).eval()
+    assert model.teacher.detector.roi_heads.num_classes == 80
+    assert drawing.confident_teacher(model, inputs, "BGR") == {}
+    model.teacher.detector.roi_heads.num_classes = 2
+    monkey = Instances((64, 80))
+    monkey.scores = torch.ones(1)
+    model.teacher.detector.forward = lambda _: [{"instances": monkey}]
+    assert len(drawing.confident_teacher(model, inputs, "BGR")["teacher"]) == 1
 
 
 def test_fitted_adapters_find_the_linear_map(monkeypatch):

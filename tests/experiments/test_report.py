@@ -123,6 +123,7 @@ def test_each_run_has_its_role_group_and_seed(runs):
         ("distilled", "distilled", 0),
         ("distilled", "distilled", 1),
     ]
+    assert {r.group for r in find_runs([runs / "plain"])} == {"plain"}
     assert [r.folder for r in find_runs([runs / "plain" / "seed1", runs / "plain"])] == [
         runs / "plain" / "seed0",
         runs / "plain" / "seed1",

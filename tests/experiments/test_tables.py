@@ -14,6 +14,7 @@ from fgbg_kd.experiments.tables import (
     plot,
     without_folders,
 )
+from fgbg_kd.utils.errors import RunError
 from fgbg_kd.utils.files import read_rows
 from fgbg_kd.utils.markdown import markdown_table
 
@@ -128,6 +129,15 @@ def test_without_plain_runs_the_summary_has_no_differences():
     assert cells(text) == [["method", "AP", "each seed"], cells(text)[1], ["FgBg", "20.00", "–"]]
 
 
+def test_without_plain_runs_fgbg_is_still_compared_with_the_others():
+    rows = [row("FgBg", s, 20.0 + s) for s in range(2)] + [row("PKD", s, 18.0) for s in range(2)]
+    table = cells(comparison_tables(group(rows)["c.yaml"], ["summary"]))
+    assert table[0] == ["method", "AP", "each seed", "FgBg − method"]
+    assert table[3] == ["PKD", "18.00", "18.0, 18.0", "+2.50 ± 6.35"]
+    alone = comparison_tables(group(rows[:2])["c.yaml"])
+    assert "±" not in alone  # nor is it explained
+
+
 def test_the_gap_is_that_of_the_seeds_that_both_have():
     rows = [row("teacher", None, 30.0), row("FgBg", 0, 20.0)]
     rows += [row("plain", seed, ap) for seed, ap in enumerate((10.0, 20.0, 20.0))]
@@ -144,6 +154,13 @@ def test_tuning_has_one_row_a_method_with_the_best_choice_in_bold():
         ["PKD", "WEIGHT=0.5: **7.0**; WEIGHT=2: 6.0; WEIGHT=10: 5.0"],
         ["CWD", "as given: **2.0**"],
     ]
+
+
+def test_tuning_names_keys_that_are_no_options_of_the_method():
+    rows = [row(f"PKD SOLVER.BASE_LR={x}", 0, ap, options={"weight": 2.0}) for x, ap in
+            (("0.01", 5.0), ("0.02", 7.0))]  # fmt: skip
+    table = cells(comparison_tables(group(rows)["c.yaml"], ["tuning"]))[2:]
+    assert table == [["PKD", "SOLVER.BASE_LR=0.01: 5.0; SOLVER.BASE_LR=0.02: **7.0**"]]
 
 
 def test_a_row_is_named_by_what_its_title_does_not_say():
@@ -200,6 +217,19 @@ def test_a_title_has_no_folders_of_a_machine():
     )
     named = "c.yaml MODEL.KD.TEACHER.WEIGHTS t.pth DATASETS.TEST_JSON data/val.json"
     assert without_folders(title) == named
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("<!-- table: x -->\nold\n# heading\n<!-- table: y -->\n<!-- end of table -->", "table: x"),
+        ("<!--table: x -->\n<!-- end of table -->", "does not start a table: write"),
+        ("<!-- table: x sumary -->\n<!-- end of table -->", "no part sumary: choose from summary"),
+    ],
+)
+def test_a_marker_that_is_not_complete_is_named_and_no_text_is_lost(text, message):
+    with pytest.raises(RunError, match=message):
+        fill(text, lambda file, parts: "new")
 
 
 def test_a_document_gets_its_tables_and_keeps_the_rest():

@@ -121,10 +121,10 @@ def build_folder(folder, options, write):
 
     The files are first written to a hidden folder beside it, which is renamed at the end. An
     interrupted run therefore leaves no incomplete folder. A folder with other options or with
-    changed files is replaced.
+    changed files is replaced. Files that somebody else put beside the made ones stay.
 
     ``meta.json`` in the folder has three keys: "options", "summary", and "content". The content is
-    the sha256 of each file in the folder, and the number of files in its subfolders.
+    the sha256 of each made file in the folder, and the number of files in its subfolders.
 
     Args:
         folder: path of the folder.
@@ -148,7 +148,8 @@ def build_folder(folder, options, write):
                 f"or choose another --out"
             )
         meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
-        if meta.get("options") == options and meta.get("content") == _content(folder):
+        made = meta.get("content", {}).get("sha256", {})
+        if meta.get("options") == options and meta.get("content") == _content(folder, made):
             return meta, False
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,9 @@ def build_folder(folder, options, write):
         meta = {"options": options, "summary": summary, "content": _content(work)}
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         if folder.exists():
+            for path in folder.iterdir():
+                if path.is_file() and path.name not in {*made, "meta.json"}:
+                    path.replace(work / path.name)  # of somebody else
             folder.replace(partial / "old")
         work.replace(folder)
     finally:
@@ -167,10 +171,15 @@ def build_folder(folder, options, write):
     return meta, True
 
 
-def _content(folder):
-    """The sha256 of each file but meta.json, and the number of files in subfolders."""
+def _content(folder, names=None):
+    """The sha256 of each file but meta.json, and the number of files in subfolders.
+
+    Args:
+        names: of the files that count. None: all.
+    """
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    digests = {path.name: sha256_of(path) for path in files if path.name != "meta.json"}
+    files = [x for x in files if x.name != "meta.json" and (names is None or x.name in names)]
+    digests = {path.name: sha256_of(path) for path in files}
     below = sum(path.is_file() for path in folder.glob("*/*"))
     return {"sha256": digests, "files_below": below}
 
