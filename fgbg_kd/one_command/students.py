@@ -130,7 +130,7 @@ def model_settings(
     ]
     if "INITIAL_DISTANCE" in get_fgbg_kd_cfg().MODEL[facts.family.upper()]:
         settings.append(Setting(f"{family}.INITIAL_DISTANCE", 1.0))  # AdamW needs it
-    whose = "the teacher's" if facts.own_anchors else "the usual ones of these strides"
+    whose = "the teacher's" if facts.own_anchors else "RetinaNet's shapes, sizes as in the teacher"
     for key, value in facts.anchors.items():
         settings.append(Setting(f"MODEL.ANCHOR_GENERATOR.{key}", value, whose))
     settings += [

@@ -100,7 +100,7 @@ def facts_of(config: str, teacher: Teacher) -> TeacherFacts:
         name=of.name,
         family=family,
         strides=strides,
-        anchors=anchors or ({} if has_none else _usual_anchors(strides)),
+        anchors=anchors or ({} if has_none else _similar_anchors(of, strides)),
         own_anchors=anchors is not None,
         head=_head(cfg, family) if family == of.name else {},
         pixel_format=of.channel_order,
@@ -195,8 +195,24 @@ def _factors(cell: Tensor) -> tuple[list[float], list[float]]:
     return sizes, ratios
 
 
-def _usual_anchors(strides: Sequence[int]) -> dict[str, list]:
-    sizes = [[round(4 * s * octave, 2) for octave in _OCTAVES] for s in strides]
+def _similar_anchors(of: DetectorView, strides: Sequence[int]) -> dict[str, list]:
+    """RetinaNet's shapes, in sizes that suit the teacher's objects.
+
+    On the same levels, the sizes are those of the teacher's anchors. Otherwise there are three per
+    octave, as in RetinaNet. The smallest is that of a two-stage teacher's first stage. Without such
+    a stage, it is 4 strides, as in RetinaNet.
+    """
+    if isinstance(of, DenseView) and [x.stride for x in of.levels] == list(strides):
+        areas = [(c[:, 2:] - c[:, :2]).prod(1).sqrt().tolist() for c in of.cell_anchors]
+        if all(len(a) > 1 for a in areas):
+            sizes = [sorted({round(size, 1) for size in level}) for level in areas]
+            return {"SIZES": sizes, "ASPECT_RATIOS": [_RATIOS]}
+    smallest = 4.0 * strides[0]
+    proposals = getattr(of.detector, "proposal_generator", None)
+    if hasattr(proposals, "anchor_generator"):
+        cells = torch.cat(list(proposals.anchor_generator.cell_anchors))
+        smallest = float((cells[:, 2:] - cells[:, :2]).prod(1).sqrt().min())
+    sizes = [[round(smallest * s / strides[0] * x, 2) for x in _OCTAVES] for s in strides]
     return {"SIZES": sizes, "ASPECT_RATIOS": [_RATIOS]}
 
 

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import (
     detector,
@@ -17,14 +18,16 @@ from conftest import (
     tiny_cfg,
     tiny_ssd,
     tiny_ssd_cfg,
+    tiny_yolo_cfg,
 )
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
 
 from fgbg_kd import Teacher
 from fgbg_kd.config import get_fgbg_kd_cfg
 from fgbg_kd.detectors.dense import view
-from fgbg_kd.detectors.load import build_detector
+from fgbg_kd.detectors.load import build_detector, read_detector_config
 from fgbg_kd.matching import same_anchors, shared_levels
 from fgbg_kd.one_command import measure
 from fgbg_kd.one_command.choose import RUNTIMES, Wish, choose, refined, table, verdict
@@ -160,6 +163,31 @@ def test_the_student_of_a_teacher_with_one_input_size_draws_no_size_from_a_range
     made = config_of(model_settings(facts(tmp_path, cfg, tiny_ssd()), SMALL, 2))
     assert made.INPUT.MIN_SIZE_TRAIN == (96,) and made.INPUT.RANDOM_FLIP == "none"
     assert len(build_augmentation(made, is_train=True)) == 1  # it asserts that a range has two
+
+
+def test_anchors_begin_with_the_smallest_of_a_two_stage_teacher(tmp_path):
+    cfg = faster_rcnn_cfg()
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8], [24], [48]]
+    with torch.random.fork_rng():
+        teacher = build_model(cfg)
+    found = facts(tmp_path, cfg, teacher)
+    assert found.strides[0] == 8 and found.anchors["SIZES"][0] == [8.0, 10.08, 12.7]
+    assert found.anchors["SIZES"][1] == [16.0, 20.16, 25.4]
+    with torch.random.fork_rng():  # of COCO: those of RetinaNet
+        coco = build_detector(read_detector_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
+    sizes = facts_of("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", Teacher(coco)).anchors["SIZES"]
+    assert [level[0] for level in sizes] == [32.0, 64.0, 128.0, 256.0]
+
+
+def test_anchors_have_the_sizes_of_a_teacher_with_the_same_levels(tmp_path):
+    cfg = tiny_yolo_cfg(network="yolov3")
+    teacher = build_detector(cfg)
+    found = facts(tmp_path, cfg, teacher)
+    assert found.strides == [8, 16, 32] and found.family != found.name
+    boxes = [[(10, 13), (16, 30), (33, 23)], [(30, 61), (62, 45), (59, 119)],
+             [(116, 90), (156, 198), (373, 326)]]  # fmt: skip
+    expected = [sorted(round((w * h) ** 0.5, 1) for w, h in level) for level in boxes]
+    assert found.anchors == {"SIZES": expected, "ASPECT_RATIOS": [[0.5, 1.0, 2.0]]}
 
 
 @pytest.mark.parametrize(
