@@ -273,7 +273,8 @@ def joint_logits(objectness: Tensor, classes: Tensor) -> Tensor:
     is finite where the product rounds to 0 or 1, and few copies are kept.
     """
     o, c = full_precision(objectness), full_precision(classes)
-    return o - F.softplus(F.softplus(o) - c)
+    # From the threshold on, PyTorch takes x for softplus(x). Its default, 20, is wrong by 2e-9.
+    return o - F.softplus(F.softplus(o, threshold=40) - c, threshold=40)
 
 
 def warped(images: Tensor, size: tuple[int, int]) -> Tensor:
