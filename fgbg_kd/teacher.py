@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import test_size_of, training_classes
-from .data.coco_files import names_own_set
+from .data.coco_files import names_set_of_another_config
 from .detectors.dense import (
     DenseOutput,
     DetectorView,
@@ -183,7 +183,7 @@ def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | No
             f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, but the teacher has {number} "
             "classes: give one name for each class."
         )
-    names = classes or (None if names_own_set(cfg) else training_classes(cfg))
+    names = classes or (None if names_set_of_another_config(cfg) else training_classes(cfg))
     # The command line of the teacher's training may have replaced DATASETS.TRAIN of the config.
     # The config's names may then be wrong.
     return names if names and len(names) == number else None

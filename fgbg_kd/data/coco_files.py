@@ -118,8 +118,8 @@ def _register(
     _registered[name] = path, images, shapes, list(classes or own)
 
 
-def names_own_set(cfg: CfgNode | DictConfig) -> bool:
-    """Whether a config names a training set without its file, and another config gave the file.
+def names_set_of_another_config(cfg: CfgNode | DictConfig) -> bool:
+    """Whether a config names a training set without its file, and another config gave its file.
 
     Then the classes of that set may not be those of this config: a set of the same name may have
     been registered in the user's own training.
