@@ -131,18 +131,7 @@ class YOLO(DenseDetector):
         of = YOLOView(self)
         scores = [permute_to_N_HWA_K(x, self.num_classes) for x in of.scores(predictions)]
         boxes = [permute_to_N_HWA_K(x, 4) for x in of.decode(features, predictions)]
-        return [
-            detections(
-                [x[i] for x in boxes],
-                [x[i] for x in scores],
-                size,
-                score=self.test_score_thresh,
-                candidates=self.test_topk_candidates,
-                iou=self.test_nms_thresh,
-                limit=self.max_detections_per_image,
-            )
-            for i, size in enumerate(images.image_sizes)
-        ]
+        return detections(self, boxes, scores, images.image_sizes)
 
     def read_darknet(self, path: str) -> dict[str, Tensor]:
         """The tensors of a .weights file, for a checkpointer."""

@@ -173,18 +173,7 @@ class YOLOX(DenseDetector):
             [x.flatten(2).transpose(1, 2) for x in maps]  # (N, H*W, 4), (N, H*W, K)
             for maps in (self.boxes(predictions), self.scores(predictions))
         )
-        return [
-            detections(
-                [x[i] for x in boxes],
-                [x[i] for x in scores],
-                size,
-                score=self.test_score_thresh,
-                candidates=self.test_topk_candidates,
-                iou=self.test_nms_thresh,
-                limit=self.max_detections_per_image,
-            )
-            for i, size in enumerate(images.image_sizes)
-        ]
+        return detections(self, boxes, scores, images.image_sizes)
 
 
 def _network_builder() -> Callable[..., tuple[nn.Module, nn.Module]]:
