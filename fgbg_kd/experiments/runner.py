@@ -114,7 +114,8 @@ class Runner:
         output.mkdir(parents=True, exist_ok=True)
         settings = _settings(config, output, opts, checkpoint)
         python = str(config).endswith(".py")
-        opts += [f"train.output_dir='{output}'"] if python else ["OUTPUT_DIR", str(output)]
+        own = [f"train.output_dir='{output}'"] if python else ["OUTPUT_DIR", str(output)]
+        opts = [*opts, *own]
         with open(output / "train.txt", "a", buffering=1) as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

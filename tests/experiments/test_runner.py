@@ -127,6 +127,13 @@ def test_a_child_gets_the_number_of_gpus(folder):
     assert "--num-gpus 2 --resume" in calls(folder)[0]
 
 
+def test_the_callers_overrides_stay_as_they_are(folder):
+    opts = ["SEED", "3"]
+    with Runner(folder / "train_net.py") as runner:
+        runner.run("x", folder / "c.yaml", folder / "run", opts)
+    assert opts == ["SEED", "3"]
+
+
 def test_other_settings_are_refused_by_name_and_nothing_is_lost(folder):
     run(folder, checkpoint=folder / "teacher.pth")
     with pytest.raises(RunError, match="SEED was 7, is 8"):
