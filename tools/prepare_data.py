@@ -8,7 +8,7 @@ Example:
   digits      digits on photos, ten classes, easy to see   -> datasets/digits
   scenes      smaller and fainter digits, with distractors -> datasets/scenes
   trees       aerial photos with boxes of tree crowns      -> datasets/trees (or trees_tuning)
-  pretrained  MobileNetV2 and EfficientNet-Lite0, trained on ImageNet, for timm
+  pretrained  MobileNetV2, EfficientNet-Lite0 and Lite2, trained on ImageNet, for timm
                                                            -> datasets/pretrained
   mobilenet_ssd  MobileNet-SSD, trained on PASCAL VOC      -> datasets/mobilenet_ssd
   all         all of these

@@ -492,13 +492,15 @@ def test_the_pretrained_weights_give_timm_the_same_outputs(mobilenet):
     assert_equal_outputs(mobilenet, pretrained.to_timm(state_dict))
 
 
-def test_the_names_of_efficientnet_lite0_are_in_the_order_of_timms_model():
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_names_of_efficientnet_lite_are_in_the_order_of_timms_model(number):
     """Both models list their tensors from input to output, so equal places mean equal tensors."""
     timm = pytest.importorskip("timm")
-    from fgbg_kd.experiments.datasets.pretrained import EFFICIENTNET
+    from fgbg_kd.experiments.datasets import pretrained
 
-    names = [name.rpartition(".")[0] for name in timm.create_model(EFFICIENTNET.model).state_dict()]
-    assert list(dict.fromkeys(names)) == _in_order_of_use(EFFICIENTNET.modules)
+    source = {0: pretrained.EFFICIENTNET_LITE0, 2: pretrained.EFFICIENTNET_LITE2}[number]
+    names = [name.rpartition(".")[0] for name in timm.create_model(source.model).state_dict()]
+    assert list(dict.fromkeys(names)) == _in_order_of_use(source.modules)
 
 
 def _in_order_of_use(modules):

@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from fgbg_kd.config import student_config
 from fgbg_kd.engine import read_config
 from fgbg_kd.experiments.datasets import real_photos
+from fgbg_kd.experiments.datasets.pretrained import SOURCES
 from fgbg_kd.experiments.datasets.real_photos import AQUARIUM, VOC07, build_real, split_of
 
 CONFIGS = sorted((ROOT / "configs" / "real").glob("*.yaml"))
@@ -139,7 +140,7 @@ def test_a_config_of_real_photos_names_files_that_the_tools_make(file, monkeypat
         assert cfg.DATASETS[f"{part}_IMAGES"] == f"datasets/{name}/images"
     assert num_classes_of_config(cfg) == classes[name]
     weights = cfg.MODEL.TIMM.WEIGHTS.removeprefix("datasets/pretrained/")
-    assert weights in ("", "mobilenetv2_timm.pth", "efficientnet_lite0_timm.pth")
+    assert weights in ("", *(source.file for source in SOURCES))
     made = "datasets/mobilenet_ssd/mobilenet_ssd_voc.pth"  # trained by others
     assert cfg.MODEL.WEIGHTS in ("", made)
     if cfg.MODEL.KD.TEACHER.CONFIG:

