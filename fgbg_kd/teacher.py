@@ -19,7 +19,9 @@ from .data import test_size_of, training_classes
 from .data.coco_files import names_set_of_another_config
 from .detectors.dense import (
     DenseOutput,
+    DenseView,
     DetectorView,
+    lenient_view,
     num_classes_of,
     view,
     warped,
@@ -175,9 +177,9 @@ def build_teacher(
 
 
 def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | None:
-    number = num_classes_of(detector)
-    if number is None:  # not dense: only its features are used
+    if not isinstance(lenient_view(detector), DenseView):  # only its features are used
         return None
+    number = num_classes_of(detector)
     if classes and len(classes) != number:
         raise TeacherError(
             f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, but the teacher has {number} "

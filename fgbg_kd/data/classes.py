@@ -102,15 +102,15 @@ def training_classes(cfg: CfgNode | DictConfig) -> list[str] | None:
     if isinstance(cfg, CfgNode) and cfg.DATASETS.TRAIN_JSON:
         path = cfg.DATASETS.TRAIN_JSON
         return class_names(path) if os.path.isfile(path) else None
-    return next(filter(None, map(set_classes, training_sets(cfg))), None)
+    return next(filter(None, map(set_classes, names_of_sets(cfg))), None)
 
 
-def training_sets(cfg: CfgNode | DictConfig) -> Sequence[str]:
-    """The names of a config's training sets."""
+def names_of_sets(cfg: CfgNode | DictConfig, part: str = "train") -> list[str]:
+    """The names of a config's training sets, or with ``part="test"`` of its test sets."""
     if isinstance(cfg, CfgNode):
-        return cfg.DATASETS.TRAIN
-    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-    return (names,) if isinstance(names, str) else names
+        return list(cfg.DATASETS[part.upper()])
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or []
+    return [names] if isinstance(names, str) else list(names)
 
 
 def match_categories(classes: Sequence[str], categories: list[dict], path: str) -> dict[int, int]:

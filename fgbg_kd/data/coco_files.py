@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from ..utils.errors import ConfigError, DataError
-from .classes import match_categories, names_of, training_classes, training_sets
+from .classes import match_categories, names_of, names_of_sets, training_classes
 from .image_files import check_images
 from .images import too_narrow
 from .validation import read_coco
@@ -126,7 +126,7 @@ def names_set_of_another_config(cfg: CfgNode | DictConfig) -> bool:
     """
     if isinstance(cfg, CfgNode) and cfg.DATASETS.TRAIN_JSON:
         return False
-    return any(name in _registered for name in training_sets(cfg))
+    return any(name in _registered for name in names_of_sets(cfg))
 
 
 def read_records(

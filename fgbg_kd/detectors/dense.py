@@ -329,6 +329,8 @@ def lenient_view(detector: nn.Module) -> DetectorView | None:
 
 
 def num_classes_of(detector: nn.Module) -> int | None:
-    """A dense detector's number of classes; None for any other model."""
+    """A dense or two-stage detector's number of classes; None if it is not known."""
     found = lenient_view(detector)
-    return found.num_classes if isinstance(found, DenseView) else None
+    if isinstance(found, DenseView):
+        return found.num_classes
+    return getattr(getattr(detector, "roi_heads", None), "num_classes", None)

@@ -34,6 +34,7 @@ from ..data import (
     resize_of,
     training_classes,
 )
+from ..data.classes import names_of_sets
 from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
 from ..matching import usual_size
@@ -294,9 +295,9 @@ def _unlabeled(cfg: DictConfig, teacher: Teacher | None) -> Unlabeled:
         share=train.get("unlabeled_share", defaults.SHARE),
         precision=train.get("unlabeled_precision", defaults.PRECISION),
         file=train.get("unlabeled_file") or os.path.join(train.output_dir, "unlabeled.json"),
-        training=[x for name in _names_of(cfg, "train") for x in DatasetCatalog.get(name)]
+        training=[x for name in names_of_sets(cfg) for x in DatasetCatalog.get(name)]
         or instantiate(data.train.dataset),
-        tests=_names_of(cfg, "test"),
+        tests=names_of_sets(cfg, "test"),
         classes=training_classes(cfg),
         mapper=instantiate(test.mapper),
         longest=(resize_of(data.train) or {}).get("max_size", 0),
@@ -314,7 +315,7 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
     ``warmup_iters`` is -1 or missing, it gets the warm-up length of ``lr_multiplier``.
     """
     classes = training_classes(cfg)
-    check_same_classes([*_names_of(cfg, "train"), *_names_of(cfg, "test")])
+    check_same_classes([*names_of_sets(cfg), *names_of_sets(cfg, "test")])
     if student_model(cfg.model) is not cfg.model:
         if "classes" not in cfg.model:
             cfg.model.classes = classes
@@ -339,10 +340,6 @@ def build_lazy(cfg: DictConfig) -> nn.Module:
             f"detector has {number}: set num_classes={len(classes)} in the model."
         )
     return model
-
-
-def _names_of(cfg: DictConfig, part: str) -> list[str]:
-    return _listed(OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or [])
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

@@ -169,10 +169,7 @@ class FgBgTrainer(DefaultTrainer):
             model = super().build_model(cfg)
         detector = detector_of(model)
         check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        number = num_classes_of(detector) or getattr(
-            getattr(detector, "roi_heads", None), "num_classes", None
-        )
-        if number is not None:
+        if (number := num_classes_of(detector)) is not None:
             check_num_classes(cfg, number)
         if cfg.SOLVER.CHANNELS_LAST:  # activations follow the format of the weights
             model.to(memory_format=torch.channels_last)

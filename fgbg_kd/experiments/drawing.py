@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor, nn
 
-from ..detectors.dense import channel_order
+from ..detectors.dense import DenseView, channel_order, num_classes_of
 from ..distiller import FgBgDistiller
 from ..matching import dense_student
 from ..ops import BACKGROUND
@@ -52,8 +52,8 @@ def confident_teacher(
     numbers have no names here.
     """
     detector = distiller.teacher.detector
-    number = getattr(getattr(detector, "roi_heads", None), "num_classes", None)
-    if number not in (None, dense_student(distiller.student).num_classes):
+    known = (None, dense_student(distiller.student).num_classes)
+    if not isinstance(distiller.teacher.view, DenseView) and num_classes_of(detector) not in known:
         return {}
     return {"teacher": confident(detector, inputs, image_format)}
 

@@ -161,8 +161,6 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
     teacher = FgBgTrainer.build_model(cfg).teacher
     detector, classes = teacher.detector, len(training_classes(cfg))
     number = num_classes_of(detector)
-    if number is None:
-        number = getattr(getattr(detector, "roi_heads", detector), "num_classes", classes)
     names = None  # of a teacher that gives features only, and may have other classes
     if not isinstance(teacher.view, DenseView):
         names = list(theirs.CLASSES) or training_classes(read_detector_config(theirs.CONFIG))
@@ -171,7 +169,7 @@ def teacher_ap(config: Path, folder: Path, say: Callable[[str], None]) -> dict[s
                 "teacher: the names of its classes are not known. Its AP is right only if they are "
                 "in the order of the training set's categories. Give them with --classes."
             )
-    if number != classes or (names and list(names) != list(training_classes(cfg))):
+    if number not in (None, classes) or (names and list(names) != list(training_classes(cfg))):
         say(f"teacher: its {number} classes are not the {classes} of the data. It gets no AP.")
         return {}
     say("teacher: evaluating")
