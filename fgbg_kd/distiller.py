@@ -13,8 +13,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .config import method_options, student_config
-from .data import training_classes
+from .data import training_classes, usual_size
 from .detectors.dense import DenseOutput, DenseView
+from .detectors.load import starts_trained
 from .matching import (
     SharedLevel,
     check_predictions,
@@ -27,10 +28,10 @@ from .matching import (
     select_unwarped,
     shared_levels,
     shrink_of,
-    usual_size,
 )
 from .methods import Batch, Method, build_method, complete_options, get_method
 from .methods.base import check_not_negative
+from .own_losses import labeled_first, own_losses
 from .teacher import Teacher, accelerate, build_teacher, check_same_format, check_teacher_file
 from .utils.errors import ConfigError, TeacherError
 
@@ -107,7 +108,7 @@ class FgBgDistiller(nn.Module):
         self._inherited: dict[str, Tensor] = {}
         name, options = _method_of(method)
         if get_method(name).is_off(options):
-            logger.info(f"The weights of {name} switch it off: this is plain training.")
+            _say_that_it_is_off(name, inherit)
             teacher = None
         if isinstance(teacher, nn.Module):
             teacher = Teacher(teacher)
@@ -175,7 +176,7 @@ class FgBgDistiller(nn.Module):
             "classes": training_classes(cfg) if teacher is not None else None,
             "inherit": kd.INHERIT,
             "image_size": usual_size(cfg),
-            "pretrained": bool(cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS),
+            "pretrained": starts_trained(cfg),
         }
 
     @property
@@ -192,12 +193,12 @@ class FgBgDistiller(nn.Module):
         if not self.training or self.teacher is None:
             return self.student(batched_inputs)
         student = dense_student(self.student)
-        batched_inputs, labeled = _labeled_first(batched_inputs)
+        batched_inputs, labeled = labeled_first(batched_inputs)
         batched_inputs = student.as_seen(batched_inputs)
         images = student.preprocess(batched_inputs)
         gt = [x["instances"].to(self.device) for x in batched_inputs]
         output = student.run(images.tensor, logits=self.method.needs_logits)
-        losses = self.own_losses(images, output, gt, labeled)
+        losses = own_losses(student, images, output, gt, labeled, self.unlabeled_weight)
         scale = self.scale_at(get_event_storage().iter)
         if scale == 0:
             return losses | self._zeros(output)
@@ -209,41 +210,6 @@ class FgBgDistiller(nn.Module):
         guidance, statistics = self.method(batch)
         _log(statistics)
         return losses | {name: scale * loss for name, loss in guidance.items()}
-
-    def own_losses(self, images: ImageList, output: DenseOutput, gt, labeled: int) -> dict:
-        """The student's own losses.
-
-        L = L(labelled images) + unlabeled_weight * L(photos without labels), each the detector's
-        own loss, as in Sohn et al. 2020 (STAC, arXiv 2005.04757),
-        section 3. The terms of the second part have names with the suffix "_unlabeled". With
-        weight 0 they are absent.
-
-        Args:
-            images, output: the student's batch, and its output.
-            gt: N Instances. Those of photos without labels hold the teacher's detections.
-            labeled: number of labelled images, which come first.
-        """
-        of = dense_student(self.student)
-        if labeled == len(gt):
-            return of.losses(images, output, gt)
-
-        def losses_on(part: slice) -> dict:
-            pictures = ImageList(images.tensor[part], images.image_sizes[part])
-            return of.losses(pictures, output.of_images(part), gt[part])
-
-        losses = losses_on(slice(labeled))
-        if self.unlabeled_weight > 0:
-            # Detectron2's detectors keep a running mean of their normaliser. It stays that of the
-            # labelled images.
-            normalizer = of.loss_normalizer
-            if normalizer is not None:
-                of.loss_normalizer = normalizer * (len(gt) - labeled) / labeled
-            with get_event_storage().name_scope("unlabeled"):  # the detector logs numbers too
-                soft = losses_on(slice(labeled, None))
-            if normalizer is not None:
-                of.loss_normalizer = normalizer
-            losses |= {f"{k}_unlabeled": self.unlabeled_weight * v for k, v in soft.items()}
-        return losses
 
     def match(self, student: DenseOutput, teacher: DenseOutput, images: ImageList, gt) -> Batch:
         """Puts both outputs on the shared levels, with maps of equal size, and adds ground truth.
@@ -300,24 +266,14 @@ class FgBgDistiller(nn.Module):
 _TEACHER_KEYS = ("CONFIG", "WEIGHTS", "SHA256", "CLASSES", "PRECISION", "CACHE")
 
 
-def _labeled_first(batched_inputs: list[dict]) -> tuple[list[dict], int]:
-    """The batch with its labelled images first, and their number.
-
-    Photos without labels have the entry "unlabeled": True.
-
-    Raises:
-        ConfigError: there is no labelled image.
-    """
-    photos = [x for x in batched_inputs if x.get("unlabeled")]
-    if not photos:
-        return batched_inputs, len(batched_inputs)
-    labeled = [x for x in batched_inputs if not x.get("unlabeled")]
-    if not labeled:
+def _say_that_it_is_off(name: str, inherit: Sequence[str]) -> None:
+    if inherit:
         raise ConfigError(
-            'All images of a batch are marked "unlabeled": the loader must put a labelled image '
-            "into each batch, as ResumableLoader.mix does."
+            f"MODEL.KD.INHERIT copies {', '.join(inherit)} from the teacher, but the "
+            f"weights of {name} are 0, and plain training loads no teacher: give a weight "
+            "over 0. To use the copy with almost no distillation, set MODEL.KD.STOP_ITER 1."
         )
-    return labeled + photos, len(labeled)
+    logger.info(f"The weights of {name} switch it off: this is plain training.")
 
 
 def _method_of(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:

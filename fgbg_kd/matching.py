@@ -2,17 +2,13 @@
 
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import CfgNode
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import resize_of
 from .detectors.dense import DenseOutput, DenseView, DetectorView, view
 from .methods import Method, get_method
 from .ops.common import upload
@@ -105,25 +101,6 @@ def shrink_of(
         )
         return 1.0
     return math.sqrt(math.prod(size) / math.prod(teacher.input_size))
-
-
-def usual_size(cfg: CfgNode | DictConfig) -> tuple[int, int] | None:
-    """(height, width) of a training image of a config, with sides 3 : 4; None: not resized."""
-    if isinstance(cfg, CfgNode):
-        sizes, sampling = sorted(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-        limit = cfg.INPUT.MAX_SIZE_TRAIN
-    else:
-        resize = resize_of(OmegaConf.select(cfg, "dataloader.train"))
-        if resize is None:
-            return None
-        sizes, sampling = resize.short_edge_length, resize.get("sample_style", "range")
-        sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
-        limit = resize.get("max_size", sys.maxsize)
-    short = sizes[len(sizes) // 2]
-    if sampling == "range":
-        short = (sizes[0] + sizes[-1]) // 2
-    short = min(short, limit * 3 // 4)
-    return (short, short * 4 // 3) if short else None
 
 
 def select(
@@ -226,16 +203,9 @@ def match_classes(
         )
         return
     classes, theirs = list(classes), list(teacher_classes)
+    _check_names(classes, theirs)
     if classes == theirs:
         return
-    lacking = [name for name in classes if name not in theirs]
-    if lacking:
-        raise TeacherError(
-            f"The teacher does not know {lacking}.\nThe student's classes: {', '.join(classes)}.\n"
-            f"The teacher's classes: {', '.join(theirs)}.\nIf these are other names for the same "
-            "classes, set MODEL.KD.TEACHER.CLASSES (--classes of distill.py) to the student's "
-            "names, in the teacher's order."
-        )
     try:
         teacher.keep_classes([theirs.index(name) for name in classes])
     except DetectorError as error:
@@ -243,10 +213,25 @@ def match_classes(
     logger.info(f"The teacher has {len(theirs)} classes. The student's {len(classes)} are used.")
 
 
+def _check_names(classes: list[str], theirs: list[str]) -> None:
+    if twice := sorted({name for name in theirs if theirs.count(name) > 1}):
+        raise TeacherError(
+            f"The teacher's class names have {twice} more than once: give each class its own name "
+            "in MODEL.KD.TEACHER.CLASSES (--classes of distill.py)."
+        )
+    if lacking := [name for name in classes if name not in theirs]:
+        raise TeacherError(
+            f"The teacher does not know {lacking}.\nThe student's classes: {', '.join(classes)}.\n"
+            f"The teacher's classes: {', '.join(theirs)}.\nIf these are other names for the same "
+            "classes, give the student's names, in the teacher's order, in "
+            "MODEL.KD.TEACHER.CLASSES (--classes of distill.py)."
+        )
+
+
 def same_anchors(student: DenseView, teacher: DenseView, levels: Sequence[SharedLevel]) -> bool:
     """Whether both have the same anchors per cell, in the same order."""
     mine, theirs = ([a.tolist() for a in d.cell_anchors] for d in (student, teacher))
-    same = all(mine[i] == theirs[j] for i, j in (level.place for level in levels))
+    same = all(mine[x.place[0]] == theirs[x.place[1]] for x in levels)
     return same and student.anchor_offset == teacher.anchor_offset
 
 

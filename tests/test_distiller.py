@@ -17,10 +17,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
+from fgbg_kd.data import usual_size
 from fgbg_kd.detectors.dense import DenseView
-from fgbg_kd.detectors.load import without_pretrained
+from fgbg_kd.detectors.load import starts_trained, without_pretrained
 from fgbg_kd.engine.non_finite import not_finite
-from fgbg_kd.matching import usual_size
 from fgbg_kd.utils.errors import TeacherError
 
 
@@ -125,6 +125,11 @@ def test_the_loss_of_features_depends_on_the_weights_that_the_student_starts_fro
     distil_cfg.MODEL.WEIGHTS = weights
     assert build_model(distil_cfg).method.fg_loss == expected
     distil_cfg.MODEL.WEIGHTS, distil_cfg.MODEL.TIMM.WEIGHTS = "", weights
+    kept = distil_cfg.MODEL.BACKBONE.NAME
+    distil_cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"  # it does not read them
+    assert not starts_trained(distil_cfg)
+    assert not starts_trained(without_pretrained(distil_cfg))
+    distil_cfg.MODEL.BACKBONE.NAME = kept
     replayed = build_model(without_pretrained(distil_cfg))  # as tools/replay.py builds it
     assert replayed.method.fg_loss == expected
 

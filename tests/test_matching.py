@@ -131,6 +131,17 @@ def test_a_shared_level_has_the_place_and_the_channels_that_each_side_gives_it()
     assert got == [(8, (1, 1), (6, 2)), (16, (0, 2), (5, 3))]
 
 
+@pytest.mark.parametrize("stride, meets", [(22, True), (24, False), (12, True), (11, False)])
+def test_a_level_of_a_warped_teacher_meets_one_of_the_student_within_half_an_octave(stride, meets):
+    mine, theirs = [FeatureLevel("p4", 16, 6)], [FeatureLevel("m", stride, 2)]
+    student, teacher = (SimpleNamespace(levels=levels, name="X") for levels in (mine, theirs))
+    if meets:
+        assert [x.place for x in shared_levels(student, teacher, 1.0001)] == [(0, 0)]
+    else:
+        with pytest.raises(TeacherError, match="stride"):
+            shared_levels(student, teacher, 1.0001)
+
+
 def test_anchors_are_compared_on_the_levels_of_each_side_and_on_all():
     def views(*anchors):
         anchors = [torch.tensor([[float(x)]]) for x in anchors]
@@ -301,6 +312,12 @@ def test_the_same_number_of_other_classes_is_no_match():
         assert text in str(error.value)
 
 
+def test_a_repeated_class_name_of_the_teacher_is_refused():
+    names = {"classes": ["square", "stripe"], "teacher_classes": ["square", "stripe", "stripe"]}
+    with pytest.raises(TeacherError, match=r"\['stripe'\] more than once"):
+        distiller(detector(), detector(), **names)
+
+
 def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
     def three(cfg):
         cfg.MODEL.RETINANET.NUM_CLASSES = 3
@@ -433,3 +450,18 @@ def test_parts_of_another_kind_or_name_are_an_error():
         distiller(detector(edit=batch_norm), detector(edit=wider), inherit=["fpn"])  # counters only
     with pytest.raises(ValueError, match="INHERIT names 'neck'"):
         distiller(detector(), detector(), inherit=["neck"])
+
+
+def test_equal_names_in_modules_of_another_class_are_not_inherited():
+    class OtherHead(RetinaNetHead):
+        pass
+
+    teacher = detector()
+    teacher.head.__class__ = OtherHead
+    with pytest.raises(TeacherError, match="'head': no weight of the teacher's OtherHead fits"):
+        distiller(detector(), teacher, inherit=["head"])
+
+
+def test_plain_training_inherits_nothing_and_says_so():
+    with pytest.raises(ConfigError, match="INHERIT copies head .* weights of FgBg are 0"):
+        distiller(detector(), detector(), inherit=["head"], fg_weight=0.0, bg_weight=0.0)

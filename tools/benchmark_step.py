@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 
 from fgbg_kd import FgBgDistiller
 from fgbg_kd.config import method_options
-from fgbg_kd.detectors.load import build_detector, read_detector_config
+from fgbg_kd.detectors.load import build_detector, read_detector_config, starts_trained
 from fgbg_kd.engine import read_config
 from fgbg_kd.experiments.method_specs import method_overrides
 from fgbg_kd.matching import dense_student
@@ -70,10 +70,14 @@ def random_batch(images: int, height: int, width: int, channels: int, classes: i
 def steps(args) -> list[dict]:
     """Measures the plain step, the teacher's forward pass and the step of each method, as rows."""
     student, detector = pair(args.config_file, args.device)
+    pretrained = starts_trained(read_detector_config(args.config_file))
     teacher = Teacher(detector, precision=args.precision)
     distillers = {
         spec: FgBgDistiller(
-            student=student, teacher=teacher, method=method_of(args.config_file, spec)
+            student=student,
+            teacher=teacher,
+            method=method_of(args.config_file, spec),
+            pretrained=pretrained,
         )
         .to(args.device)
         .train()

@@ -6,8 +6,9 @@ Example:
 """
 
 import argparse
+import os
 
-import _quiet  # noqa: F401
+import _quiet
 import torch
 from _arguments import add_import_flag
 from detectron2.utils.events import EventStorage
@@ -17,6 +18,7 @@ from fgbg_kd.engine import FgBgTrainer, build_lazy, load_config, load_lazy_confi
 from fgbg_kd.engine.hooks import beside_detector, detector_of
 from fgbg_kd.engine.non_finite import load_batch, not_finite
 from fgbg_kd.engine.resume import seed_iteration
+from fgbg_kd.utils.errors import CheckpointError, FgBgError
 from fgbg_kd.utils.safe_checkpoint import SafeCheckpointer
 
 
@@ -41,7 +43,14 @@ def main():
         cfg = load_config(args.config_file, args.opts)
         model, amp = FgBgTrainer.build_model(without_pretrained(cfg)), cfg.SOLVER.AMP.ENABLED
     detector = detector_of(model)
+    if not os.path.isfile(args.file):
+        raise FileNotFoundError(f"there is no file {args.file}")
     saved = SafeCheckpointer(detector, **beside_detector(model)).load(args.file)
+    if "batch" not in saved:
+        raise CheckpointError(
+            f"{args.file} holds no batch: give the not_finite_*.pth in the folder of the stopped "
+            "run."
+        )
     if saved["loss_normalizer"] is not None:
         detector.loss_normalizer = saved["loss_normalizer"]
     batch = load_batch(saved)
@@ -62,4 +71,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FgBgError, OSError) as error:
+        _quiet.stop("replay", error)

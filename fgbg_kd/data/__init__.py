@@ -4,7 +4,7 @@ from ..utils.errors import DataError
 from .classes import check_num_classes, check_same_classes, match_categories, training_classes
 from .coco_files import register_datasets
 from .evaluator import BoxEvaluator
-from .mapper import NamingMapper, check_image_format, resize_of, test_size_of
+from .mapper import NamingMapper, check_image_format, resize_of, test_size_of, usual_size
 
 __all__ = [
     "BoxEvaluator",
@@ -18,4 +18,5 @@ __all__ = [
     "resize_of",
     "test_size_of",
     "training_classes",
+    "usual_size",
 ]

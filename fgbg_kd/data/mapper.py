@@ -1,6 +1,7 @@
 """Detectron2's mapper with this package's image reader, and the sizes in which it reads."""
 
 import copy
+import sys
 
 import numpy as np
 import torch
@@ -95,3 +96,22 @@ def resize_of(loader: DictConfig | None) -> DictConfig | None:
         return None
     found = (s for s in steps if isinstance(s, DictConfig) and "short_edge_length" in s)
     return next(found, None)
+
+
+def usual_size(cfg: CfgNode | DictConfig) -> tuple[int, int] | None:
+    """(height, width) of a training image of a config, with sides 3 : 4; None: not resized."""
+    if isinstance(cfg, CfgNode):
+        sizes, sampling = sorted(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        limit = cfg.INPUT.MAX_SIZE_TRAIN
+    else:
+        resize = resize_of(OmegaConf.select(cfg, "dataloader.train"))
+        if resize is None:
+            return None
+        sizes, sampling = resize.short_edge_length, resize.get("sample_style", "range")
+        sizes = [sizes] if isinstance(sizes, int) else sorted(sizes)
+        limit = resize.get("max_size", sys.maxsize)
+    short = sizes[len(sizes) // 2]
+    if sampling == "range":
+        short = (sizes[0] + sizes[-1]) // 2
+    short = min(short, limit * 3 // 4)
+    return (short, short * 4 // 3) if short else None

@@ -6,7 +6,7 @@ import os
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.modeling import build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from omegaconf import DictConfig
 from torch import nn
 
@@ -59,6 +59,16 @@ def read_detector_config(config: str) -> CfgNode | DictConfig:
     return cfg
 
 
+def starts_trained(cfg: CfgNode) -> bool:
+    """Whether a config's student, or its backbone, starts from trained weights.
+
+    Detectron2's own backbones do not read MODEL.TIMM.WEIGHTS, which then does not count.
+    """
+    builder = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
+    reads_timm = not builder.__module__.startswith("detectron2.")
+    return bool(cfg.MODEL.WEIGHTS or (reads_timm and cfg.MODEL.TIMM.WEIGHTS))
+
+
 def weights_of(config: str, cfg: CfgNode | DictConfig) -> str:
     """Path or URL of the checkpoint that belongs to a config; "": it names none.
 
@@ -93,7 +103,8 @@ def without_pretrained(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     # FG_LOSS auto asks whether the run started from weights. Building reads no MODEL.WEIGHTS.
-    cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS
+    if starts_trained(cfg):
+        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS
     cfg.MODEL.TIMM.WEIGHTS = ""
     cfg.freeze()
     return cfg

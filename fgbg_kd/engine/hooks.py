@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..detectors.dense import DenseView
 from ..distiller import FgBgDistiller
 from ..teacher import Teacher
-from ..utils.errors import TeacherError
+from ..utils.errors import ConfigError, TeacherError
 from .ema import WeightAverage
 from .evaluation_trial import Evaluation, EvaluationTrial
 from .gate_watch import GateWatch
@@ -65,6 +65,16 @@ class TeacherCheck(HookBase):
             min_ap: COCO AP (0 to 100) that the teacher must reach. 0: the AP is not measured.
             test: evaluates a teacher. It returns results in the format of DefaultTrainer.test.
         """
+        if not 0 <= min_ap <= 100:
+            raise ConfigError(
+                f"MODEL.KD.TEACHER.MIN_AP is {min_ap}: AP is between 0 and 100. 0 switches the "
+                "check off."
+            )
+        if 0 < min_ap < 1:
+            logger.warning(
+                f"MODEL.KD.TEACHER.MIN_AP is {min_ap}, less than one AP of 100. For a share of "
+                f"{min_ap}, set {100 * min_ap:g}."
+            )
         self.min_ap, self.test = min_ap, test
 
     def before_train(self):

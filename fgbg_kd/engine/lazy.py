@@ -33,11 +33,11 @@ from ..data import (
     check_same_classes,
     resize_of,
     training_classes,
+    usual_size,
 )
 from ..data.classes import names_of_sets
 from ..detectors.dense import DenseView, channel_order, lenient_view, num_classes_of
 from ..detectors.load import load_exactly
-from ..matching import usual_size
 from ..teacher import Teacher, check_teacher_file
 from ..teacher_cache import check_fixed_input
 from ..utils.build_errors import explained

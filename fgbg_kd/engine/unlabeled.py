@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from ..data.unlabeled import find_photos
 from ..detectors.dense import DenseView
 from ..teacher import Teacher
 from ..utils.errors import ConfigError, TeacherError
-from ..utils.files import read_json, sha256_of_text, write_whole
+from ..utils.files import digest_of_files, read_json, sha256_of_text, write_whole
 from .loader import ResumableLoader
 
 logger = logging.getLogger(__name__)
@@ -143,8 +142,9 @@ def _with_detections(
     about = {
         "teacher": _identity(teacher),
         "reading": [str(getattr(wanted.mapper, k, "")) for k in ("image_format", "augmentations")],
-        "photos": [[*p.values(), os.path.getsize(p["file_name"])] for p in photos],
+        "photos": [list(p.values()) for p in photos],
         "labeled": [[r["file_name"], _boxes(r)] for r in labeled],
+        "files": digest_of_files(Path(r["file_name"]) for r in [*photos, *labeled]),
         "precision": wanted.precision,
     }
     key, file = sha256_of_text(json.dumps(about)), Path(wanted.file)

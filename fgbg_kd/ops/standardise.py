@@ -26,11 +26,12 @@ def standardise(features: Sequence[Tensor], real: Tensor) -> list[Tensor]:
 
     Returns:
         Per level (N, C, H_l, W_l), in fp32 or better; 0 on padding, and in a channel that is
-        constant up to rounding, such as any channel of a level with one cell. The gradient also
-        flows through mean and variance.
+        constant up to the rounding of its dtype, such as any channel of a level with one cell. The
+        gradient also flows through mean and variance.
     """
     shapes = [tuple(x.shape[-2:]) for x in features]
     masks = per_level(real[..., None], shapes)  # (N, 1, H_l, W_l)
+    dtypes = [x.dtype for x in features]
     features = [x.to(accumulation_dtype(x)) for x in features]
     counts, means = _means(features, masks)
     centred = [
@@ -39,16 +40,21 @@ def standardise(features: Sequence[Tensor], real: Tensor) -> list[Tensor]:
     ]
     # Squares around the common mean, because E[x^2] - mean^2 cancels in fp32.
     sums = summed_over_processes([x.square().sum((0, 2, 3)) for x in centred])
-    scales = [scale_of(x / n, mean) for x, n, mean in zip(sums, counts, means)]
+    scales = [scale_of(x / n, *rest) for x, n, *rest in zip(sums, counts, means, dtypes)]
     return [x * scale[:, None, None] for x, scale in zip(centred, scales)]
 
 
-def scale_of(variance: Tensor, mean: Tensor) -> Tensor:
+def scale_of(variance: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / sqrt(variance + EPS) of each channel; 0 if its spread is only the rounding of its mean.
 
     Scaled up, rounding would be a random direction.
+
+    Args:
+        variance, mean: (C,).
+        dtype: of the features before they were converted to the dtype of the mean.
     """
-    rounding = (16 * torch.finfo(mean.dtype).eps * mean.detach()).square()
+    of_sums, of_features = torch.finfo(mean.dtype).eps, torch.finfo(dtype).eps
+    rounding = (max(16 * of_sums, of_features) * mean.detach()).square()
     return torch.where(variance > rounding, (variance + EPS).rsqrt(), 0)
 
 

@@ -104,6 +104,6 @@ def channel_statistics(maps: Sequence[Tensor], marks: Tensor) -> list[Tensor]:
         ]
     )
     return [
-        torch.stack([mean, scale_of(square / n, mean), 1 / n])
-        for mean, square, n in zip(means, squares, counts)
+        torch.stack([mean, scale_of(square / n, mean, x.dtype), 1 / n])
+        for mean, square, n, x in zip(means, squares, counts, maps)
     ]

@@ -154,8 +154,7 @@ class _HarmlessYaml(CN):
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
         if filename.endswith(".py"):
             raise ConfigError(
-                f"{filename} is a Python config; a YAML config (.yaml) is needed here. Only "
-                "train_net.py, visualize.py and replay.py take Python configs."
+                f"{filename} is a Python config; a YAML config (.yaml) is needed here."
             )
         try:  # Detectron2 calls this method again for every _BASE_
             with cls._open_cfg(filename) as file:

@@ -72,6 +72,10 @@ def _check_schedule(solver: CfgNode) -> None:
 def _check_names(cfg: CfgNode) -> None:
     models = [name for name, _ in META_ARCH_REGISTRY]
     kd = cfg.MODEL.META_ARCHITECTURE == "FgBgDistiller"
+    if kd and cfg.MODEL.KD.STUDENT == "FgBgDistiller":
+        raise ConfigError(
+            "MODEL.KD.STUDENT is FgBgDistiller: name the student's detector, such as RetinaNet."
+        )
     for key, name, known in (
         ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, models),
         ("MODEL.KD.STUDENT", cfg.MODEL.KD.STUDENT, models if kd else [cfg.MODEL.KD.STUDENT]),

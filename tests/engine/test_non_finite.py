@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_batch, make_trainer, tiny_cfg
+from conftest import ROOT, make_batch, make_trainer, tiny_cfg, train
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from fgbg_kd.engine import FgBgTrainer
 from fgbg_kd.engine.non_finite import FiniteAMPTrainer, FiniteTrainer, not_finite
-from fgbg_kd.utils.errors import NonFiniteLossError
+from fgbg_kd.utils.errors import CheckpointError, NonFiniteLossError
 
 
 class Spoil(HookBase):
@@ -77,6 +77,21 @@ def test_the_file_replays_to_the_same_losses_and_the_same_words(
     for x in batch:
         assert f"{x['file_name']}: {len(x['instances'])} boxes" in printed
     assert "loss_cls: nan" in printed and "loss_kd_fg: " in printed
+
+
+@pytest.mark.parametrize(
+    "name, message", [("model_final.pth", "holds no batch"), ("none.pth", "there is no file")]
+)
+def test_a_file_that_is_not_of_a_stopped_run_cannot_be_replayed(
+    distil_cfg, tmp_path, monkeypatch, name, message
+):
+    train(FgBgTrainer, distil_cfg, tmp_path / "kd", 1)
+    config = tmp_path / "c.yaml"
+    config.write_text(distil_cfg.dump())
+    file = str(tmp_path / "kd" / name)
+    monkeypatch.setattr(sys, "argv", ["replay.py", "--config-file", str(config), file])
+    with pytest.raises((CheckpointError, SystemExit), match=message):
+        runpy.run_path(str(ROOT / "tools" / "replay.py"), run_name="__main__")
 
 
 def test_a_search_that_fails_does_not_hide_the_fault(distil_cfg, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Training through Detectron2's DefaultTrainer: parity, checkpoints, resume, data, checks."""
 
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from fgbg_kd import get_fgbg_kd_cfg
 from fgbg_kd.data import register_datasets
 from fgbg_kd.engine import FgBgTrainer, load_config
 from fgbg_kd.engine.hooks import TeacherCheck
-from fgbg_kd.utils.errors import CheckpointError, TeacherError
+from fgbg_kd.utils.errors import CheckpointError, ConfigError, TeacherError
 
 
 class StockOnOurData(DefaultTrainer):
@@ -188,6 +189,18 @@ def test_a_teacher_under_min_ap_stops_the_run_before_the_first_step(distil_cfg, 
     with pytest.raises(TeacherError, match="MIN_AP 99"):
         trainer.train()
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [-5.0, 101.0, float("nan")])
+def test_min_ap_out_of_range_is_refused(value):
+    with pytest.raises(ConfigError, match="MIN_AP is .*: AP is between 0 and 100"):
+        TeacherCheck(value, lambda teacher: {})
+
+
+def test_min_ap_as_a_share_gives_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+        TeacherCheck(0.35, lambda teacher: {})
+    assert "For a share of 0.35, set 35" in caplog.text
 
 
 def test_min_ap_needs_one_set_to_measure_on(distil_cfg, tmp_path):

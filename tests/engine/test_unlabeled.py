@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -245,6 +246,9 @@ def test_the_file_holds_the_teachers_confident_detections(photo_cfg, believing, 
     (photos / "4.png").unlink()
     make_trainer(FgBgTrainer, photo_cfg, tmp_path / "run", 1)
     assert believing == [12, 6, 12, 5]
+    os.utime(photos / "3.png", (0, 0))  # another photo of the same size has another time
+    make_trainer(FgBgTrainer, photo_cfg, tmp_path / "run", 1)
+    assert believing == [12, 6, 12, 5, 12, 5]
 
 
 def test_runs_can_share_a_file_and_never_overwrite_another(photo_cfg, believing, coco, tmp_path):

@@ -70,6 +70,17 @@ def test_half_precision_is_reduced_in_fp32():
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_channel_that_is_constant_up_to_the_rounding_of_its_dtype_is_0(dtype):
+    values = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+    real = torch.ones(1, 16, dtype=torch.bool)
+    step = 10 * torch.finfo(dtype).eps
+    (constant,) = standardise([(10 + step / 4 * values).to(dtype)], real)
+    assert constant.abs().max() == 0
+    (varied,) = standardise([(10 + values).to(dtype)], real)
+    assert varied.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
 def test_gradients_are_those_of_the_formula():
     features, real = maps(torch.float64)
     leaves = [x[:, :2].clone().requires_grad_() for x in features]

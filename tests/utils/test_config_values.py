@@ -63,3 +63,9 @@ def test_it_is_told_that_there_is_no_test_time_augmentation(caplog):
     cfg.TEST.AUG.ENABLED = True
     check_values(cfg)
     assert "TEST.AUG.ENABLED is ignored" in caplog.text
+
+
+def test_a_distiller_cannot_be_the_student(distil_cfg):
+    distil_cfg.MODEL.KD.STUDENT = "FgBgDistiller"
+    with pytest.raises(ConfigError, match="MODEL.KD.STUDENT is FgBgDistiller: name"):
+        check_values(distil_cfg)
