@@ -1,5 +1,6 @@
-"""The code in docs/extending.md runs unchanged: a user's method and a user's detector."""
+"""The code in docs/extending.md runs unchanged: a user's method, detector and training loop."""
 
+import itertools
 import re
 import sys
 
@@ -12,13 +13,14 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from fgbg_kd import get_fgbg_kd_cfg
+from fgbg_kd.config import student_config
 from fgbg_kd.deploy import Deployable
 from fgbg_kd.detectors import view
 from fgbg_kd.methods import build_method
 from fgbg_kd.utils.errors import DetectorError
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-METHOD, DETECTOR = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+METHOD, DETECTOR, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_examples_are_as_short_as_the_page_says():
@@ -121,3 +123,16 @@ def test_a_dense_detector_without_a_view_is_refused_with_the_page(monkeypatch):
         DetectorError, match=r"Unknown is a dense .*register_view\(Unknown\).*docs/"
     ):
         view(Unknown())
+
+
+def test_a_loop_of_the_user_trains_the_student(distil_cfg):
+    names = {}
+    exec(LOOP, names)
+    student = build_model(student_config(distil_cfg))
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    teacher = distil_cfg.MODEL.KD.TEACHER
+    batches = itertools.repeat(make_batch())
+    found = names["distil"](student, teacher.CONFIG, teacher.WEIGHTS, batches, 2, pretrained=False)
+    assert found is student
+    assert not torch.equal(found.head.cls_score.weight, before["head.cls_score.weight"])
+    assert found.state_dict().keys() == before.keys()

@@ -3,7 +3,7 @@
 
 Example:
     tools/quickstart.py digits                   the same as `make quickstart`
-    tools/quickstart.py trees --seeds 0 1 2      students with three seeds
+    tools/quickstart.py trees --seeds 3          students with the seeds 0, 1 and 2
 
 A finished run is not repeated. An interrupted run is resumed.
 """
@@ -42,11 +42,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("set", choices=("digits", "scenes", "trees"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the students")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument(
         "--output", type=Path, help="default: output/quickstart for digits, otherwise output/SET"
     )
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     output = args.output or Path("output") / {"digits": "quickstart"}.get(args.set, args.set)
 
     for kind in ("pretrained", args.set):
@@ -63,8 +65,8 @@ def main() -> None:
 
     with Runner(TOOLS / "train_net.py") as runner:
         runs = [("teacher", *run("teacher", "teacher", output / "teacher"))]
-        for seed in args.seeds:
-            suffix = f", seed {seed}" if len(args.seeds) > 1 else ""
+        for seed in range(args.seeds):
+            suffix = f", seed {seed}" if args.seeds > 1 else ""
             opts = ("SEED", str(seed))
             folder = output / f"student_seed{seed}"
             runs.append(("student", *run(f"plain student{suffix}", "student", folder, *opts)))

@@ -112,7 +112,9 @@ def model_settings(
     # need a gradient, because DistributedDataParallel fails on unused ones.
     top = "retinanet_" if max(facts.strides) > 64 else ""
     own = facts.family == facts.name
-    kind = "the teacher's own" if own else f"the usual student of a {facts.name}"
+    kind = "the teacher's own"
+    if not own:
+        kind = f"no gain is proven for a student of a {facts.name}: add --compare to measure it"
     maps = [f"res{i + 2}" for i, stride in enumerate(STRIDES[:4]) if stride in facts.strides]
     settings = [
         Setting("MODEL.META_ARCHITECTURE", facts.family, kind),
