@@ -199,7 +199,8 @@ def match_classes(
             who, where = "teacher", "MODEL.KD.TEACHER.CLASSES sets them (distill.py: --classes)"
         logger.warning(
             f"The names of the {who}'s classes are not known. Class i of the student is taken for "
-            f"class i of the teacher, for all {student.num_classes} classes. {where}."
+            f"class i of the teacher, for all {student.num_classes} classes: this is right only if "
+            f"their order is {', '.join(classes or teacher_classes or [])}. {where}."
         )
         return
     classes, theirs = list(classes), list(teacher_classes)

@@ -5,6 +5,7 @@ completely is an error here, not a warning.
 """
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from .detectors.dense import (
 from .detectors.load import load_detector, read_detector_config, weights_of
 from .teacher_cache import TeacherCache
 from .utils.errors import CheckpointError, ConfigError, TeacherError
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,7 +188,14 @@ def _class_names(detector: nn.Module, cfg, classes: list[str]) -> list[str] | No
             f"MODEL.KD.TEACHER.CLASSES has {len(classes)} names, but the teacher has {number} "
             "classes: give one name for each class."
         )
-    names = classes or (None if names_set_of_another_config(cfg) else training_classes(cfg))
+    known = None if names_set_of_another_config(cfg) else training_classes(cfg)
+    if classes and known and list(classes) != known and sorted(classes) == sorted(known):
+        logger.warning(
+            f"MODEL.KD.TEACHER.CLASSES (--classes of distill.py) is {', '.join(classes)}. The "
+            f"training set of the teacher's config has another order: {', '.join(known)}. "
+            "MODEL.KD.TEACHER.CLASSES is used."
+        )
+    names = classes or known
     # The command line of the teacher's training may have replaced DATASETS.TRAIN of the config.
     # The config's names may then be wrong.
     return names if names and len(names) == number else None

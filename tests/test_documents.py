@@ -382,6 +382,7 @@ def pair_line(runs: list[dict]) -> str:
 FAMILIES = {
     "faster_rcnn": "Faster R-CNN",
     "fcos": "FCOS",
+    "fcos_large": "large FCOS",
     "mobilenet_ssd": "MobileNet-SSD",
     "retinanet": "RetinaNet",
     "ssdlite": "SSDlite",

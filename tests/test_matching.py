@@ -328,6 +328,7 @@ def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
         model = distiller(detector(), detector(), classes=["square", "stripe"])
     assert model.teacher.view.num_classes == 2
     assert "names of the teacher's classes are not known" in caplog.text
+    assert "right only if their order is square, stripe." in caplog.text
 
 
 def test_a_student_with_another_number_of_classes_than_its_data_is_told_the_number():

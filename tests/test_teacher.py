@@ -1,5 +1,6 @@
 """A missing or incomplete teacher stops the run with a message that names the fix."""
 
+import logging
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -229,6 +230,18 @@ def test_the_names_of_another_number_of_classes_are_not_the_teachers(tmp_path, c
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "teacher.pth")
     teacher = build_teacher(str(tmp_path / "teacher.yaml"), str(tmp_path / "teacher.pth"))
     assert teacher.class_names is None
+
+
+@pytest.mark.parametrize("names, warns", [(["stripe", "square"], True), (["a", "b"], False)])
+def test_given_names_in_another_order_than_the_known_ones_give_a_warning(
+    tmp_path, coco, teacher_files, caplog, names, warns
+):
+    cfg = tiny_cfg(coco)
+    cfg.MODEL.FPN.OUT_CHANNELS = 24
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+        build_teacher(str(tmp_path / "teacher.yaml"), teacher_files[1], classes=names)
+    assert ("has another order: square, stripe" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])

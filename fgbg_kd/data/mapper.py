@@ -28,7 +28,9 @@ class NamingMapper(DatasetMapper):
             image = read_image(file, self.image_format)
             utils.check_image_size(dataset_dict, image)
         except Exception as error:
-            then = " and continue with --resume" if self.is_train else ""
+            then = ""
+            if self.is_train:
+                then = " and continue with --resume (distill.py: give the same command again)"
             raise DataError(
                 f"The image {file} cannot be used ({error}): replace the file{then}."
             ) from error

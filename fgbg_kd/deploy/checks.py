@@ -104,7 +104,8 @@ def export_checked(
         if found.partners < (_PARTNERS_IN_FP16 if half else _PARTNERS):
             raise DeployError(
                 f"{output} is not written: only {found.partners:.2%} of its detections and "
-                "PyTorch's agree. Please report this, with the versions of torch, onnxruntime and "
-                "openvino."
+                "PyTorch's agree. After a very short training, many scores are nearly equal, and "
+                "each program keeps other boxes: train longer. Otherwise, please report this, with "
+                "the versions of torch, onnxruntime and openvino."
             )
     return exported, found

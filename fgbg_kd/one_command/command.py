@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..data.classes import class_names
 from ..data.unlabeled import digest_of_photos
 from ..detectors.dense import DenseView
 from ..engine.launch import check_gpus
@@ -23,6 +24,7 @@ from .choose import Wish, table, verdict
 from .data import Data, digest_of, prepare
 from .outcome import result_rows, write_onnx, write_openvino, write_page, write_picture
 from .plan import MARK, Plan, show_choice, student_table, write_configs
+from .teacher_facts import check_class_order
 from .training import BarRunner, find_train_net, teacher_ap
 
 _CONFIGS = ("student.yaml", "distilled.yaml")
@@ -171,6 +173,7 @@ def _run(asked: _Asked, output: Path, stop: str, how: dict[str, Any]) -> Distill
         if data is None:
             place = Path(folder) if dry_run else output / "data"
             data = prepare(asked.train, asked.test, place)
+            check_class_order(loaded, asked.train, class_names(data.train[0]))
         plan = Plan(
             config=config,
             teacher=loaded,

@@ -111,10 +111,10 @@ def _find(
     if len(values) == 2:
         images = os.path.abspath(values[1])
         if not path.is_file() or not os.path.isdir(images):
-            raise DataError(
-                f"--{part} {' '.join(values)}: give a COCO file and the folder of its images. "
-                f"Known formats: {_FORMATS}."
-            )
+            what = "give a COCO file and the folder of its images"
+            if not os.path.exists(images):
+                what = f"there is no folder {values[1]}"
+            raise DataError(f"--{part} {' '.join(values)}: {what}. Known formats: {_FORMATS}.")
         return os.path.abspath(path), images
     if path.suffix == ".json":
         raise DataError(
@@ -122,16 +122,18 @@ def _find(
         )
     if yaml_file := _yaml_file(path):
         return _from_yolo(yaml_file, part, folder)
-    if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
+    if is_voc(path):
         return _from_voc(path, part, folder, shared)
     raise DataError(f"--{part} {path} has none of the known formats: {_FORMATS}.")
 
 
-def digest_of(values: Sequence[str]) -> str:
-    """A digest of a set. It changes with the annotations, and with the images of VOC or YOLO data.
+def is_voc(path: Path) -> bool:
+    """Whether a folder without ``data.yaml`` is PASCAL VOC, whose classes have no order."""
+    return (path / "Annotations").is_dir() or any(path.glob("*.xml"))
 
-    For a COCO file it is the sha256. For VOC and YOLO data it depends on the paths, sizes and times
-    of the files that are converted.
+
+def digest_of(values: Sequence[str]) -> str:
+    """The sha256 of a COCO file, or a digest of the paths, sizes and times of VOC or YOLO data.
 
     Args:
         values: as for :func:`prepare`. If there is no such path, the digest is "".

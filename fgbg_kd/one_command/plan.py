@@ -250,8 +250,8 @@ def write_configs(plan: Plan, rows: list[dict]) -> str:
     for line in spoken(settings):
         plan.say(f"  {line}")
     plan.say(
-        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. To change them, edit "
-        "the files before the training starts, and give the same command again."
+        f"{plan.output / 'student.yaml'} and distilled.yaml hold these keys. To change them, use "
+        "--configs-only, edit the files, and give the same command without it."
     )
     return taken
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..data import resize_of, test_size_of
 from ..detectors.dense import DenseView, DetectorView
 from ..detectors.load import read_detector_config
 from ..teacher import Teacher
+from ..utils.errors import ConfigError
+from .data import is_voc
 
 # Strides of the levels that a timm model with an FPN can give: p2 to p7.
 STRIDES = (4, 8, 16, 32, 64, 128)
@@ -76,6 +79,28 @@ class TeacherFacts:
     def features(self) -> list[str]:
         """Names of the student's levels: p3 has stride 8."""
         return [f"p{STRIDES.index(stride) + 2}" for stride in self.strides]
+
+
+def check_class_order(teacher: Teacher, train: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuses PASCAL VOC data if the names of the teacher's classes are not known.
+
+    Such data have names, but no order of classes. So class i of the student would be another class
+    than class i of the teacher.
+
+    Args:
+        train: the paths of the training data, as the user gave them.
+        classes: names of the training set's classes.
+
+    Raises:
+        ConfigError: the teacher's class names are not known.
+    """
+    dense = isinstance(teacher.view, DenseView)
+    if dense and teacher.class_names is None and len(classes) > 1 and is_voc(Path(train[0])):
+        raise ConfigError(
+            "PASCAL VOC data have no order of classes, and the names of the teacher's classes are "
+            "not known: give them with --classes, in the order of the teacher. The names in the "
+            f"data are {', '.join(classes)}."
+        )
 
 
 def facts_of(config: str, teacher: Teacher) -> TeacherFacts:

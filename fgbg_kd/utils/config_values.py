@@ -58,6 +58,11 @@ def _value(cfg: CfgNode | DictConfig, key: str):
 
 
 def _check_schedule(solver: CfgNode) -> None:
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        logger.warning(
+            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS} and SOLVER.MAX_ITER is "
+            f"{solver.MAX_ITER}: the learning rate does not reach SOLVER.BASE_LR."
+        )
     if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
         return
     steps = list(solver.STEPS)  # those after MAX_ITER are ignored by Detectron2, with a warning

@@ -454,6 +454,27 @@ def test_a_table_is_measured_once_for_each_machine_and_size(tmp_path, monkeypatc
     assert len(json.loads((tmp_path / "m.json").read_text())) == 4
 
 
+def test_another_time_for_the_same_teacher_in_an_earlier_table_is_said(tmp_path, monkeypatch):
+    said = []
+
+    def get(ms, students, **about):
+        new = [{**row, "ms": ms if row["name"] == "teacher" else 1.0} for row in rows()]
+        monkeypatch.setattr(measure, "measure", lambda *_: new)
+        sizes = {"teacher": (64, 64), students: (64, 64)}
+        detectors = dict.fromkeys(sizes)
+        measured(tmp_path / "m.json", about, detectors, sizes, "cpu", said.append)
+        return [x for x in said if "other work disturbed" in x]
+
+    assert not get(100.0, "a", weights="w")
+    assert not get(120.0, "b", weights="w")
+    assert not get(300.0, "c", weights="of another teacher")
+    assert get(200.0, "d", weights="w") == [
+        "teacher takes 200.0 ms now. Another table in measured_students.json has 100.0 ms: other "
+        "work disturbed one of them. Remove measured_students.json, and measure again on an idle "
+        "machine."
+    ]
+
+
 def pixels_for(detectors, *size):
     return dict.fromkeys(detectors, np.zeros((*size, 3), np.uint8))
 

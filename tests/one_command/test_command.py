@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import faster_rcnn_cfg, save_teacher, tiny_cfg, weights, write_coco
+from conftest import detector, faster_rcnn_cfg, save_teacher, tiny_cfg, weights, write_coco
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
@@ -23,9 +23,9 @@ from fgbg_kd.engine import read_config
 from fgbg_kd.one_command import command, measure, outcome, plan, students, training
 from fgbg_kd.one_command.backbone import backbone_settings
 from fgbg_kd.one_command.choose import Wish
-from fgbg_kd.one_command.teacher_facts import facts_of
+from fgbg_kd.one_command.teacher_facts import check_class_order, facts_of
 from fgbg_kd.one_command.training import BarRunner, shown_values, teacher_ap
-from fgbg_kd.teacher import build_teacher
+from fgbg_kd.teacher import Teacher, build_teacher
 from fgbg_kd.utils.errors import CheckpointError, ConfigError, DataError, RunError, TeacherError
 from fgbg_kd.utils.files import sha256_of
 from fgbg_kd.utils.packages import installed
@@ -513,6 +513,18 @@ def test_class_names_of_the_teacher_can_be_given(arguments, without_onnx, tmp_pa
     fgbg_kd.distill(**call, classes=["stripe", "square"])
     made = read_config(str(tmp_path / "out" / "distilled.yaml"))
     assert list(made.MODEL.KD.TEACHER.CLASSES) == ["stripe", "square"]
+
+
+def test_voc_data_need_the_names_of_the_teachers_classes(coco, tmp_path):
+    """Their classes have no order, so class i of the student would be another one."""
+    (tmp_path / "voc" / "Annotations").mkdir(parents=True)
+    teacher = Teacher(detector())
+    voc, names = [str(tmp_path / "voc")], ["square", "stripe"]
+    with pytest.raises(ConfigError, match="--classes, .* names in the data are square, stripe"):
+        check_class_order(teacher, voc, names)
+    check_class_order(teacher, list(coco), names)
+    check_class_order(teacher, voc, names[:1])
+    check_class_order(Teacher(detector(), class_names=names), voc, names)
 
 
 def test_a_users_module_is_imported_before_anything_is_read(arguments, tmp_path):

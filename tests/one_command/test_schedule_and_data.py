@@ -186,7 +186,8 @@ def test_a_set_that_cannot_be_split_is_refused():
     [
         (["gone.json", "photos"], "--train gone.json photos: there is no gone.json. Known formats"),
         (["annotations.json"], "give the folder of its images too: --train .* photos/"),
-        (["annotations.json", "gone"], "give a COCO file and the folder of its images"),
+        (["annotations.json", "gone"], "annotations.json gone: there is no folder gone"),
+        (["images", "images"], "give a COCO file and the folder of its images"),
         (["images"], "--train .*images has none of the known formats: COCO"),
         (["a", "b", "c"], "there is no a"),
         (["names.yaml"], "names.yaml is not a data.yaml of YOLO"),

@@ -69,3 +69,11 @@ def test_a_distiller_cannot_be_the_student(distil_cfg):
     distil_cfg.MODEL.KD.STUDENT = "FgBgDistiller"
     with pytest.raises(ConfigError, match="MODEL.KD.STUDENT is FgBgDistiller: name"):
         check_values(distil_cfg)
+
+
+def test_a_warm_up_that_is_as_long_as_the_training_gives_a_warning(distil_cfg, caplog):
+    distil_cfg.SOLVER.WARMUP_ITERS, distil_cfg.SOLVER.MAX_ITER = 50, 50
+    distil_cfg.SOLVER.STEPS = ()
+    with caplog.at_level("WARNING", logger="fgbg_kd"):
+        check_values(distil_cfg)
+    assert "does not reach SOLVER.BASE_LR" in caplog.text
