@@ -450,8 +450,9 @@ def test_a_truncated_image_is_named_when_it_is_read(data):
     data.image(1).write_bytes(whole[: len(whole) // 2])
     cfg = data.register()
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    again = r"the file and continue with --resume \(distill.py: give the same command again\)"
     for loader, end in (
-        (FgBgTrainer.build_train_loader(cfg), "the file and continue with --resume .distill.py: give the same command again."),
+        (FgBgTrainer.build_train_loader(cfg), again),
         (FgBgTrainer.build_test_loader(cfg, str(data.folder)), "replace the file"),
     ):
         with pytest.raises(DataError, match=rf"1.png cannot be used \(.*truncated.*{end}\.$"):
