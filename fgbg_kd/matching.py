@@ -197,10 +197,11 @@ def match_classes(
         who, where = "student", "thing_classes in the metadata of DATASETS.TRAIN sets them"
         if classes:
             who, where = "teacher", "MODEL.KD.TEACHER.CLASSES sets them (distill.py: --classes)"
+        names = ", ".join(classes or teacher_classes or [])
+        order = f": this is right only if their order is {names}" if names else ""
         logger.warning(
             f"The names of the {who}'s classes are not known. Class i of the student is taken for "
-            f"class i of the teacher, for all {student.num_classes} classes: this is right only if "
-            f"their order is {', '.join(classes or teacher_classes or [])}. {where}."
+            f"class i of the teacher, for all {student.num_classes} classes{order}. {where}."
         )
         return
     classes, theirs = list(classes), list(teacher_classes)

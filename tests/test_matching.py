@@ -329,6 +329,10 @@ def test_without_names_the_numbers_must_agree_and_a_warning_says_so(caplog):
     assert model.teacher.view.num_classes == 2
     assert "names of the teacher's classes are not known" in caplog.text
     assert "right only if their order is square, stripe." in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="fgbg_kd"):
+        distiller(detector(), detector())
+    assert "for all 2 classes. thing_classes" in caplog.text  # no names, so no order
 
 
 def test_a_student_with_another_number_of_classes_than_its_data_is_told_the_number():
